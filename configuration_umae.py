@@ -1,0 +1,167 @@
+"""The configuration of a U-MAE model: typed fields and their validation, nothing else."""
+
+import math
+
+from transformers import PreTrainedConfig
+
+POOLINGS = ("cls", "mean")
+
+_SIZES = (
+    "hidden_size", "num_attention_heads", "intermediate_size", "num_channels",
+    "decoder_hidden_size", "decoder_num_attention_heads", "decoder_intermediate_size",
+)  # fmt: skip
+_COUNTS = ("num_hidden_layers", "decoder_num_hidden_layers")
+_SIDES = ("image_size", "patch_size")
+_PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "mask_ratio")
+_WEIGHTS = ("uniformity_weight", "initializer_range", "layer_norm_eps")
+_FLAGS = ("qkv_bias", "norm_pix_loss")
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class UMAEConfig(PreTrainedConfig):
+    r"""Sizes and training objective of a U-MAE (Zhang, Wang & Wang, "How Mask Matters", NeurIPS 2022).
+
+    The defaults give ViT-B/16 with MAE's decoder. Field names are those of transformers' `ViTMAEConfig`; the last two
+    are U-MAE's own.
+
+    Args:
+        hidden_size (`int`, defaults to 768): width of the encoder; a multiple of 4 and of `num_attention_heads`.
+        num_hidden_layers (`int`, defaults to 12): transformer layers of the encoder.
+        num_attention_heads (`int`, defaults to 12): attention heads of the encoder.
+        intermediate_size (`int`, defaults to 3072): width of the encoder's feed-forward layers.
+        hidden_act (`str`, defaults to `"gelu"`): activation of the feed-forward layers.
+        hidden_dropout_prob (`float`, defaults to 0.0): dropout after attention and feed-forward, in [0, 1).
+        attention_probs_dropout_prob (`float`, defaults to 0.0): dropout of the attention weights, in [0, 1).
+        initializer_range (`float`, defaults to 0.02): standard deviation of the fresh class and mask tokens.
+        layer_norm_eps (`float`, defaults to 1e-6): epsilon of every layer norm.
+        image_size (`int` or `(height, width)`, defaults to 224): pixels of the pictures.
+        patch_size (`int` or `(height, width)`, defaults to 16): pixels of a patch; divides `image_size`.
+        num_channels (`int`, defaults to 3): channels of the pictures.
+        qkv_bias (`bool`, defaults to `True`): whether queries, keys and values have a bias.
+        decoder_hidden_size (`int`, defaults to 512): width of the decoder; a multiple of 4 and of its heads.
+        decoder_num_hidden_layers (`int`, defaults to 8): transformer layers of the decoder.
+        decoder_num_attention_heads (`int`, defaults to 16): attention heads of the decoder.
+        decoder_intermediate_size (`int`, defaults to 2048): width of the decoder's feed-forward layers.
+        mask_ratio (`float`, defaults to 0.75): share of the patches hidden from the encoder, in [0, 1); 0 hides none.
+        norm_pix_loss (`bool`, defaults to `True`): reconstruct pixels normalised within each patch.
+        uniformity_weight (`float`, defaults to 0.01): lambda, the weight of the uniformity term; 0 gives plain MAE.
+        pooling (`"cls"` or `"mean"`, defaults to `"cls"`): the feature of a picture is its class token, or the
+            layer-normalised mean of its patch tokens.
+
+    Raises:
+        ValueError: a field has no meaning, or fields do not fit together. The message names the field, what was found
+            and what to do. Single fields are checked whenever they are set, combinations at construction and again
+            when a model is built.
+    """
+
+    model_type = "umae"
+    _auto_class = "AutoConfig"
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 8
+    decoder_num_attention_heads: int = 16
+    decoder_intermediate_size: int = 2048
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = True
+    uniformity_weight: float = 0.01
+    pooling: str = "cls"
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.check_combinations()
+
+    def __setattr__(self, name, value):
+        _check_field(name, value)
+        super().__setattr__(name, value)
+
+    @property
+    def image_height_width(self) -> tuple[int, int]:
+        """Pixels of a picture, (height, width)."""
+        return _pair(self.image_size)
+
+    @property
+    def patch_height_width(self) -> tuple[int, int]:
+        """Pixels of a patch, (height, width)."""
+        return _pair(self.patch_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches of a picture, (rows, columns)."""
+        (height, width), (patch_height, patch_width) = self.image_height_width, self.patch_height_width
+        return height // patch_height, width // patch_width
+
+    def check_combinations(self) -> None:
+        """Raise `ValueError` where fields that are sound by themselves do not fit together."""
+        for axis, side, patch in zip(
+            ("height", "width"), self.image_height_width, self.patch_height_width, strict=True
+        ):
+            if side % patch:
+                raise ValueError(
+                    f"patch_size {patch} does not divide image_size {side} ({axis}); "
+                    f"use image_size {max(side // patch, 1) * patch} or another patch_size"
+                )
+        for size, heads in (
+            ("hidden_size", "num_attention_heads"),
+            ("decoder_hidden_size", "decoder_num_attention_heads"),
+        ):
+            width, parts = getattr(self, size), getattr(self, heads)
+            if width % parts:
+                raise ValueError(f"{heads} {parts} does not divide {size} {width}; choose {size} as a multiple of it")
+        rows, columns = self.grid
+        if int(rows * columns * (1 - self.mask_ratio)) < 1:
+            raise ValueError(
+                f"mask_ratio {self.mask_ratio} keeps no patch of {rows * columns}; "
+                f"use one below {1 - 1 / (rows * columns):.4g} or a smaller patch_size"
+            )
+
+
+def _pair(size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _check_field(name: str, value) -> None:
+    """Raise `ValueError` if `value` has no meaning for the field `name` by itself."""
+    if name in _SIZES and not (_is_int(value) and value >= 1):
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if name in ("hidden_size", "decoder_hidden_size") and value % 4:
+        raise ValueError(
+            f"{name} must be a multiple of 4 (sine and cosine of row and column fill it), got {value}; "
+            f"use {max(value // 4, 1) * 4}"
+        )
+    if name in _COUNTS and not (_is_int(value) and value >= 0):
+        raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
+    if name in _SIDES:
+        sides = value if isinstance(value, (list, tuple)) and len(value) == 2 else (value,)
+        if not all(_is_int(side) and side >= 1 for side in sides):
+            raise ValueError(f"{name} must be a whole number of pixels or a pair (height, width), got {value!r}")
+    if name in _PROBABILITIES and not (_is_finite(value) and 0 <= value < 1):
+        raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
+    if name in _WEIGHTS and not (_is_finite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+    if name in _FLAGS and not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+    if name == "pooling" and value not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {value!r}")
+
+
+__all__ = ["UMAEConfig"]

@@ -1,0 +1,647 @@
+"""U-MAE: a masked autoencoder (He et al., 2022) whose features are kept from collapsing by a uniformity term.
+
+    Zhang, Wang & Wang: "How Mask Matters: Towards Theoretical Understandings of Masked Autoencoders", NeurIPS 2022.
+
+Written from the papers' equations for transformers 5. This file and `configuration_umae.py` stand alone: they import
+the standard library, torch and transformers only, and travel with every saved model. The names of the parameters are
+those of the published MAE checkpoints (`facebook/vit-mae-base`), which therefore load without conversion.
+"""
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+# Three homes, one import: inside a saved folder and under the installed package the first form holds; beside a script
+# the second does. Real errors stay visible, because only a module without a package tries again.
+try:
+    from .configuration_umae import UMAEConfig
+except ImportError:
+    if __package__:
+        raise
+    from configuration_umae import UMAEConfig
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The two losses
+
+
+def reconstruction_loss(
+    logits: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, norm_pix_loss: bool = True
+) -> torch.Tensor:
+    """Mean squared error of the hidden patches (He et al., 2022, section 3).
+
+    Args:
+        logits: (batch, patches, pixels), the predicted patches.
+        target: (batch, patches, pixels), the true patches, as `patchify` returns them.
+        mask: (batch, patches), 1 where the patch was hidden, 0 where the encoder saw it. Only hidden patches count.
+        norm_pix_loss: compare with patches of zero mean and unit (unbiased) variance instead of raw pixels.
+
+    Returns:
+        A scalar, the mean over the hidden patches of the whole batch.
+    """
+    if norm_pix_loss:
+        mean, variance = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
+        target = (target - mean) / (variance + 1e-6) ** 0.5
+    loss = ((logits - target) ** 2).mean(-1)  # (batch, patches)
+    return (loss * mask).sum() / mask.sum()
+
+
+def uniformity_loss(features: torch.Tensor, across_processes: bool = True) -> torch.Tensor:
+    r"""Mean squared cosine of all pairs of features (the U-MAE term of Zhang, Wang & Wang, 2022).
+
+    With the rows of `features` L2-normalised, `S = F F^T` over the global batch of N pictures, it is the mean of
+    `S**2` over all N * N entries, the diagonal included. It lies between max(1/N, 1/D) (spread evenly) and 1 (all on
+    one line), and is one over the participation ratio of the features: 0.25 says that they fill 4 dimensions.
+
+    `||F F^T||^2 = ||F^T F||^2`, so that processes need to add up their D x D matrices only, once, whatever N is. The
+    result is that of one process with all pictures, also when processes hold different numbers of them. So is the
+    gradient, after the engine (DDP, FSDP) has averaged it over the processes: the backward pass multiplies by their
+    number to undo that average. (The original back-propagates through one process' features only, so its gradient is
+    this one divided by the number of processes.)
+
+    Args:
+        features: (batch, hidden_size). Half precisions are computed in float32; a row of zeros contributes 0.
+        across_processes: whether the batch is that of all processes (every one must then call this) or the local one.
+
+    Returns:
+        A scalar, float32 (float64 for float64 features), the same on every process.
+    """
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    with torch.autocast(features.device.type, enabled=False):
+        features = F.normalize(features, dim=-1)
+        gram = _Gram.apply(features)  # (D, D)
+        count = torch.full((), features.shape[0], dtype=features.dtype, device=features.device)
+        if across_processes and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            total = _SumOverProcesses.apply(torch.cat([gram.flatten(), count[None]]))  # one all-reduce for both
+            gram, count = total[:-1], total[-1].detach()
+        return gram.square().sum() / count**2
+
+
+class _Gram(torch.autograd.Function):
+    """`F^T F` at full float32 precision, forward and backward, whatever the surrounding code allows matmuls to do."""
+
+    @staticmethod
+    def forward(ctx, features):
+        ctx.save_for_backward(features)
+        with _full_precision_matmul():
+            return features.T @ features
+
+    @staticmethod
+    def backward(ctx, grad):
+        (features,) = ctx.saved_tensors
+        with torch.autocast(features.device.type, enabled=False), _full_precision_matmul():
+            return features @ (grad + grad.T)
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """All-reduce whose gradient is multiplied by the number of processes, because the engine will divide by it."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * dist.get_world_size()
+
+
+@contextmanager
+def _full_precision_matmul():
+    """Turn TensorFloat-32 off for a while; torch.compile fixes the precision when it traces, so there it has no say."""
+    backend = torch.backends.cuda.matmul
+    # torch 2.9 renamed the switch, and from then on reading the old one can raise
+    name, full = ("fp32_precision", "ieee") if hasattr(backend, "fp32_precision") else ("allow_tf32", False)
+    if torch.compiler.is_compiling() or (before := getattr(backend, name)) == full:
+        yield
+        return
+    setattr(backend, name, full)
+    try:
+        yield
+    finally:
+        setattr(backend, name, before)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Patches and positions
+
+
+def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
+    """(batch, channels, height, width) -> (batch, patches, pixels), row by row; a patch's pixels as row, column, channel."""
+    batch, channels, height, width = pixel_values.shape
+    rows, columns = height // patch_size[0], width // patch_size[1]
+    patches = pixel_values.reshape(batch, channels, rows, patch_size[0], columns, patch_size[1])
+    return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
+
+
+def unpatchify(patches: torch.Tensor, patch_size: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
+    """The inverse of `patchify`, for a grid of (rows, columns): -> (batch, channels, height, width)."""
+    (height, width), (rows, columns) = patch_size, grid
+    pixels = patches.reshape(patches.shape[0], rows, columns, height, width, -1)
+    return pixels.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, rows * height, columns * width)
+
+
+def sincos_position_table(size: int, grid: tuple[int, int]) -> torch.Tensor:
+    """The fixed 2-D sine-cosine table of MAE, (1, 1 + rows * columns, size) in float32; the class token's row is zero.
+
+    The first half of the channels encodes the patch's column, the second half its row; within a half come all sines,
+    then all cosines, of `position / 10000 ** (k / (size / 4))`.
+    """
+    frequency = 10000.0 ** -(torch.arange(size // 4, dtype=torch.float64) / (size / 4))
+
+    def along_one_axis(length):
+        angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=1)  # (length, size / 2)
+
+    column = along_one_axis(grid[1]).repeat(grid[0], 1)
+    row = along_one_axis(grid[0]).repeat_interleave(grid[1], dim=0)
+    table = torch.cat([column, row], dim=1)
+    return torch.cat([torch.zeros(1, size, dtype=torch.float64), table])[None].float()
+
+
+def resize_position_table(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+    """Interpolate a position table (1, 1 + patches, D) from one grid of (rows, columns) to another, in 2-D."""
+    if old == new:
+        return table
+    patches = table[:, 1:].reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+    patches = F.interpolate(patches.float(), size=new, mode="bicubic", align_corners=False).to(table.dtype)
+    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2)], dim=1)
+
+
+def random_masking(noise: torch.Tensor, mask_ratio: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Which patches are hidden: the `int(patches * (1 - mask_ratio))` smallest noises of a picture stay visible.
+
+    Args:
+        noise: (batch, patches), any numbers; of equal ones the first counts as smaller.
+
+    Returns:
+        ids_keep: (batch, visible), the visible patches, by ascending noise.
+        mask: (batch, patches), float32, 1 where the patch is hidden, 0 where the encoder sees it.
+        ids_restore: (batch, patches), the place of every patch when patches are sorted by their noise.
+    """
+    ids_shuffle = noise.argsort(dim=1, stable=True)
+    ids_restore = ids_shuffle.argsort(dim=1)
+    len_keep = int(noise.shape[1] * (1 - mask_ratio))
+    mask = (ids_restore >= len_keep).float()
+    return ids_shuffle[:, :len_keep], mask, ids_restore
+
+
+class UMAEEmbeddings(nn.Module):
+    """Pictures to tokens: patches are projected, get their position, and the hidden ones are left out."""
+
+    def __init__(self, config: UMAEConfig):
+        super().__init__()
+        self.config = config
+        rows, columns = config.grid
+        patch = config.patch_height_width
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.position_embeddings = nn.Parameter(  # saved, never trained
+            torch.zeros(1, 1 + rows * columns, config.hidden_size), requires_grad=False
+        )
+        projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch, stride=patch)
+        self.patch_embeddings = nn.ModuleDict({"projection": projection})
+
+    def forward(self, pixel_values: torch.Tensor, ids_keep: torch.Tensor | None, grid: tuple[int, int]) -> torch.Tensor:
+        """(batch, channels, height, width) -> (batch, 1 + visible patches, hidden_size), the class token first."""
+        projection = self.patch_embeddings["projection"]
+        patches = projection(pixel_values.to(projection.weight.dtype)).flatten(2).transpose(1, 2)  # (B, patches, D)
+        positions = resize_position_table(self.position_embeddings, self.config.grid, grid)
+        patches = patches + positions[:, 1:]
+        if ids_keep is not None:
+            patches = patches.gather(1, ids_keep[..., None].expand(-1, -1, patches.shape[-1]))  # (B, visible, D)
+        cls_token = (self.cls_token + positions[:, :1]).expand(patches.shape[0], -1, -1)
+        return torch.cat([cls_token, patches], dim=1)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The transformer layer
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """softmax(query key^T * scaling) value, written out: (B, heads, tokens, d) -> (B, tokens, heads, d), weights."""
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class UMAEAttention(nn.Module):
+    """Multi-head self-attention by transformers' attention interface (eager, sdpa, flash)."""
+
+    def __init__(self, config: UMAEConfig, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.config = config
+        self.head_dim = hidden_size // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.attention = nn.ModuleDict(
+            {name: nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias) for name in ("query", "key", "value")}
+        )
+        self.output = nn.ModuleDict({"dense": nn.Linear(hidden_size, hidden_size)})
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(batch, tokens, D) -> (batch, tokens, D), attention weights (batch, heads, tokens, tokens) if eager."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            self.attention[name](hidden_states).view(shape).transpose(1, 2) for name in ("query", "key", "value")
+        )  # (B, heads, tokens, d)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        context, weights = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout, **kwargs)
+        return self.output["dense"](context.reshape(hidden_states.shape)), weights
+
+
+class UMAELayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer: attention, then feed-forward, each with its residual."""
+
+    def __init__(self, config: UMAEConfig, hidden_size: int, num_heads: int, intermediate_size: int):
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.attention = UMAEAttention(config, hidden_size, num_heads)
+        self.layernorm_after = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(hidden_size, intermediate_size)})
+        self.activation = ACT2FN[config.hidden_act]
+        self.output = nn.ModuleDict({"dense": nn.Linear(intermediate_size, hidden_size)})
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        attended, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
+        hidden_states = self.dropout(attended) + hidden_states
+        inner = self.activation(self.intermediate["dense"](self.layernorm_after(hidden_states)))
+        return self.dropout(self.output["dense"](inner)) + hidden_states
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The models
+
+
+@dataclass
+class UMAEModelOutput(ModelOutput):
+    """What the encoder returns.
+
+    Args:
+        last_hidden_state: (batch, 1 + visible patches, hidden_size), layer-normalised, the class token first.
+        pooler_output: (batch, hidden_size), the feature of the picture: the class token, or `fc_norm` of the mean of
+            the patch tokens (`config.pooling`).
+        mask: (batch, patches), 1 where the patch was hidden, 0 where the encoder saw it; None if nothing was masked.
+        ids_restore: (batch, patches), the place of every patch among those sorted by noise; None without masking.
+        hidden_states: tuple of (batch, 1 + visible patches, hidden_size), the embeddings and every layer's output.
+        attentions: tuple of (batch, heads, tokens, tokens), one for each layer; needs `attn_implementation="eager"`.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    ids_restore: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class UMAEForPreTrainingOutput(ModelOutput):
+    """What the pre-training model returns.
+
+    Args:
+        loss: scalar, `reconstruction_loss + config.uniformity_weight * uniformity_loss`.
+        reconstruction_loss: scalar, detached; the mean squared error of the hidden patches of the local batch.
+        uniformity_loss: scalar, detached, at least float32; the mean squared cosine of the features.
+        logits: (batch, patches, pixels), every predicted patch (normalised if `norm_pix_loss`); None if not asked for.
+        mask: (batch, patches), 1 where the patch was hidden, 0 where the encoder saw it.
+        ids_restore: (batch, patches), the place of every patch among those sorted by noise; None without logits.
+        features: (batch, hidden_size), what the uniformity term sees.
+        hidden_states: tuple of (batch, 1 + visible patches, hidden_size), the encoder's.
+        attentions: tuple of (batch, heads, tokens, tokens), the encoder's.
+    """
+
+    loss: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
+    uniformity_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+    ids_restore: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class UMAEPreTrainedModel(PreTrainedModel):
+    """Initialisation, loading and saving, shared by the three models."""
+
+    config: UMAEConfig
+    config_class = UMAEConfig
+    base_model_prefix = "vit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # else Trainer would scale the gradient of a batch that happens to hold labels
+    _no_split_modules = ["UMAEEmbeddings", "UMAELayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": UMAELayer, "attentions": UMAEAttention}
+
+    def __init__(self, config: UMAEConfig, *args, **kwargs):
+        config.check_combinations()  # again: fields may have been set one by one after construction
+        super().__init__(config, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """MAE's initialisation; transformers visits children first and leaves out what was loaded."""
+        super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+        elif isinstance(module, UMAEAttention):
+            for projection in module.attention.values():  # as if query, key and value were one matrix
+                init.xavier_uniform_(projection.weight, gain=2**-0.5)
+        elif isinstance(module, UMAEEmbeddings):
+            weight = module.patch_embeddings["projection"].weight  # xavier on its (D, C * height * width) form
+            bound = math.sqrt(6 / (weight.shape[0] + weight[0].numel()))
+            init.uniform_(weight, -bound, bound)
+            init.normal_(module.cls_token, std=self.config.initializer_range)
+            init.copy_(module.position_embeddings, sincos_position_table(self.config.hidden_size, self.config.grid))
+        elif isinstance(module, UMAEDecoder):
+            init.normal_(module.mask_token, std=self.config.initializer_range)
+            table = sincos_position_table(self.config.decoder_hidden_size, self.config.grid)
+            init.copy_(module.decoder_pos_embed, table)
+        elif isinstance(module, UMAEForImageClassification):
+            init.trunc_normal_(module.classifier.weight, std=2e-5)  # MAE's head for fine-tuning
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As `PreTrainedModel.save_pretrained`; the code goes with it, under all its Auto classes."""
+        self.config.auto_map = {
+            "AutoConfig": "configuration_umae.UMAEConfig",
+            "AutoModel": "modeling_umae.UMAEModel",
+            "AutoModelForPreTraining": "modeling_umae.UMAEForPreTraining",
+            "AutoModelForImageClassification": "modeling_umae.UMAEForImageClassification",
+        }
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class UMAEModel(UMAEPreTrainedModel):
+    """The encoder: a ViT that sees all patches of a picture, or only the visible ones.
+
+    Without `noise` or `mask_ratio` nothing is masked and the same picture always gives the same tensors.
+    """
+
+    _auto_class = "AutoModel"
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
+
+    def __init__(self, config: UMAEConfig):
+        super().__init__(config)
+        self.embeddings = UMAEEmbeddings(config)
+        sizes = (config.hidden_size, config.num_attention_heads, config.intermediate_size)
+        layers = nn.ModuleList([UMAELayer(config, *sizes) for _ in range(config.num_hidden_layers)])
+        self.encoder = nn.ModuleDict({"layer": layers})
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if config.pooling == "mean":
+            self.fc_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        mask_ratio: float | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> UMAEModelOutput:
+        """Encode pictures.
+
+        Args:
+            pixel_values: (batch, channels, height, width), normalised as the image processor does.
+            noise: (batch, patches), optional; masks the patches with the largest numbers. Without `mask_ratio` the
+                configuration's share is masked.
+            mask_ratio: share of patches to mask, in [0, 1), optional; without `noise` they are drawn at random.
+            interpolate_pos_encoding: accept pictures of another size than `config.image_size`.
+
+        Raises:
+            ValueError: the pictures or the noise do not have the expected shape.
+        """
+        grid = self.grid_of(pixel_values, interpolate_pos_encoding)
+        ids_keep = mask = ids_restore = None
+        if noise is not None or mask_ratio is not None:
+            ids_keep, mask, ids_restore = self.choose_patches(pixel_values, grid, noise, mask_ratio)
+
+        hidden_states = self.embeddings(pixel_values, ids_keep, grid)
+        for layer in self.encoder["layer"]:
+            hidden_states = layer(hidden_states, **kwargs)
+        last_hidden_state = self.layernorm(hidden_states)
+
+        return UMAEModelOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=self.pool(last_hidden_state),
+            mask=mask,
+            ids_restore=ids_restore,
+        )
+
+    def pool(self, last_hidden_state: torch.Tensor) -> torch.Tensor:
+        """(batch, 1 + patches, hidden_size) -> (batch, hidden_size), by `config.pooling`."""
+        if self.config.pooling == "cls":
+            return last_hidden_state[:, 0]
+        return self.fc_norm(last_hidden_state[:, 1:].mean(dim=1))
+
+    def grid_of(self, pixel_values: torch.Tensor, any_size: bool) -> tuple[int, int]:
+        """The (rows, columns) of patches in a batch of pictures; refuses pictures that the model is not made for."""
+        expected = (self.config.num_channels, *self.config.image_height_width)
+        found = tuple(pixel_values.shape[1:])
+        (height, width), patch = found[-2:], self.config.patch_height_width
+        fits = found == expected or (
+            any_size and len(found) == 3 and found[0] == expected[0] and height % patch[0] == width % patch[1] == 0
+        )
+        if not fits:
+            raise ValueError(
+                f"pixel_values is (batch, {', '.join(map(str, found))}), expected (batch, channels, height, width) "
+                f"with {expected}; resize the pictures, or pass interpolate_pos_encoding=True for other sizes that "
+                f"the patch size {patch} divides"
+            )
+        return height // patch[0], width // patch[1]
+
+    def choose_patches(self, pixel_values, grid, noise, mask_ratio):
+        """`random_masking` of a batch, with the configuration's ratio and fresh noise where they were not given."""
+        mask_ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
+        shape = (pixel_values.shape[0], grid[0] * grid[1])
+        if not 0 <= mask_ratio < 1 or int(shape[1] * (1 - mask_ratio)) < 1:
+            raise ValueError(f"mask_ratio {mask_ratio} keeps no patch of {shape[1]}; it must be in [0, 1) and keep one")
+        if noise is None:
+            noise = torch.rand(shape, device=pixel_values.device)
+        if tuple(noise.shape) != shape:
+            raise ValueError(f"noise is {tuple(noise.shape)}, expected one number for each patch: {shape}")
+        return random_masking(noise, mask_ratio)
+
+
+class UMAEDecoder(nn.Module):
+    """Visible tokens to pixels: mask tokens fill the gaps, a small transformer predicts every patch."""
+
+    def __init__(self, config: UMAEConfig):
+        super().__init__()
+        self.config = config
+        size, (rows, columns), patch = config.decoder_hidden_size, config.grid, config.patch_height_width
+        self.decoder_embed = nn.Linear(config.hidden_size, size)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + rows * columns, size), requires_grad=False)
+        sizes = (size, config.decoder_num_attention_heads, config.decoder_intermediate_size)
+        self.decoder_layers = nn.ModuleList(
+            [UMAELayer(config, *sizes) for _ in range(config.decoder_num_hidden_layers)]
+        )
+        self.decoder_norm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.decoder_pred = nn.Linear(size, patch[0] * patch[1] * config.num_channels)
+
+    def forward(self, hidden_states: torch.Tensor, ids_restore: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(batch, 1 + visible, hidden_size) -> (batch, patches, pixels), every patch at its own place."""
+        hidden_states = self.decoder_embed(hidden_states)
+        batch, num_patches = ids_restore.shape
+        hidden = self.mask_token.expand(batch, 1 + num_patches - hidden_states.shape[1], -1)
+        patches = torch.cat([hidden_states[:, 1:], hidden.to(hidden_states.dtype)], dim=1)
+        patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, patches.shape[-1]))  # back to their places
+        hidden_states = torch.cat([hidden_states[:, :1], patches], dim=1)
+        hidden_states = hidden_states + resize_position_table(self.decoder_pos_embed, self.config.grid, grid)
+        for layer in self.decoder_layers:
+            hidden_states = layer(hidden_states)
+        return self.decoder_pred(self.decoder_norm(hidden_states))[:, 1:]
+
+
+class UMAEForPreTraining(UMAEPreTrainedModel):
+    """Encoder, decoder and the two losses: reconstruct the hidden patches, keep the features spread."""
+
+    _auto_class = "AutoModelForPreTraining"
+
+    def __init__(self, config: UMAEConfig):
+        super().__init__(config)
+        self.vit = UMAEModel(config)
+        self.decoder = UMAEDecoder(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        mask_ratio: float | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_logits: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> UMAEForPreTrainingOutput:
+        """Mask, encode, decode, score.
+
+        Args:
+            pixel_values: (batch, channels, height, width), normalised as the image processor does.
+            noise: (batch, patches), optional; the patches with the largest numbers are hidden. Random by default.
+            mask_ratio: share of patches to hide, optional; the configuration's by default.
+            interpolate_pos_encoding: accept pictures of another size than `config.image_size`.
+            output_logits: whether to return `logits` and `ids_restore`; by default in evaluation mode only.
+
+        In training mode the uniformity term is that of the batch of all processes, and every one must take part; in
+        evaluation mode it is that of the local batch.
+
+        Raises:
+            ValueError: no patch would be hidden, or the pictures or the noise do not have the expected shape.
+        """
+        output_logits = not self.training if output_logits is None else output_logits
+        mask_ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
+        grid = self.vit.grid_of(pixel_values, interpolate_pos_encoding)
+        num_patches = grid[0] * grid[1]
+        if int(num_patches * (1 - mask_ratio)) == num_patches:
+            raise ValueError(f"mask_ratio {mask_ratio} hides no patch of {num_patches}, so there is nothing to learn")
+
+        encoded = self.vit(
+            pixel_values,
+            noise=noise,
+            mask_ratio=mask_ratio,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.decoder(encoded.last_hidden_state, encoded.ids_restore, grid)
+
+        target = patchify(pixel_values, self.config.patch_height_width)
+        reconstruction = reconstruction_loss(logits, target, encoded.mask, self.config.norm_pix_loss)
+        features = self.uniformity_features(encoded)
+        uniformity = uniformity_loss(features, across_processes=self.training)
+
+        return UMAEForPreTrainingOutput(
+            loss=reconstruction + self.config.uniformity_weight * uniformity,
+            reconstruction_loss=reconstruction.detach(),
+            uniformity_loss=uniformity.detach(),
+            logits=logits if output_logits else None,
+            mask=encoded.mask,
+            ids_restore=encoded.ids_restore if output_logits else None,
+            features=features,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+    def uniformity_features(self, encoded: UMAEModelOutput) -> torch.Tensor:
+        """(batch, hidden_size), what the uniformity term sees: with pooling "cls", the class token normalised twice."""
+        if self.config.pooling == "cls":  # as in the original; not the same as once, where the norm has learned a shape
+            return self.vit.layernorm(encoded.pooler_output)
+        return encoded.pooler_output
+
+
+class UMAEForImageClassification(UMAEPreTrainedModel):
+    """The encoder and a linear head on its pooled feature; `from_pretrained` takes over a pre-trained encoder."""
+
+    _auto_class = "AutoModelForImageClassification"
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
+
+    def __init__(self, config: UMAEConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vit = UMAEModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """Classify pictures.
+
+        Args:
+            pixel_values: (batch, channels, height, width), normalised as the image processor does.
+            labels: (batch,), int64 classes, optional; adds the cross entropy as `loss`.
+            interpolate_pos_encoding: accept pictures of another size than `config.image_size`.
+        """
+        encoded = self.vit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs)
+        logits = self.classifier(encoded.pooler_output)
+        return ImageClassifierOutput(
+            loss=None if labels is None else F.cross_entropy(logits, labels),
+            logits=logits,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+
+__all__ = [
+    "UMAEForImageClassification",
+    "UMAEForPreTraining",
+    "UMAEModel",
+    "UMAEPreTrainedModel",
+    "patchify",
+    "reconstruction_loss",
+    "uniformity_loss",
+    "unpatchify",
+]

@@ -1,0 +1,53 @@
+"""Every random number as a pure function of where it is used: (seed, purpose, epoch, index) or (seed, step, rank).
+
+Nothing here has a state, so a resumed run, another number of workers or another number of processes draws the same
+crops, flips and masks for the same picture in the same epoch.
+"""
+
+import torch
+
+# What a number is for. Streams of different purposes are independent; the values are part of a run's identity.
+ORDER, CROP, FLIP, MASK, STEP = range(5)
+
+_GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as int64: 2**64 divided by the golden ratio
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's output function (Steele, Lea & Flood 2014) on int64 tensors, which wrap around as uint64 would."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor  # the mask makes the shift a logical one
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def _key(*parts: int | torch.Tensor) -> torch.Tensor:
+    """One int64 key from any number of integers (or int64 tensors, which broadcast)."""
+    key = torch.zeros((), dtype=torch.int64)
+    for part in parts:
+        key = _mix((key + part) + _GOLDEN)
+    return key
+
+
+def uniform(seed: int, purpose: int, epoch: int, index: torch.Tensor, count: int) -> torch.Tensor:
+    """Uniform numbers that belong to pictures, the same bits on every device.
+
+    Args:
+        index: int64 (batch,), the pictures' positions in the data set.
+        count: how many numbers each picture needs.
+
+    Returns:
+        float32 (batch, count) in [0, 1), multiples of 2**-24.
+    """
+    key = _key(seed, purpose, epoch, index)  # (batch,)
+    counter = torch.arange(1, count + 1, dtype=torch.int64, device=index.device)
+    bits = _mix(key[:, None] + counter * _GOLDEN)  # (batch, count)
+    return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+
+
+def permutation(seed: int, epoch: int, count: int) -> torch.Tensor:
+    """The order of an epoch: int64 (count,), a permutation of range(count)."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(_key(seed, ORDER, epoch).item()))
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Set torch's own generators (dropout, drop path) for one optimiser step on one process."""
+    torch.manual_seed(_key(seed, STEP, step, rank).item())
