@@ -1,0 +1,119 @@
+"""Checkpoints as folders: written beside, made durable, renamed into place; only then are older ones removed.
+
+A folder is the unit. `step-N/` is a model that `from_pretrained` loads, plus what training needs to go on. Whatever
+moment a process is killed at, the newest `step-N/` is whole.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "trainer_state.json"
+_WHOLE = StateDictOptions(full_state_dict=True)  # not one process' shard of it
+_WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process; empty on the others
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of the whole checkpoints in a run folder, ascending."""
+    found = (re.fullmatch(r"step-(\d+)", entry.name) for entry in folder.glob("step-*") if entry.is_dir())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+    """Write `folder/step-N` atomically and remove all but the newest `keep` checkpoints.
+
+    Args:
+        write: fills an empty folder with the checkpoint's files.
+    """
+    target = folder / f"step-{step}"
+    write_folder(target, write)
+    for old in checkpoint_steps(folder)[:-keep]:
+        shutil.rmtree(folder / f"step-{old}")
+    return target
+
+
+def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a temporary folder, make its bytes durable, then rename it to `target`."""
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed here
+    temporary.mkdir(parents=True)
+    write(temporary)
+    for path in [*temporary.rglob("*"), temporary]:
+        _fsync(path)
+    if target.exists():  # the same step again: the same content, so it may go first
+        shutil.rmtree(target)
+    os.rename(temporary, target)
+    _fsync(target.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    _fsync(temporary)
+    os.replace(temporary, path)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Replace a file by a copy of another, atomically."""
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.copyfile(source, temporary)
+    _fsync(temporary)
+    os.replace(temporary, target)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimiser's state on the CPU, by parameter name (`vit.layernorm.weight/exp_avg`).
+
+    Every process calls it; the main one receives the tensors, the others nothing.
+    """
+    state = get_optimizer_state_dict(model, optimizer, options=_WHOLE_ON_CPU).get("state", {})
+    return {f"{name}/{key}": tensor.contiguous() for name, values in state.items() for key, tensor in values.items()}
+
+
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
+    """Put back what `optimizer_tensors` returned. Raises `ValueError` where names or shapes do not fit."""
+    current = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    state: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition("/")
+        state.setdefault(name, {})[kind] = tensor
+    expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    expected = {name.removeprefix("module.") for name in expected}  # DistributedDataParallel's own prefix
+    if set(state) != expected:
+        wrong = sorted(set(state) ^ expected)[:5]
+        raise ValueError(f"the optimiser state does not belong to this model; it differs in {', '.join(wrong)}")
+    set_optimizer_state_dict(model, optimizer, {**current, "state": state}, options=_WHOLE)
+
+
+def write_training_state(folder: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    """The part of a checkpoint that only training needs: tensors, and a few plain values."""
+    save_file(tensors, folder / OPTIMIZER_FILE)
+    (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n")
+
+
+def read_training_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What `write_training_state` wrote."""
+    return load_file(folder / OPTIMIZER_FILE), json.loads((folder / STATE_FILE).read_text())

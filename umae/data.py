@@ -1,0 +1,342 @@
+"""A Hub name, a folder of pictures, a folder of parquet or the bundled digits -> pictures -> training batches.
+
+The order of the pictures is a pure function of (seed, epoch, step, rank), and a crop one of (seed, epoch, index), so
+that resuming means starting at step N and the number of workers or processes changes nothing.
+"""
+
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from umae import seeding
+from umae.images import open_picture, to_tensor
+from umae.transforms import CROP_NUMBERS, random_resized_crop
+
+# What Pillow opens without plugins and people keep pictures in.
+PICTURE_ENDINGS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif",
+)  # fmt: skip
+# Sub-folders that mean a split rather than a class, and the split they mean.
+SPLIT_FOLDERS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test",
+    "validation": "validation", "valid": "validation", "val": "validation",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """One split of a data set whose pictures are still encoded.
+
+    Args:
+        dataset: rows with the undecoded picture (`{"bytes", "path"}`) and possibly a label.
+        image_column: name of the picture's column.
+        label_column: name of the label's column, None if there is none.
+        description: what to call it in print, without any local path: `uoft-cs/cifar10 (train)`.
+        folder: where the files lie, for a folder of pictures.
+    """
+
+    dataset: datasets.Dataset
+    image_column: str
+    label_column: str | None
+    description: str
+    folder: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, index: int) -> Image.Image:
+        """The picture at `index`, RGB. Raises `UnreadablePicture`, which names the file."""
+        return next(self.read_many([index]))
+
+    def read_many(self, indices: list[int]) -> Iterator[Image.Image]:
+        """The pictures at `indices`, opened one by one; their bytes are fetched together."""
+        for index, encoded in zip(indices, self.dataset[indices][self.image_column], strict=True):
+            source = encoded["path"] if encoded["bytes"] is None else encoded["bytes"]
+            yield open_picture(source, name=self._name(index, encoded["path"]))
+
+    def name_of(self, index: int) -> str:
+        """The picture's file, relative to its folder, or its place in the data set (`digits (train)[17]`)."""
+        return self._name(index, self.dataset[index][self.image_column]["path"])
+
+    def _name(self, index: int, path: str | None) -> str:
+        if self.folder is not None:
+            return os.path.relpath(path, self.folder)
+        return f"{self.description}[{index}]" + (f" {Path(path).name}" if path else "")
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """The names of the classes, None if the labels are plain numbers or missing."""
+        feature = self.dataset.features.get(self.label_column)
+        return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+    def labels(self) -> torch.Tensor:
+        """int64 (N,). Raises `ValueError` if there are none, or some are missing or negative."""
+        if self.label_column is None:
+            raise ValueError(
+                f"{self.description} has no labels: its columns are {', '.join(self.dataset.column_names)}; "
+                f"name one with --label_column_name, or give a folder with one sub-folder for each class"
+            )
+        labels = self.dataset[self.label_column][:]
+        if any(not isinstance(label, int) or label < 0 for label in labels):
+            wrong = next(label for label in labels if not isinstance(label, int) or label < 0)
+            raise ValueError(
+                f"{self.description}: column {self.label_column!r} holds {wrong!r}, expected a class of at least 0 in "
+                f"every row"
+            )
+        return torch.tensor(labels, dtype=torch.int64)
+
+
+def load_pictures(
+    name: str,
+    config_name: str | None = None,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Pictures:
+    """One split of a data set.
+
+    Args:
+        name: `digits` (bundled with scikit-learn), a local folder of pictures (one sub-folder for each class, if there
+            are classes; sub-folders `train`, `test`, `validation` are splits), a local folder of parquet or other files
+            that `datasets` reads, or a name on the Hub.
+        config_name: the Hub data set's configuration.
+        split: which split; for `datasets`' own formats also slices such as `train[:10%]`.
+        image_column, label_column: found by their types if there is one candidate.
+
+    Raises:
+        ValueError: the data set, split or column does not exist or is ambiguous; what does exist is listed.
+    """
+    folder = Path(name)
+    if name == "digits":
+        return _prepare(_pick(_digits(), split, name), None, None, f"digits ({split})")
+    if folder.is_dir() and _holds_pictures(folder):
+        rows = _pick(_picture_folder(folder), split, name)
+        return _prepare(rows, image_column, label_column, f"folder {folder.resolve().name} ({split})", folder)
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise ValueError(f"there is no folder {name}; give an existing folder, a name on the Hub, or `digits`")
+    description = f"{folder.resolve().name if folder.is_dir() else name} ({split})"
+    return _prepare(_load(name, config_name, split), image_column, label_column, description)
+
+
+def split_names(name: str, config_name: str | None = None) -> list[str]:
+    """The splits of a data set that `load_pictures` knows by this name."""
+    if name == "digits":
+        return list(_digits())
+    if Path(name).is_dir() and _holds_pictures(Path(name)):
+        return list(_picture_folder(Path(name)))
+    return datasets.get_dataset_split_names(name, config_name)
+
+
+def _load(name: str, config_name: str | None, split: str) -> datasets.Dataset:
+    try:
+        return datasets.load_dataset(name, config_name, split=split)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise ValueError(f"there is neither a folder nor a data set on the Hub called {name!r} ({error})") from error
+    except (datasets.data_files.EmptyDatasetError, ConnectionError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{name}: no pictures could be loaded ({error}); expected a folder with pictures "
+            f"({', '.join(PICTURE_ENDINGS)}) or parquet files, or a name on the Hub"
+        ) from error
+    except ValueError as error:  # an unknown split or configuration: the message lists those that exist
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _holds_pictures(folder: Path) -> bool:
+    """Whether a folder holds picture files, at any depth, and nothing at its top that `datasets` would read."""
+    tables = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tar")
+    if any(entry.suffix in tables for entry in folder.iterdir()):
+        return False
+    return next(_picture_files(folder), None) is not None
+
+
+def _picture_files(folder: Path) -> Iterator[Path]:
+    """Picture files at any depth, sorted by path, hidden ones left out."""
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and Path(name).suffix.lower() in PICTURE_ENDINGS:
+                yield Path(parent, name)
+
+
+def _picture_folder(folder: Path) -> dict[str, datasets.Dataset]:
+    """The splits of a folder of pictures.
+
+    Not by `datasets`' own "imagefolder": that sorts files into splits by words in their names (`test_drive.jpg`) and
+    reads brackets in a folder's name as a pattern.
+    """
+    splits = {entry.name: entry for entry in sorted(folder.iterdir()) if entry.name.lower() in SPLIT_FOLDERS}
+    roots = {SPLIT_FOLDERS[name.lower()]: entry for name, entry in splits.items() if entry.is_dir()}
+    rows = {}
+    for split, root in (roots or {"train": folder}).items():
+        files = list(_picture_files(root))
+        classes = [file.relative_to(root).parts[0] if file.parent != root else None for file in files]
+        columns = {"image": [str(file) for file in files]}
+        features = {"image": datasets.Image(decode=False)}
+        if files and None not in classes and len(set(classes)) > 1:
+            columns["label"] = classes
+            features["label"] = datasets.ClassLabel(names=sorted(set(classes)))
+        rows[split] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    return rows
+
+
+def _digits() -> dict[str, datasets.Dataset]:
+    """The 1,797 handwritten digits of 8 x 8 pixels bundled with scikit-learn, every fifth of them for testing."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pictures = (digits.images * (255 / 16)).round().astype("uint8")  # 17 greys -> 0..255
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=[str(i) for i in range(10)])}
+    )
+    rows = {}
+    for split, wanted in (("train", lambda i: i % 5 != 4), ("test", lambda i: i % 5 == 4)):
+        indices = [i for i in range(len(pictures)) if wanted(i)]
+        columns = {
+            "image": [{"bytes": _png(pictures[i]), "path": None} for i in indices],
+            "label": [int(digits.target[i]) for i in indices],
+        }
+        rows[split] = datasets.Dataset.from_dict(columns, features=features)
+    return rows
+
+
+def _png(pixels) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _pick(splits: dict[str, datasets.Dataset], split: str, name: str) -> datasets.Dataset:
+    if split not in splits:
+        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
+    return splits[split]
+
+
+def _prepare(
+    rows: datasets.Dataset,
+    image_column: str | None,
+    label_column: str | None,
+    description: str,
+    folder: Path | None = None,
+) -> Pictures:
+    """Find the columns and leave the pictures encoded."""
+    features = rows.features
+    for column in filter(None, (image_column, label_column)):
+        if column not in features:
+            raise ValueError(f"{description} has no column {column!r}; it has {', '.join(features)}")
+    if image_column is None:
+        candidates = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        if len(candidates) != 1:
+            found = f"{len(candidates)} picture columns" if candidates else "no picture column"
+            raise ValueError(
+                f"{description} has {found} among {', '.join(features)}; name the one to use with --image_column_name"
+            )
+        image_column = candidates[0]
+    if label_column is None:
+        typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        candidates = typed if len(typed) == 1 else [name for name in ("label", "labels") if name in features]
+        label_column = candidates[0] if candidates else None
+    if len(rows) == 0:
+        raise ValueError(f"{description} holds no pictures")
+    rows = rows.select_columns([column for column in (image_column, label_column) if column])
+    rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    if label_column and features[label_column] == datasets.Value("string"):
+        rows = rows.class_encode_column(label_column)
+    return Pictures(rows, image_column, label_column, description, folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From pictures to training batches
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which pictures every process sees at every step; a pure function of the numbers below.
+
+    An epoch is a keyed permutation of the pictures, dealt out in micro-batches of `batch_size * processes`; what does
+    not fill a whole optimiser step is left out (other pictures in every epoch). The same global micro-batch goes to
+    one process or is shared by several.
+
+    Args:
+        pictures: pictures of the data set.
+        batch_size: pictures of a micro-batch on one process.
+        accumulation: micro-batches of an optimiser step.
+        processes: how many processes there are.
+        seed: of the run.
+    """
+
+    pictures: int
+    batch_size: int
+    accumulation: int
+    processes: int
+    seed: int
+
+    @property
+    def pictures_per_step(self) -> int:
+        """The effective batch: pictures of one optimiser step on all processes."""
+        return self.batch_size * self.accumulation * self.processes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole optimiser steps in an epoch."""
+        return self.pictures // self.pictures_per_step
+
+    def micro_batches(self, rank: int, start_step: int, stop_step: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """(epoch, indices of `batch_size` pictures) for one process, `accumulation` of them for every step."""
+        order, order_epoch = None, None
+        for step in range(start_step, stop_step):
+            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = seeding.permutation(self.seed, epoch, self.pictures), epoch
+            for micro in range(step_of_epoch * self.accumulation, (step_of_epoch + 1) * self.accumulation):
+                first = (micro * self.processes + rank) * self.batch_size
+                yield epoch, order[first : first + self.batch_size]
+
+
+class TrainingPictures(torch.utils.data.Dataset):
+    """Pictures as random crops; asked for a whole micro-batch at once.
+
+    A batch is `{"pixel_values": uint8 (batch, 3, height, width), "index": int64 (batch,), "epoch": int}`; flipping and
+    normalising are left to the device.
+    """
+
+    def __init__(self, pictures: Pictures, size: tuple[int, int], seed: int):
+        self.pictures, self.size, self.seed = pictures, size, seed
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, micro_batch: tuple[int, torch.Tensor]) -> dict:
+        epoch, indices = micro_batch
+        numbers = seeding.uniform(self.seed, seeding.CROP, epoch, indices, CROP_NUMBERS)
+        crops = [
+            random_resized_crop(to_tensor(picture), row, self.size)
+            for picture, row in zip(self.pictures.read_many(indices.tolist()), numbers, strict=True)
+        ]
+        return {"pixel_values": torch.stack(crops), "index": indices, "epoch": epoch}
+
+
+def training_loader(
+    pictures: Pictures,
+    plan: Plan,
+    rank: int,
+    size: tuple[int, int],
+    start_step: int,
+    stop_step: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Micro-batches of one process from `start_step` on; `size` is (height, width) in pixels."""
+    return DataLoader(
+        TrainingPictures(pictures, size, plan.seed),
+        sampler=plan.micro_batches(rank, start_step, stop_step),
+        batch_size=None,  # an element of the sampler is a whole micro-batch
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )

@@ -1,0 +1,117 @@
+"""Crop, flip and normalise as pure functions: what is random comes in as numbers (see seeding.py)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import interpolate
+from transformers import ViTImageProcessorPil
+from transformers.image_utils import PILImageResampling
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+IMAGENET_MEAN, IMAGENET_STD = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)  # of RGB in 0..1
+
+_ATTEMPTS = 10
+CROP_NUMBERS = 2 * _ATTEMPTS + 2  # an area and a ratio per attempt, then the two of the position
+
+
+def crop_box(
+    numbers: torch.Tensor,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """The box of a random resized crop, by the law of torchvision's RandomResizedCrop.get_params.
+
+    Of ten boxes the first that fits, else the largest central one of an allowed ratio.
+
+    Args:
+        numbers: float (CROP_NUMBERS,), uniform in [0, 1).
+        height, width: of the picture, in pixels.
+        scale: bounds of the box's share of the picture's area, drawn uniformly.
+        ratio: bounds of the box's width / height, drawn uniformly in the logarithm.
+
+    Returns:
+        (top, left, height, width) in pixels, at least 1 x 1 and inside the picture.
+    """
+    *shapes, vertical, horizontal = numbers.tolist()
+    if len(shapes) != 2 * _ATTEMPTS:
+        raise ValueError(f"{len(numbers)} numbers for a crop; expected CROP_NUMBERS = {CROP_NUMBERS}")
+    for share, shape in zip(shapes[::2], shapes[1::2], strict=True):
+        area = height * width * (scale[0] + share * (scale[1] - scale[0]))
+        aspect = ratio[0] * (ratio[1] / ratio[0]) ** shape
+        box_height, box_width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < box_height <= height and 0 < box_width <= width:
+            top = int(vertical * (height - box_height + 1))
+            left = int(horizontal * (width - box_width + 1))
+            return top, left, box_height, box_width
+    box_height = min(height, max(1, round(width / ratio[0])))
+    box_width = min(width, max(1, round(height * ratio[1])))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def random_resized_crop(
+    picture: torch.Tensor,
+    numbers: torch.Tensor,
+    size: tuple[int, int],
+    scale: tuple[float, float] = (0.2, 1.0),
+) -> torch.Tensor:
+    """Cut the box that crop_box draws and resize it, bicubic with antialiasing.
+
+    Args:
+        picture: uint8 (channels, height, width), on the CPU.
+        numbers: float (CROP_NUMBERS,), uniform in [0, 1).
+        size: (height, width) of the result, in pixels.
+        scale: bounds of the box's share of the picture's area.
+
+    Returns:
+        uint8 (channels, *size), contiguous, in memory of its own; a box that has the size already keeps its pixels.
+    """
+    top, left, height, width = crop_box(numbers, *picture.shape[-2:], scale)
+    box = picture[None, :, top : top + height, left : left + width]
+    return interpolate(box, size, mode="bicubic", antialias=True)[0].contiguous()
+
+
+def horizontal_flip(pixel_values: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+    """Mirror left and right the pictures (batch, channels, height, width) where flip, bool (batch,), is True."""
+    return torch.where(flip[:, None, None, None], pixel_values.flip(-1), pixel_values)
+
+
+def normalize(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """(x / 255 - mean) / std.
+
+    Args:
+        pixel_values: uint8 (batch, channels, height, width), on any device.
+        mean, std: one number per channel, of values in 0..1.
+
+    Returns:
+        float32, same shape.
+    """
+    values = pixel_values.float().div_(255)
+    # Channel by channel, because a tensor of the means would have to be copied to the device at every step.
+    for channel, channel_mean, channel_std in zip(values.unbind(1), mean, std, strict=True):
+        channel.sub_(channel_mean).div_(channel_std)
+    return values
+
+
+def evaluation_processor(size: tuple[int, int]) -> ViTImageProcessorPil:
+    """The transform that features are computed with: resize the shortest edge, cut the centre, normalise.
+
+    MAE resizes to 256 and cuts 224; other sizes keep that proportion. Small pictures (under 96 pixels: CIFAR, digits)
+    have no margin to spare and are used whole.
+
+    Args:
+        size: (height, width) of the result, in pixels.
+    """
+    shortest = min(size)
+    return ViTImageProcessorPil(
+        do_convert_rgb=True,
+        do_resize=True,
+        size={"shortest_edge": round(shortest * 256 / 224) if shortest >= 96 else shortest},
+        resample=PILImageResampling.BICUBIC,
+        do_center_crop=True,
+        crop_size={"height": size[0], "width": size[1]},
+        image_mean=list(IMAGENET_MEAN),
+        image_std=list(IMAGENET_STD),
+    )
