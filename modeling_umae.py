@@ -143,7 +143,7 @@ def _full_precision_matmul():
 
 
 def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
-    """(batch, channels, height, width) -> (batch, patches, pixels), row by row; a patch's pixels as row, column, channel."""
+    """(batch, channels, height, width) -> (batch, patches, pixels), row by row; pixels as row, column, channel."""
     batch, channels, height, width = pixel_values.shape
     rows, columns = height // patch_size[0], width // patch_size[1]
     patches = pixel_values.reshape(batch, channels, rows, patch_size[0], columns, patch_size[1])
@@ -211,9 +211,8 @@ class UMAEEmbeddings(nn.Module):
         rows, columns = config.grid
         patch = config.patch_height_width
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.position_embeddings = nn.Parameter(  # saved, never trained
-            torch.zeros(1, 1 + rows * columns, config.hidden_size), requires_grad=False
-        )
+        # A buffer: saved, never trained. (`from_pretrained` would make a frozen parameter trainable.)
+        self.register_buffer("position_embeddings", torch.zeros(1, 1 + rows * columns, config.hidden_size))
         projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch, stride=patch)
         self.patch_embeddings = nn.ModuleDict({"projection": projection})
 
@@ -243,6 +242,10 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class UMAEProjection(nn.Linear):
+    """Queries, keys or values; a class of its own because MAE initialises the three as one matrix."""
+
+
 class UMAEAttention(nn.Module):
     """Multi-head self-attention by transformers' attention interface (eager, sdpa, flash)."""
 
@@ -253,7 +256,7 @@ class UMAEAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
         self.attention = nn.ModuleDict(
-            {name: nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias) for name in ("query", "key", "value")}
+            {name: UMAEProjection(hidden_size, hidden_size, bias=config.qkv_bias) for name in ("query", "key", "value")}
         )
         self.output = nn.ModuleDict({"dense": nn.Linear(hidden_size, hidden_size)})
 
@@ -365,25 +368,24 @@ class UMAEPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """MAE's initialisation; transformers visits children first and leaves out what was loaded."""
+        """MAE's initialisation; transformers calls it for modules that own a tensor and spares what was loaded."""
         super()._init_weights(module)
-        if isinstance(module, nn.Linear):
+        if isinstance(module, UMAEHead):
+            init.trunc_normal_(module.weight, std=2e-5)  # MAE's for fine-tuning
+        elif isinstance(module, UMAEProjection):
+            init.xavier_uniform_(module.weight, gain=2**-0.5)
+        elif isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
-        elif isinstance(module, UMAEAttention):
-            for projection in module.attention.values():  # as if query, key and value were one matrix
-                init.xavier_uniform_(projection.weight, gain=2**-0.5)
+        elif isinstance(module, nn.Conv2d):
+            bound = math.sqrt(6 / (module.weight.shape[0] + module.weight[0].numel()))
+            init.uniform_(module.weight, -bound, bound)  # xavier on its (D, channels * height * width) form
         elif isinstance(module, UMAEEmbeddings):
-            weight = module.patch_embeddings["projection"].weight  # xavier on its (D, C * height * width) form
-            bound = math.sqrt(6 / (weight.shape[0] + weight[0].numel()))
-            init.uniform_(weight, -bound, bound)
             init.normal_(module.cls_token, std=self.config.initializer_range)
             init.copy_(module.position_embeddings, sincos_position_table(self.config.hidden_size, self.config.grid))
         elif isinstance(module, UMAEDecoder):
             init.normal_(module.mask_token, std=self.config.initializer_range)
             table = sincos_position_table(self.config.decoder_hidden_size, self.config.grid)
             init.copy_(module.decoder_pos_embed, table)
-        elif isinstance(module, UMAEForImageClassification):
-            init.trunc_normal_(module.classifier.weight, std=2e-5)  # MAE's head for fine-tuning
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As `PreTrainedModel.save_pretrained`; the code goes with it, under all its Auto classes."""
@@ -498,7 +500,7 @@ class UMAEDecoder(nn.Module):
         size, (rows, columns), patch = config.decoder_hidden_size, config.grid, config.patch_height_width
         self.decoder_embed = nn.Linear(config.hidden_size, size)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + rows * columns, size), requires_grad=False)
+        self.register_buffer("decoder_pos_embed", torch.zeros(1, 1 + rows * columns, size))
         sizes = (size, config.decoder_num_attention_heads, config.decoder_intermediate_size)
         self.decoder_layers = nn.ModuleList(
             [UMAELayer(config, *sizes) for _ in range(config.decoder_num_hidden_layers)]
@@ -597,6 +599,10 @@ class UMAEForPreTraining(UMAEPreTrainedModel):
         return encoded.pooler_output
 
 
+class UMAEHead(nn.Linear):
+    """A classifier's last layer; a class of its own because it starts near zero."""
+
+
 class UMAEForImageClassification(UMAEPreTrainedModel):
     """The encoder and a linear head on its pooled feature; `from_pretrained` takes over a pre-trained encoder."""
 
@@ -607,7 +613,7 @@ class UMAEForImageClassification(UMAEPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vit = UMAEModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = UMAEHead(config.hidden_size, config.num_labels)
         self.post_init()
 
     @can_return_tuple

@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessorPil
 
@@ -142,6 +142,7 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=trackers or None,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # the position tables never change
         project_dir=Path(args.output_dir) / "logs",
     )
 

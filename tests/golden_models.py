@@ -1,0 +1,49 @@
+"""Our models with the weights of golden_inputs.py, and the values that the original code computed for them."""
+
+import json
+from pathlib import Path
+
+import golden_inputs
+import torch
+
+from configuration_umae import UMAEConfig
+from modeling_umae import UMAEForPreTraining
+
+SETUP = golden_inputs.SETUPS["golden"]
+VALUES = json.loads((Path(__file__).parent / "golden.json").read_text())
+
+
+def our_name(name: str) -> str:
+    """A name of golden_inputs.py as our models have it."""
+    (ours,) = golden_inputs.to_legacy({name: None})
+    return f"vit.{ours}" if ours.startswith("fc_norm") else ours
+
+
+def our_weights(setup=SETUP, pooling: str = "cls") -> dict[str, torch.Tensor]:
+    """The state dict of `UMAEForPreTraining` for a set-up, with both position tables."""
+    values = golden_inputs.with_position_tables(setup, golden_inputs.weights(setup))
+    left_out = ("classifier",) if pooling == "mean" else ("classifier", "fc_norm")
+    return {our_name(name): torch.tensor(v) for name, v in values.items() if not name.startswith(left_out)}
+
+
+def pretraining_model(setup=SETUP, dtype=torch.float32, attention="sdpa", **config) -> UMAEForPreTraining:
+    config = UMAEConfig(**golden_inputs.config_arguments(setup), **config)
+    model = UMAEForPreTraining._from_config(config, attn_implementation=attention)
+    model.load_state_dict(our_weights(setup, config.pooling))
+    return model.to(dtype)
+
+
+def batch(setup=SETUP, step: int = 0, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """(pixel_values, noise) of a step."""
+    images, noise = golden_inputs.images(setup, step), golden_inputs.noise(setup, step)
+    return torch.tensor(images, dtype=dtype), torch.tensor(noise)
+
+
+def fresh_config(**changes) -> UMAEConfig:
+    """A configuration small enough for a test."""
+    small = {
+        "image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 64, "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1,
+        "decoder_num_attention_heads": 2, "decoder_intermediate_size": 32,
+    }  # fmt: skip
+    return UMAEConfig(**{**small, **changes})

@@ -1,0 +1,333 @@
+import copy
+
+import golden_inputs
+import pytest
+import torch
+from golden_models import SETUP, batch, fresh_config, our_weights, pretraining_model
+from torch import nn
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+from configuration_umae import UMAEConfig
+from modeling_umae import (
+    UMAEForImageClassification,
+    UMAEForPreTraining,
+    UMAEModel,
+    patchify,
+    resize_position_table,
+    sincos_position_table,
+    uniformity_loss,
+    unpatchify,
+)
+
+
+def pictures_for(config: UMAEConfig, count: int = 4) -> torch.Tensor:
+    return torch.randn(count, config.num_channels, *config.image_height_width)
+
+
+# ---------------------------------------------------------------------------------------------------- initialisation
+
+
+def test_fresh_model_predicts_something_else_at_every_hidden_place():
+    torch.manual_seed(0)
+    model = UMAEForPreTraining(fresh_config()).eval()
+    output = model(pictures_for(model.config, 2))
+    for logits, mask in zip(output.logits, output.mask, strict=True):
+        assert logits[mask.bool()].std(dim=0).mean() > 0.05
+
+
+def test_weights_of_vit_base_fill_the_ranges_of_the_original():
+    torch.manual_seed(0)
+    model = UMAEForPreTraining(UMAEConfig())
+    layer = model.vit.encoder["layer"][0]
+    bounds = {
+        **{layer.attention.attention[name].weight: 0.0442 for name in ("query", "key", "value")},
+        layer.attention.output["dense"].weight: 0.0625,
+        layer.intermediate["dense"].weight: 0.0395,
+        layer.output["dense"].weight: 0.0395,
+        model.vit.embeddings.patch_embeddings["projection"].weight: 0.0625,
+        model.decoder.decoder_embed.weight: 0.0685,
+    }
+    for weight, bound in bounds.items():
+        assert weight.abs().max().item() == pytest.approx(bound, rel=0.02)
+        assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.02)  # uniform, not just bounded
+    for token in (model.vit.embeddings.cls_token, model.decoder.mask_token):
+        assert token.std().item() == pytest.approx(0.02, rel=0.15)
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
+    assert not any(bias.any() for bias in biases)
+
+
+def assert_tables_right(model: UMAEForPreTraining) -> None:
+    config = model.config
+    encoder, decoder = model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed
+    assert torch.equal(encoder, sincos_position_table(config.hidden_size, config.grid))
+    assert torch.equal(decoder, sincos_position_table(config.decoder_hidden_size, config.grid))
+    tables = {"vit.embeddings.position_embeddings", "decoder.decoder_pos_embed"}
+    assert not tables & {name for name, _ in model.named_parameters()}, "a table would be trained"
+
+
+def test_position_tables_stand_however_the_model_came_about(tmp_path):
+    config = fresh_config()
+    assert_tables_right(UMAEForPreTraining(config))
+    assert_tables_right(UMAEForPreTraining._from_config(config))
+    UMAEModel(config).save_pretrained(tmp_path)
+    assert_tables_right(UMAEForPreTraining.from_pretrained(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------- forward, backward
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_channels": 1},
+        {"num_channels": 7},
+        {"image_size": (32, 64), "patch_size": (4, 8)},
+        {"image_size": [16, 32], "pooling": "mean"},
+        {"num_hidden_layers": 0, "decoder_num_hidden_layers": 0},
+    ],
+    ids=str,
+)
+def test_unusual_pictures_run_forward_and_backward(changes):
+    model = UMAEForPreTraining(fresh_config(**changes)).train()
+    output = model(pictures_for(model.config))
+    output.loss.backward()
+    assert output.loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_vit_base_at_224_runs_forward_and_backward():
+    model = UMAEForPreTraining(UMAEConfig()).train()
+    model(pictures_for(model.config, 1)).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("weight", [0.0, 0.01])
+def test_every_parameter_has_a_gradient(pooling, weight):
+    """DistributedDataParallel waits for each of them."""
+    model = UMAEForPreTraining(fresh_config(pooling=pooling, uniformity_weight=weight)).train()
+    model(pictures_for(model.config)).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_encoder_sees_everything_and_is_deterministic_unless_asked_to_mask():
+    model = UMAEModel(fresh_config(pooling="mean")).train()
+    pixel_values = pictures_for(model.config)
+    first, second = model(pixel_values), model(pixel_values)
+    assert first.last_hidden_state.shape == (4, 17, 32)
+    assert torch.equal(first.last_hidden_state, second.last_hidden_state)
+    assert torch.equal(first.pooler_output, second.pooler_output)
+    assert first.mask is None and first.ids_restore is None
+    masked = model(pixel_values, mask_ratio=0.5)
+    assert masked.last_hidden_state.shape == (4, 9, 32) and masked.mask.sum(dim=1).tolist() == [8] * 4
+
+
+def test_pooler_output_is_the_class_token_or_the_normalised_mean():
+    pixel_values = pictures_for(fresh_config())
+    by_class = UMAEModel(fresh_config())(pixel_values)
+    assert torch.equal(by_class.pooler_output, by_class.last_hidden_state[:, 0])
+    model = UMAEModel(fresh_config(pooling="mean"))
+    nn.init.normal_(model.fc_norm.weight)
+    by_mean = model(pixel_values)
+    mean = by_mean.last_hidden_state[:, 1:].mean(dim=1)
+    assert torch.allclose(by_mean.pooler_output, model.fc_norm(mean))
+
+
+def test_fc_norm_exists_with_mean_pooling_only():
+    assert not hasattr(UMAEModel(fresh_config()), "fc_norm")
+    assert hasattr(UMAEModel(fresh_config(pooling="mean")), "fc_norm")
+
+
+def test_pretraining_loss_does_not_depend_on_whether_logits_are_returned():
+    model = UMAEForPreTraining(fresh_config()).train()
+    pixel_values, noise = pictures_for(model.config), torch.rand(4, 16)
+    short, full = (model(pixel_values, noise=noise, output_logits=wanted) for wanted in (False, True))
+    assert short.loss.item() == pytest.approx(full.loss.item(), rel=1e-6)
+    assert short.logits is None and full.logits.shape == (4, 16, 48)
+    assert model.eval()(pixel_values, noise=noise).logits is not None
+
+
+def test_patches_and_pictures_are_inverse():
+    pixel_values = torch.randn(2, 5, 8, 24)
+    patches = patchify(pixel_values, (4, 8))
+    assert patches.shape == (2, 6, 160)
+    assert torch.equal(patches[0, 1, 5:10], pixel_values[0, :, 0, 9])  # second patch of the first row, second pixel
+    assert torch.equal(unpatchify(patches, (4, 8), (2, 3)), pixel_values)
+
+
+def test_position_tables_are_interpolated_in_two_dimensions():
+    table = sincos_position_table(16, (4, 8))
+    resized = resize_position_table(table, (4, 8), (8, 16))
+    assert resized.shape == (1, 129, 16)
+    grid = resized[0, 1:].reshape(8, 16, 16)
+    # the first half of the channels encodes the column alone, the second the row alone; so it must stay
+    assert torch.allclose(grid[0, :, :8], grid[5, :, :8], atol=1e-5)
+    assert torch.allclose(grid[:, 0, 8:], grid[:, 9, 8:], atol=1e-5)
+    assert not torch.allclose(grid[0, 0, :8], grid[0, 9, :8], atol=1e-2)
+
+
+def test_other_sizes_run_when_asked_for():
+    model = UMAEForPreTraining(fresh_config()).eval()
+    larger = torch.randn(2, 3, 24, 32)
+    with pytest.raises(ValueError, match="interpolate_pos_encoding=True"):
+        model(larger)
+    assert model(larger, interpolate_pos_encoding=True).logits.shape == (2, 48, 48)
+
+
+def test_hidden_states_and_attentions_are_the_encoders():
+    model = UMAEForPreTraining._from_config(fresh_config(), attn_implementation="eager")
+    output = model(pictures_for(model.config), output_hidden_states=True, output_attentions=True)
+    assert [state.shape for state in output.hidden_states] == [(4, 5, 32)] * 3
+    assert [weights.shape for weights in output.attentions] == [(4, 4, 5, 5)] * 2
+    assert torch.allclose(output.attentions[0].sum(-1), torch.ones(4, 4, 5))
+
+
+def test_tuple_outputs_start_with_the_loss():
+    model = UMAEForPreTraining(fresh_config())
+    pixel_values, noise = pictures_for(model.config), torch.rand(4, 16)
+    assert torch.equal(model(pixel_values, noise=noise, return_dict=False)[0], model(pixel_values, noise=noise).loss)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    plain = UMAEForPreTraining(fresh_config()).train()
+    thrifty = copy.deepcopy(plain)
+    thrifty.gradient_checkpointing_enable()
+    pixel_values, noise = pictures_for(plain.config), torch.rand(4, 16)
+    for model in (plain, thrifty):
+        model(pixel_values, noise=noise).loss.backward()
+    for one, other in zip(plain.parameters(), thrifty.parameters(), strict=True):
+        assert one.grad is None or torch.equal(one.grad, other.grad)
+
+
+# ------------------------------------------------------------------------------------------------------------ losses
+
+
+def test_without_weight_the_gradients_are_those_of_vitmae_bit_for_bit():
+    ours = pretraining_model(uniformity_weight=0.0)
+    config = ViTMAEConfig(**golden_inputs.config_arguments(SETUP), norm_pix_loss=True)
+    theirs = ViTMAEForPreTraining._from_config(config, attn_implementation="sdpa")
+    values = golden_inputs.with_position_tables(SETUP, golden_inputs.weights(SETUP))
+    theirs.load_state_dict({k: torch.tensor(v) for k, v in values.items() if not k.startswith(("fc_", "classifier"))})
+    pixel_values, noise = batch()
+    first, second = ours(pixel_values, noise=noise, output_logits=True), theirs(pixel_values, noise=noise)
+    first.loss.backward()
+    second.loss.backward()
+    assert torch.equal(first.loss, second.loss) and torch.equal(first.logits, second.logits)
+    their_names = golden_inputs.to_legacy({name: name for name, _ in theirs.named_parameters()})
+    their_parameters = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter.grad, their_parameters[their_names[name]].grad), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_uniformity_stays_float32_under_autocast(dtype, pooling):
+    model = pretraining_model(pooling=pooling).train()
+    pixel_values, noise = batch()
+    with torch.autocast("cpu", dtype=dtype):
+        output = model(pixel_values, noise=noise)
+    output.loss.backward()
+    features = torch.nn.functional.normalize(output.features.detach().float(), dim=-1)
+    assert output.uniformity_loss.dtype == torch.float32
+    assert output.uniformity_loss.item() == pytest.approx((features @ features.T).square().mean().item(), abs=1e-6)
+
+
+def test_uniformity_of_half_precision_features_is_computed_in_float32():
+    features = torch.tensor(golden_inputs.features(1, 64, 48, 10.0)).bfloat16()
+    exact = uniformity_loss(features.double())
+    assert uniformity_loss(features).dtype == torch.float32
+    assert uniformity_loss(features).item() == pytest.approx(exact.item(), abs=1e-6)
+
+
+def test_uniformity_lies_between_even_spread_and_collapse():
+    identity = torch.eye(8)
+    assert uniformity_loss(identity).item() == pytest.approx(1 / 8)
+    assert uniformity_loss(identity.repeat(5, 1)).item() == pytest.approx(1 / 8)  # 1/D, however many
+    assert uniformity_loss(torch.ones(5, 8)).item() == pytest.approx(1.0)
+    assert uniformity_loss(torch.zeros(5, 8)).item() == 0.0
+
+
+def test_uniformity_leaves_the_callers_matmul_precision_as_it_was():
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        features = torch.randn(4, 8, requires_grad=True)
+        uniformity_loss(features).backward()
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_uniformity_gradient_is_right():
+    features = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(uniformity_loss, (features,))
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, x: m(x, mask_ratio=0.0), "hides no patch"),
+        (lambda m, x: m(x, mask_ratio=0.99), "keeps no patch of 16"),
+        (lambda m, x: m(x[:, :1]), r"\(batch, 1, 16, 16\)"),
+        (lambda m, x: m(x, noise=torch.rand(4, 9)), r"noise is \(4, 9\)"),
+        (lambda m, x: m(torch.randn(2, 3, 18, 16), interpolate_pos_encoding=True), "patch size"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(call, message):
+    model = UMAEForPreTraining(fresh_config())
+    with pytest.raises(ValueError, match=message):
+        call(model, pictures_for(model.config))
+
+
+def test_a_configuration_spoilt_after_construction_is_refused_by_the_model():
+    config = fresh_config()
+    config.patch_size = 5
+    with pytest.raises(ValueError, match="patch_size 5 does not divide image_size 16"):
+        UMAEModel(config)
+
+
+# ---------------------------------------------------------------------------------------------------- classification
+
+
+def test_classifier_takes_over_a_pretrained_encoder(tmp_path):
+    pretrained = UMAEForPreTraining(fresh_config())
+    pretrained.save_pretrained(tmp_path)
+    model, loading = UMAEForImageClassification.from_pretrained(tmp_path, num_labels=5, output_loading_info=True)
+    assert sorted(loading["missing_keys"]) == ["classifier.bias", "classifier.weight"]
+    assert not loading["unexpected_keys"]
+    for name, tensor in pretrained.vit.state_dict().items():
+        assert torch.equal(tensor, model.vit.state_dict()[name])
+    output = model(pictures_for(model.config), labels=torch.tensor([0, 1, 2, 4]))
+    assert output.logits.shape == (4, 5)
+    assert output.loss.item() == pytest.approx(torch.tensor(5.0).log().item(), abs=1e-2)  # a head that knows nothing
+
+
+# ----------------------------------------------------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("model_class", [UMAEModel, UMAEForPreTraining, UMAEForImageClassification])
+def test_saving_and_loading_keeps_every_bit(tmp_path, model_class, pooling):
+    model = model_class(fresh_config(pooling=pooling, image_size=[16, 32]))
+    model.save_pretrained(tmp_path)
+    loaded, loading = model_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert loaded.config.image_height_width == (16, 32)
+
+
+def test_weights_in_the_names_of_the_published_checkpoints_load_as_they_are(tmp_path):
+    """`facebook/vit-mae-base` is written in these names."""
+    from safetensors.torch import save_file
+
+    ViTMAEConfig(**golden_inputs.config_arguments(SETUP)).save_pretrained(tmp_path)
+    weights = our_weights()
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, loading = UMAEForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
