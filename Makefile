@@ -21,7 +21,7 @@ pretrain: $(VENV)/installed
 	$(BIN)/python run_linear_probe.py --model_name_or_path runs/digits --output_dir runs/digits_probe
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow

@@ -110,6 +110,12 @@ class UMAEConfig(PreTrainedConfig):
         (height, width), (patch_height, patch_width) = self.image_height_width, self.patch_height_width
         return height // patch_height, width // patch_width
 
+    @property
+    def num_hidden_patches(self) -> int:
+        """Patches that the encoder does not see, in pre-training."""
+        rows, columns = self.grid
+        return rows * columns - int(rows * columns * (1 - self.mask_ratio))
+
     def check_combinations(self) -> None:
         """Raise `ValueError` where fields that are sound by themselves do not fit together."""
         for axis, side, patch in zip(
@@ -128,7 +134,7 @@ class UMAEConfig(PreTrainedConfig):
             if width % parts:
                 raise ValueError(f"{heads} {parts} does not divide {size} {width}; choose {size} as a multiple of it")
         rows, columns = self.grid
-        if int(rows * columns * (1 - self.mask_ratio)) < 1:
+        if self.num_hidden_patches == rows * columns:
             raise ValueError(
                 f"mask_ratio {self.mask_ratio} keeps no patch of {rows * columns}; "
                 f"use one below {1 - 1 / (rows * columns):.4g} or a smaller patch_size"

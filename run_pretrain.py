@@ -8,13 +8,10 @@ Run the same command again after an interruption and it continues from its newes
 """
 
 import dataclasses
-import json
 import os
-import platform
 import sys
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,13 +19,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from tqdm.auto import tqdm
 from transformers import ViTImageProcessorPil
+from transformers.utils.logging import disable_progress_bar
 
 from umae import UMAEConfig, UMAEForPreTraining, cards, checkpoints, hub, seeding
 from umae.arguments import Between, check_launch, flag, parse_arguments, parse_overrides
 from umae.data import Pictures, Plan, load_pictures, training_loader
 from umae.pictures import reconstruction_strip
+from umae.runs import MetricsLog, open_run, write_run
 from umae.schedules import decay_groups, learning_rate_at
 from umae.training import LOGGED, train_step
 from umae.transforms import evaluation_processor
@@ -82,7 +80,7 @@ class TrainingArguments:
         50, "Steps between lines of metrics.jsonl, each the mean since the line before."
     )
     report_to: str = flag("none", "Trackers, separated by commas: tensorboard, wandb, trackio.")
-    seed: Annotated[int, Between(0)] = flag(0, "Of weights, order, crops, flips and masks.")
+    seed: Annotated[int, Between(0, 2**32 - 1)] = flag(0, "Of weights, order, crops, flips and masks.")
     push_to_hub: bool = field(default=False, metadata={"help": "Upload the finished run folder to the Hub."})
     hub_model_id: str | None = flag(None, "Repository to upload to: `name/model`. [name of output_dir]")
 
@@ -95,25 +93,27 @@ def main(argv: list[str]) -> None:
     accelerator = make_accelerator(args)
     check_launch(os.environ, accelerator.num_processes)
     set_seed(args.seed)
+    disable_progress_bar()  # transformers' own; training has one
 
     pictures = load_data(accelerator, data_args)
     model = make_model(accelerator, model_args)
     plan = make_plan(accelerator, pictures, args)
     schedule = make_schedule(plan, args)
-    run = describe(accelerator, data_args, args, pictures, model.config, plan, schedule)
-
     folder = Path(args.output_dir)
-    if open_run(accelerator, folder, run) == "finished":
+    repo_id = args.hub_model_id or folder.resolve().name
+    if args.push_to_hub and accelerator.is_main_process:
+        hub.check_access(repo_id)  # now rather than after hours of training
+
+    run = open_run(accelerator, folder, identity_of(accelerator, pictures, model.config, plan, schedule, args))
+    if run["finished"]:
         accelerator.print(f"{folder} holds this run, finished; nothing to do")
     else:
-        if args.push_to_hub and accelerator.is_main_process:
-            hub.check_access(args.hub_model_id or folder.resolve().name)  # now rather than after hours of training
-        announce(accelerator, run, model)
-        train(accelerator, data_args, args, folder, pictures, model, plan, schedule, run)
+        announce(accelerator, run, model, plan)
+        train(accelerator, model, pictures, plan, schedule, folder, run, args, data_args.dataloader_num_workers)
         if accelerator.is_main_process:
             finish(folder, pictures, schedule.total_steps, run, args.seed)
     if args.push_to_hub and accelerator.is_main_process:
-        print("pushed to", hub.push_folder(folder, args.hub_model_id or folder.resolve().name))
+        print("pushed to", hub.push_folder(folder, repo_id))
     accelerator.end_training()
 
 
@@ -142,20 +142,15 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=trackers or None,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # the position tables never change
         project_dir=Path(args.output_dir) / "logs",
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # the position tables never change
     )
 
 
 def load_data(accelerator: Accelerator, args: DataArguments) -> Pictures:
+    columns = (args.image_column_name, args.label_column_name)
     with accelerator.main_process_first():  # the others find the main process' cache
-        return load_pictures(
-            args.dataset_name,
-            args.dataset_config_name,
-            args.train_split,
-            args.image_column_name,
-            args.label_column_name,
-        )
+        return load_pictures(args.dataset_name, args.dataset_config_name, args.train_split, *columns)
 
 
 def make_model(accelerator: Accelerator, args: ModelArguments) -> UMAEForPreTraining:
@@ -167,19 +162,27 @@ def make_model(accelerator: Accelerator, args: ModelArguments) -> UMAEForPreTrai
     # On CPUs the backward pass of fused attention is slower than attention written out
     attention = "eager" if accelerator.device.type == "cpu" else "sdpa"
     if args.model_name_or_path is None:
-        return UMAEForPreTraining._from_config(UMAEConfig(**overrides), attn_implementation=attention)
-    model, loading = UMAEForPreTraining.from_pretrained(
-        args.model_name_or_path, attn_implementation=attention, output_loading_info=True, **overrides
-    )
-    wrong = [key for key in loading["missing_keys"] if not key.startswith(("decoder.", "vit.fc_norm."))]
-    wrong += loading["unexpected_keys"] + [key for key, *_ in loading["mismatched_keys"]]
+        model = UMAEForPreTraining._from_config(UMAEConfig(**overrides), attn_implementation=attention)
+    else:
+        model = load_weights(accelerator, args.model_name_or_path, attn_implementation=attention, **overrides)
+    if model.config.num_hidden_patches == 0:
+        raise ValueError(f"--mask_ratio {model.config.mask_ratio:g} hides no patch; raise it, 0.75 is usual")
+    return model
+
+
+def load_weights(accelerator: Accelerator, name_or_path: str, **arguments: Any) -> UMAEForPreTraining:
+    """Start from a run folder or a published MAE; only a decoder may be missing, and that is said."""
+    model, loading = UMAEForPreTraining.from_pretrained(name_or_path, output_loading_info=True, **arguments)
+    fresh = loading["missing_keys"]
+    wrong = [*loading["unexpected_keys"], *(key for key, *_ in loading["mismatched_keys"])]
+    wrong += [key for key in fresh if not key.startswith(("decoder.", "vit.fc_norm."))]
     if wrong:
         raise ValueError(
-            f"{args.model_name_or_path} does not fit: {len(wrong)} tensors are missing or left over, such as "
-            f"{', '.join(sorted(wrong)[:5])}; give a U-MAE or MAE checkpoint and its sizes"
+            f"{name_or_path} does not fit: {len(wrong)} tensors are missing or left over, such as "
+            f"{', '.join(sorted(wrong)[:5])}; give a U-MAE or MAE checkpoint, and leave its sizes as they are"
         )
-    if loading["missing_keys"]:
-        accelerator.print(f"{args.model_name_or_path} holds an encoder only; the decoder starts fresh")
+    if fresh:
+        accelerator.print(f"{name_or_path} lacks {len(fresh)} tensors, such as {min(fresh)}; they start fresh")
     return model
 
 
@@ -220,88 +223,46 @@ def make_schedule(plan: Plan, args: TrainingArguments) -> Schedule:
     return Schedule(total, warmup, args.base_learning_rate * plan.pictures_per_step / 256)
 
 
-def describe(
+def identity_of(
     accelerator: Accelerator,
-    data_args: DataArguments,
-    args: TrainingArguments,
     pictures: Pictures,
     config: UMAEConfig,
     plan: Plan,
     schedule: Schedule,
+    args: TrainingArguments,
 ) -> dict[str, Any]:
-    """What goes into `run.json`. `identity` is what must stay the same when a run is continued."""
-    sizes = config.to_dict()
-    identity = {
+    """What makes this run this run, whatever machine goes on with it."""
+    fields = config.to_dict()
+    return {
         "dataset": pictures.description,
         "pictures": len(pictures),
-        "config": {name: sizes[name] for name in sorted(sizes) if name in UMAEConfig.__annotations__},
+        "config": {name: fields[name] for name in UMAEConfig.__annotations__ if name in fields},
         "seed": args.seed,
         "pictures_per_step": plan.pictures_per_step,
         "gradient_accumulation_steps": plan.accumulation,
-        "total_steps": schedule.total_steps,
-        "warmup_steps": schedule.warmup_steps,
-        "learning_rate": schedule.learning_rate,
+        **dataclasses.asdict(schedule),
         "weight_decay": args.weight_decay,
         "mixed_precision": accelerator.mixed_precision,
     }
-    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else f"CPU ({platform.machine()})"
-    return {
-        "identity": json.loads(json.dumps(identity)),
-        "data": {"description": pictures.description, "pictures": len(pictures)},
-        "hardware": f"{accelerator.num_processes} x {device}",
-        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
-        "seconds": 0.0,
-        "finished": False,
-    }
 
 
-def open_run(accelerator: Accelerator, folder: Path, run: dict[str, Any]) -> str:
-    """Start a run folder, or find what it holds: "new", "continued" or "finished".
-
-    Raises:
-        ValueError: the folder holds something else, or a run with other settings.
-    """
-    status = "new"
-    if (folder / "run.json").exists():
-        before = json.loads((folder / "run.json").read_text())
-        for name, value in run["identity"].items():
-            if before["identity"].get(name) != value:
-                raise ValueError(
-                    f"{folder} holds a run with {name} {before['identity'].get(name)}, not {value}; use another "
-                    f"--output_dir (and --model_name_or_path {folder} to start from its weights)"
-                )
-        status = "finished" if before["finished"] else "continued"
-        run["seconds"] = before["seconds"]
-    elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no run; give a new or empty --output_dir")
-    accelerator.wait_for_everyone()  # nobody may look after the main process has begun to write
-    if accelerator.is_main_process and status == "new":
-        folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_text(folder / "run.json", json.dumps(run, indent=2) + "\n")
-    return status
-
-
-def announce(accelerator: Accelerator, run: dict[str, Any], model: UMAEForPreTraining) -> None:
+def announce(accelerator: Accelerator, run: dict[str, Any], model: UMAEForPreTraining, plan: Plan) -> None:
     """Print what is about to be done, before it is done."""
     identity, config = run["identity"], model.config
-    patches = config.grid[0] * config.grid[1]
-    visible = int(patches * (1 - config.mask_ratio))
-    accumulation = identity["gradient_accumulation_steps"]
-    features = identity["pictures_per_step"] // accumulation
-    steps, batch = identity["total_steps"], identity["pictures_per_step"]
+    (height, width), patches = config.image_height_width, config.grid[0] * config.grid[1]
+    features = plan.batch_size * plan.processes
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     lines = {
-        "pictures": f"{identity['pictures']:,} from {identity['dataset']}, {steps // (identity['pictures'] // batch)} "
-        f"epochs",
-        "input": f"{config.image_height_width[0]} x {config.image_height_width[1]} pixels, {patches} patches, "
-        f"{visible} visible",
+        "pictures": f"{plan.pictures:,} from {identity['dataset']}",
+        "input": f"{height} x {width} pixels, {patches} patches, {patches - config.num_hidden_patches} of them visible",
         "model": f"{millions:.1f} million parameters with decoder, from {config.name_or_path or 'scratch'}",
-        "steps": f"{steps:,}, of which {identity['warmup_steps']:g} warm-up",
-        "effective batch": f"{batch} = {batch // accumulation // accelerator.num_processes} per device x "
-        f"{accelerator.num_processes} processes x {accumulation} accumulated",
+        "steps": f"{identity['total_steps']:,} ({identity['total_steps'] / plan.steps_per_epoch:.4g} epochs), "
+        f"{identity['warmup_steps']:g} of them warm-up",
+        "effective batch": f"{plan.pictures_per_step} = {plan.batch_size} per device x {plan.processes} processes x "
+        f"{plan.accumulation} accumulated",
         "learning rate": f"{identity['learning_rate']:.3g} at its peak",
         "uniformity": f"weight {config.uniformity_weight:g}, mean over the {config.pooling} features of {features} "
-        f"pictures" + (f", then over {accumulation} micro-batches" if accumulation > 1 else ""),
+        f"pictures" + (f", then over {plan.accumulation} micro-batches" if plan.accumulation > 1 else ""),
         "precision": f"{identity['mixed_precision']} on {run['hardware']}",
     }
     for name, text in lines.items():
@@ -314,33 +275,33 @@ def announce(accelerator: Accelerator, run: dict[str, Any], model: UMAEForPreTra
 
 def train(
     accelerator: Accelerator,
-    data_args: DataArguments,
-    args: TrainingArguments,
-    folder: Path,
-    pictures: Pictures,
     model: UMAEForPreTraining,
+    pictures: Pictures,
     plan: Plan,
     schedule: Schedule,
+    folder: Path,
     run: dict[str, Any],
+    args: TrainingArguments,
+    num_workers: int,
 ) -> None:
     """From the newest checkpoint, if there is one, to the last step; leaves `step-N/` of the last step behind."""
-    processor = evaluation_processor(model.config.image_height_width)
-    config = model.config
+    config, processor = model.config, evaluation_processor(model.config.image_height_width)
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
     failed = torch.zeros((), device=accelerator.device)
     window = torch.zeros(len(LOGGED) + 1, device=accelerator.device)  # sums since the last line, and their count
     start = restore(accelerator, folder, model, optimizer, window)
-    log = MetricsLog(accelerator, folder, start, args, run["identity"])
-
-    loader = training_loader(
-        pictures, plan, accelerator.process_index, config.image_height_width, start, schedule.total_steps,
-        data_args.dataloader_num_workers, pin_memory=accelerator.device.type == "cuda",
+    accelerator.init_trackers("umae", config={name: str(value) for name, value in run["identity"].items()})
+    log = MetricsLog(accelerator, folder, start, plan.pictures_per_step)
+    micro_batches = iter(
+        training_loader(
+            pictures, plan, accelerator.process_index, config.image_height_width, start, schedule.total_steps,
+            num_workers, pin_memory=accelerator.device.type == "cuda",
+        )
     )  # fmt: skip
-    micro_batches = iter(loader)
     model.train()
     clock, seconds_before = time.perf_counter(), run["seconds"]
-    for step in log.progress(range(start, schedule.total_steps), schedule.total_steps, plan.pictures_per_step):
+    for step in log.progress(schedule.total_steps):
         seeding.seed_step(args.seed, step, accelerator.process_index)
         learning_rate = learning_rate_at(step, schedule.total_steps, schedule.warmup_steps, schedule.learning_rate)
         for group in optimizer.param_groups:
@@ -355,7 +316,10 @@ def train(
         done, last = step + 1, step + 1 == schedule.total_steps
         if done % args.logging_steps == 0 or last:
             stop_if_failed(failed, done)
-            log.write(done, done / plan.steps_per_epoch, learning_rate, window)
+            log.write(
+                done,
+                {"epoch": done / plan.steps_per_epoch, **means(accelerator, window), "learning_rate": learning_rate},
+            )
         if done % args.checkpointing_steps == 0 or last:
             stop_if_failed(failed, done)
             run["seconds"] = seconds_before + time.perf_counter() - clock
@@ -369,6 +333,15 @@ def stop_if_failed(failed: torch.Tensor, step: int) -> None:
             f"a loss or gradient was not finite at or before step {step}; the last checkpoint is from before that. "
             f"Lower --base_learning_rate, or train with --mixed_precision no or bf16"
         )
+
+
+def means(accelerator: Accelerator, window: torch.Tensor) -> dict[str, float]:
+    """The logged values of the steps in the window, averaged over steps and processes; empties the window."""
+    *sums, count = accelerator.reduce(window, "mean").tolist()
+    window.zero_()
+    values = {name: total / count for name, total in zip(LOGGED, sums, strict=True)}
+    uniformity = values["uniformity_loss"]
+    return {**values, "participation_ratio": 1 / uniformity if uniformity else 0.0}
 
 
 def restore(accelerator: Accelerator, folder: Path, model, optimizer, window: torch.Tensor) -> int:
@@ -388,7 +361,7 @@ def restore(accelerator: Accelerator, folder: Path, model, optimizer, window: to
     return state["step"]
 
 
-def save(accelerator, folder: Path, step: int, keep: int, model, optimizer, processor, window, run) -> None:
+def save(accelerator, folder: Path, step: int, keep: int, model, optimizer, processor, window, run: dict) -> None:
     """Write `step-N/`; every process takes part, the main one writes."""
     state_dict = accelerator.get_state_dict(model)
     tensors = checkpoints.optimizer_tensors(model, optimizer.optimizer)
@@ -402,55 +375,8 @@ def save(accelerator, folder: Path, step: int, keep: int, model, optimizer, proc
 
     if accelerator.is_main_process:
         checkpoints.save_checkpoint(folder, step, write, keep)
-        checkpoints.write_text(folder / "run.json", json.dumps(run, indent=2) + "\n")
+        write_run(folder, run)
     accelerator.wait_for_everyone()
-
-
-class MetricsLog:
-    """`metrics.jsonl`, the trackers and the progress bar: the same numbers in three places."""
-
-    def __init__(self, accelerator: Accelerator, folder: Path, start: int, args: TrainingArguments, identity: dict):
-        self.accelerator, self.path = accelerator, folder / "metrics.jsonl"
-        self.bar, self.last_time, self.last_step = None, time.perf_counter(), start
-        if accelerator.is_main_process:  # lines of steps after the checkpoint will be written again
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
-            checkpoints.write_text(self.path, "".join(line + "\n" for line in kept))
-        flat = {name: value for name, value in identity.items() if isinstance(value, (int, float, str))}
-        accelerator.init_trackers("umae", config={**flat, **{k: str(v) for k, v in identity["config"].items()}})
-
-    def progress(self, steps: range, total: int, pictures_per_step: int):
-        """The steps, with a bar on the main process: rate, time left, and the newest numbers."""
-        self.pictures_per_step = pictures_per_step
-        self.bar = tqdm(
-            steps, initial=steps.start, total=total, unit="step", dynamic_ncols=True,
-            disable=not self.accelerator.is_main_process,
-        )  # fmt: skip
-        return self.bar
-
-    def write(self, step: int, epoch: float, learning_rate: float, window: torch.Tensor) -> None:
-        """One line for the steps since the last one; empties the window."""
-        sums = self.accelerator.reduce(window, "mean").tolist()
-        window.zero_()
-        now = time.perf_counter()
-        means = {name: value / sums[-1] for name, value in zip(LOGGED, sums[:-1], strict=True)}
-        line = {
-            "step": step,
-            "epoch": round(epoch, 4),
-            **means,
-            "participation_ratio": 1 / means["uniformity_loss"] if means["uniformity_loss"] else 0.0,
-            "learning_rate": learning_rate,
-            "pictures_per_second": round((step - self.last_step) * self.pictures_per_step / (now - self.last_time), 1),
-        }
-        self.last_time, self.last_step = now, step
-        if self.accelerator.is_main_process:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-            self.bar.set_postfix_str(
-                f"loss {means['reconstruction_loss']:.3f}, rank {line['participation_ratio']:.1f}, "
-                f"{line['pictures_per_second']:.0f} pictures/s"
-            )
-        self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -459,11 +385,10 @@ class MetricsLog:
 
 def finish(folder: Path, pictures: Pictures, total_steps: int, run: dict[str, Any], seed: int) -> None:
     """Put the last checkpoint's model at the top of the run folder, with a picture and a card."""
-    newest = folder / f"step-{total_steps}"
-    for file in newest.iterdir():
+    for file in (folder / f"step-{total_steps}").iterdir():
         if file.name not in (checkpoints.OPTIMIZER_FILE, checkpoints.STATE_FILE):
             checkpoints.copy_file(file, folder / file.name)
-    model = UMAEForPreTraining.from_pretrained(folder).eval()
+    model = UMAEForPreTraining.from_pretrained(folder)
     processor = ViTImageProcessorPil.from_pretrained(folder)
     shown = seeding.permutation(seed, 0, len(pictures))[:8]
     pixel_values = processor(images=list(pictures.read_many(shown.tolist())), return_tensors="pt")["pixel_values"]
@@ -472,7 +397,7 @@ def finish(folder: Path, pictures: Pictures, total_steps: int, run: dict[str, An
     strip.save(folder / "reconstructions.png")
     checkpoints.write_text(folder / "README.md", cards.model_card(folder))
     run["finished"] = True
-    checkpoints.write_text(folder / "run.json", json.dumps(run, indent=2) + "\n")
+    write_run(folder, run)
     last = cards.read_metrics(folder)[-1]
     print(
         f"finished in {run['seconds'] / 60:.1f} minutes: reconstruction loss {last['reconstruction_loss']:.4f}, "

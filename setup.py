@@ -20,7 +20,7 @@ setup(
         "huggingface_hub>=1.0",
         "evaluate>=0.4.6",
         "safetensors>=0.5",
-        "Pillow>=11",
+        "Pillow>=11.3",
         "numpy>=2",
         "scikit-learn>=1.5",  # the bundled digits
         "matplotlib>=3.9",

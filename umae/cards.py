@@ -56,7 +56,7 @@ def model_card(folder: Path) -> str:
     )
     identity = run["identity"]
     facts = {
-        "Data": f"{run['data']['description']}, {run['data']['pictures']:,} pictures, no labels used",
+        "Data": f"{identity['dataset']}, {identity['pictures']:,} pictures, no labels used",
         "Picture and patch": f"{config['image_size']} and {config['patch_size']} pixels",
         "Encoder": f"{config['num_hidden_layers']} layers of width {config['hidden_size']}",
         "Decoder": f"{config['decoder_num_hidden_layers']} layers of width {config['decoder_hidden_size']}",

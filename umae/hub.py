@@ -3,14 +3,22 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 # Checkpoints of a run in progress, its optimiser, and local logs stay at home.
 STAYS_HOME = ["step-*", "*.tmp", "*.tmp/*", "logs/*", "run.json", ".*"]
 
 
 def check_access(repo_id: str) -> None:
-    """Create the model repository, or see that one may write to it; called before training, not after."""
-    HfApi().create_repo(repo_id, exist_ok=True)
+    """Create the model repository, or see that it is there; called before training, not after.
+
+    Raises:
+        ValueError: nobody is logged in, or may not write there, or the Hub does not answer.
+    """
+    try:
+        HfApi().create_repo(repo_id, exist_ok=True)
+    except (LocalTokenNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ValueError(f"cannot write to {repo_id} on the Hub: {error}. Log in with `hf auth login`") from error
 
 
 def push_folder(folder: Path, repo_id: str) -> str:

@@ -70,7 +70,7 @@ def random_resized_crop(
     """
     top, left, height, width = crop_box(numbers, *picture.shape[-2:], scale)
     box = picture[None, :, top : top + height, left : left + width]
-    return interpolate(box, size, mode="bicubic", antialias=True)[0].contiguous()
+    return interpolate(box, size, mode="bicubic", antialias=True)[0]
 
 
 def horizontal_flip(pixel_values: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,78 @@
+"""Run by torchrun in test_processes.py: every process holds a part of one batch, the gradients must be the whole's."""
+
+import json
+import sys
+
+import torch
+import torch.distributed as dist
+from golden_models import fresh_config
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from modeling_umae import UMAEForPreTraining, UMAEModel, uniformity_loss
+
+COUNT = 12
+PARTS = {  # pictures of every process
+    1: {"even": [12]},
+    2: {"even": [6, 6], "uneven": [9, 3]},
+    4: {"even": [3, 3, 3, 3], "uneven": [1, 5, 2, 4]},
+}
+
+
+class Term(nn.Module):
+    """The uniformity term alone; the batch of all processes in training mode, the local one in evaluation mode."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.vit = UMAEModel(config)
+
+    def forward(self, pixel_values, noise):
+        return uniformity_loss(self.vit(pixel_values, noise=noise).pooler_output, across_processes=self.training)
+
+
+class Loss(nn.Module):
+    """The whole objective."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.model = UMAEForPreTraining(config)
+
+    def forward(self, pixel_values, noise):
+        return self.model(pixel_values, noise=noise).loss
+
+
+def value_and_gradient(module, pixel_values, noise) -> tuple[float, torch.Tensor]:
+    module.zero_grad()
+    loss = module(pixel_values, noise)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten().double() for p in module.parameters()])
+
+
+def main(report: str) -> None:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    errors = {}
+    for dtype in (torch.float32, torch.float64):
+        for kind, parts in PARTS[world].items():
+            for objective in (Term, Loss) if kind == "even" else (Term,):
+                torch.manual_seed(0)
+                alone = objective(fresh_config(uniformity_weight=0.5)).to(dtype)
+                pixel_values, noise = torch.randn(COUNT, 3, 16, 16, dtype=dtype), torch.rand(COUNT, 16)
+                value, expected = value_and_gradient(alone.eval(), pixel_values, noise)
+                mine = slice(sum(parts[:rank]), sum(parts[: rank + 1]))
+                together = DistributedDataParallel(alone.train(), broadcast_buffers=False)
+                found_value, found = value_and_gradient(together, pixel_values[mine], noise[mine])
+                name = f"{objective.__name__} {kind} {str(dtype).removeprefix('torch.')}"
+                errors[f"{name} gradient"] = ((found - expected).norm() / expected.norm()).item()
+                if objective is Term:  # the loss as a whole also holds the local reconstruction
+                    errors[f"{name} value"] = abs(found_value / value - 1)
+    if rank == 0:  # alone, in evaluation mode: must not wait for the others
+        UMAEForPreTraining(fresh_config()).eval()(torch.randn(2, 3, 16, 16))
+        with open(report, "w") as file:
+            json.dump(errors, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,76 @@
+"""The arrows of the design: who may import whom."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL_FILES = ("configuration_umae", "modeling_umae")
+SCRIPTS = sorted(path.stem for path in ROOT.glob("run_*.py"))
+PACKAGE = sorted(path.stem for path in (ROOT / "umae").glob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports, anywhere in it, as absolute dotted names."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def roots(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path)}
+
+
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_model_files_need_nothing_but_torch_and_transformers(name):
+    """They travel to the Hub: what else they import becomes a demand on every stranger."""
+    allowed = set(sys.stdlib_module_names) | {"torch", "transformers", "configuration_umae"}
+    assert roots(ROOT / f"{name}.py") <= allowed
+
+
+@pytest.mark.parametrize("name", PACKAGE)
+def test_the_package_imports_no_script(name):
+    assert not roots(ROOT / "umae" / f"{name}.py") & set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_do_not_import_each_other(name):
+    assert not roots(ROOT / f"{name}.py") & set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", PACKAGE)
+def test_the_package_reads_neither_the_command_line_nor_the_environment(name):
+    """What a function does follows from its arguments; only `python -m` entry points hand over the command line."""
+    tree = ast.parse((ROOT / "umae" / f"{name}.py").read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test):
+            node.body = []
+    text = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    assert not text & {"sys.argv", "os.environ", "os.getenv"}
+
+
+@pytest.mark.parametrize("name", ["cards", "hub"])
+def test_cards_and_hub_know_a_folder_only(name):
+    ours = {module for module in imported(ROOT / "umae" / f"{name}.py") if module.startswith(("umae", *MODEL_FILES))}
+    assert not ours
+
+
+def test_only_convert_opens_pickles():
+    for path in [*ROOT.glob("*.py"), *(ROOT / "umae").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads"):
+                assert path.name == "convert.py" and "weights_only=True" in ast.unparse(node), path
+
+
+def test_no_docstring_line_looks_like_a_relative_import():
+    """transformers finds the files to copy to the Hub by a regular expression over the text."""
+    for name in MODEL_FILES:
+        lines = (ROOT / f"{name}.py").read_text().splitlines()
+        found = [line.strip() for line in lines if line.strip().startswith(("from .", "import ."))]
+        assert found == (["from .configuration_umae import UMAEConfig"] if name == "modeling_umae" else [])

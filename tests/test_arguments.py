@@ -1,0 +1,91 @@
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pytest
+
+from umae.arguments import Between, check_launch, flag, parse_arguments, parse_overrides
+
+
+@dataclass
+class Example:
+    recipe: str | None = flag(None, "A YAML file.")
+    mask_ratio: Annotated[float | None, Between(0, 1)] = flag(None, "A share.")
+    num_train_epochs: Annotated[int, Between(1)] = flag(3, "A count.")
+    norm_pix_loss: bool | None = flag(None, "A switch.")
+    pooling: Literal["cls", "mean"] | None = flag(None, "A choice.")
+    config_overrides: str | None = flag(None, "Fields.")
+
+
+def parsed(*argv: str) -> Example:
+    (example,) = parse_arguments((Example,), argv)
+    return example
+
+
+def test_flags_override_the_recipe_which_overrides_the_defaults(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("mask_ratio: 0.5\nnum_train_epochs: 7\nnorm_pix_loss: false\nconfig_overrides: {a: 1, b: x}\n")
+    example = parsed("--recipe", str(recipe), "--num_train_epochs", "9")
+    assert (example.mask_ratio, example.num_train_epochs, example.norm_pix_loss) == (0.5, 9, False)
+    assert example.config_overrides == "a=1,b=x" and example.pooling is None
+    assert parsed(f"--recipe={recipe}").num_train_epochs == 7
+    assert parsed().num_train_epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--mask_ration", "0.5"], "unknown argument --mask_ration; did you mean --mask_ratio?"),
+        (["--mask", "0.5"], "unknown argument --mask"),  # no abbreviations
+        (["--mask_ratio=nan"], "--mask_ratio must be at least 0 and at most 1, got nan"),
+        (["--mask_ratio", "1.5"], "--mask_ratio must be at least 0 and at most 1, got 1.5"),
+        (["--num_train_epochs", "0"], "--num_train_epochs must be at least 1, got 0"),
+        (["pictures"], "unknown argument pictures"),
+        (["--recipe", "nowhere.yaml"], "there is no recipe nowhere.yaml"),
+    ],
+    ids=str,
+)
+def test_wrong_flags_are_refused_with_what_was_meant(argv, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        parsed(*argv)
+
+
+@pytest.mark.parametrize("argv", [["--num_train_epochs", "many"], ["--pooling", "max"]], ids=str)
+def test_values_of_the_wrong_type_are_refused(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parsed(*argv)
+    assert stop.value.code == 2 and argv[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mask_ration: 0.5", "unknown key 'mask_ration'; did you mean mask_ratio"),
+        ("recipe: other.yaml", "unknown key 'recipe'"),
+        ("- 1", "holds no names and values"),
+        ("num_train_epochs: 0", "must be at least 1"),
+    ],
+)
+def test_wrong_recipes_are_refused_with_what_was_meant(tmp_path, text, message):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parsed("--recipe", str(recipe))
+
+
+def test_overrides_are_read_as_their_types():
+    text = "hidden_size=192, pooling=mean,qkv_bias=false,layer_norm_eps=1.0e-5"
+    names = ["hidden_size", "pooling", "qkv_bias", "layer_norm_eps"]
+    overrides = parse_overrides(text, names, "--config_overrides")
+    assert overrides == {"hidden_size": 192, "pooling": "mean", "qkv_bias": False, "layer_norm_eps": 1e-5}
+    assert parse_overrides(None, names, "--config_overrides") == {}
+    with pytest.raises(ValueError, match="did you mean hidden_size"):
+        parse_overrides("hidden_sise=1", names, "--config_overrides")
+    with pytest.raises(ValueError, match="not name=value"):
+        parse_overrides("hidden_size", names, "--config_overrides")
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused():
+    with pytest.raises(ValueError, match="started 2 processes, but Accelerate sees 1"):
+        check_launch({"WORLD_SIZE": "2"}, 1)
+    check_launch({"WORLD_SIZE": "2"}, 2)
+    check_launch({}, 1)

@@ -1,0 +1,188 @@
+import io
+from itertools import chain
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import SHARED
+
+from umae.data import Plan, load_pictures, split_names, training_loader
+
+
+def png(value: int = 0, size: tuple[int, int] = (6, 5)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (value, 0, 0)).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Names that `datasets`' own folder reader trips over: split words in file names, brackets in the folder's."""
+    root = tmp_path / "my [old] pictures"
+    for name in ("b/test_drive.png", "b/train.jpg", "a/1.PNG", "a/deep/2.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(png(len(name)))
+    (root / "notes.txt").write_text("no picture")
+    (root / "a" / ".hidden.png").write_bytes(png())
+    return root
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """Two splits, pictures as `datasets` stores them on the Hub."""
+    features = datasets.Features(
+        {"img": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "y"]), "name": datasets.Value("string")}
+    )
+    for split, count in (("train", 6), ("test", 3)):
+        rows = {
+            "img": [{"bytes": png(i), "path": None} for i in range(count)],
+            "kind": [i % 2 for i in range(count)],
+            "name": [f"{i % 3}" for i in range(count)],
+        }
+        folder = tmp_path / "pictures"
+        folder.mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return tmp_path / "pictures"
+
+
+def test_every_picture_of_a_folder_is_found_once_whatever_its_name(folder):
+    pictures = load_pictures(str(folder))
+    names = [pictures.name_of(i) for i in range(len(pictures))]
+    assert names == ["a/1.PNG", "a/deep/2.png", "b/test_drive.png", "b/train.jpg"]
+    assert pictures.label_names == ["a", "b"] and pictures.labels().tolist() == [0, 0, 1, 1]
+    assert [pictures.read(i).getpixel((0, 0))[0] for i in range(4)] == [len(name) for name in names]
+    assert str(folder.parent) not in pictures.description
+
+
+def test_folders_named_after_splits_are_splits(folder):
+    for split in ("train", "val"):
+        (folder / split).mkdir()
+        (folder / split / "1.png").write_bytes(png())
+    assert split_names(str(folder)) == ["train", "validation"]
+    assert len(load_pictures(str(folder))) == 1
+    assert load_pictures(str(folder)).label_column is None
+
+
+def test_a_flat_folder_has_no_labels(tmp_path):
+    (tmp_path / "1.png").write_bytes(png())
+    pictures = load_pictures(str(tmp_path))
+    with pytest.raises(ValueError, match=r"has no labels: its columns are image; name one with --label_column_name"):
+        pictures.labels()
+
+
+def test_digits_are_bundled_and_whole():
+    train, test = load_pictures("digits"), load_pictures("digits", split="test")
+    assert (len(train), len(test)) == (1438, 359) and split_names("digits") == ["train", "test"]
+    assert train.read(0).size == (8, 8) and train.read(0).mode == "RGB"
+    assert torch.bincount(torch.cat([train.labels(), test.labels()])).min() >= 174
+    assert np.asarray(train.read(0)).max() == 255 - 16  # 15 of 16 greys
+
+
+def test_parquet_columns_are_found_by_their_types(parquet):
+    pictures = load_pictures(str(parquet), split="test")
+    assert (pictures.image_column, pictures.label_column, len(pictures)) == ("img", "kind", 3)
+    assert split_names(str(parquet)) == ["train", "test"]
+    assert pictures.read(2).getpixel((0, 0)) == (2, 0, 0)
+
+
+def test_string_labels_become_classes(parquet):
+    pictures = load_pictures(str(parquet), label_column="name")
+    assert pictures.label_names == ["0", "1", "2"] and pictures.labels().tolist() == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"split": "dev"}, "dev.*train.*test"),
+        ({"image_column": "image"}, "has no column 'image'; it has img, kind, name"),
+        ({"label_column": "labels"}, "has no column 'labels'; it has img, kind, name"),
+    ],
+    ids=str,
+)
+def test_what_does_not_exist_is_refused_with_what_does(parquet, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_pictures(str(parquet), **arguments)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "some/where/else"])
+def test_a_missing_folder_is_not_looked_up_on_the_hub(name):
+    with pytest.raises(ValueError, match=f"there is no folder {name}"):
+        load_pictures(name)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no pictures could be loaded"):
+        load_pictures(str(tmp_path))
+
+
+def test_two_picture_columns_are_ambiguous(tmp_path):
+    features = datasets.Features({"a": datasets.Image(), "b": datasets.Image()})
+    row = {"bytes": png(), "path": None}
+    datasets.Dataset.from_dict({"a": [row], "b": [row]}, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="2 picture columns among a, b; name the one"):
+        load_pictures(str(tmp_path))
+    assert load_pictures(str(tmp_path), image_column="b").image_column == "b"
+
+
+def test_missing_labels_are_refused(tmp_path):
+    rows = {"image": [{"bytes": png(), "path": None}] * 2, "label": [0, -1]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="holds -1"):
+        load_pictures(str(tmp_path)).labels()
+
+
+# -------------------------------------------------------------------------------------------------- plan and batches
+
+
+def indices_of(plan: Plan, rank: int, start: int, stop: int) -> list[list[int]]:
+    return [indices.tolist() for _, indices in plan.micro_batches(rank, start, stop)]
+
+
+def test_an_epoch_shows_every_picture_at_most_once():
+    plan = Plan(pictures=50, batch_size=4, accumulation=3, processes=1, seed=0)
+    assert plan.pictures_per_step == 12 and plan.steps_per_epoch == 4
+    epochs = [list(chain(*indices_of(plan, 0, first, first + 4))) for first in (0, 4)]
+    for epoch in epochs:
+        assert len(epoch) == len(set(epoch)) == 48
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_same_global_micro_batch_is_shared_by_any_number_of_processes(processes):
+    alone = Plan(pictures=50, batch_size=8, accumulation=2, processes=1, seed=3)
+    shared = Plan(pictures=50, batch_size=8 // processes, accumulation=2, processes=processes, seed=3)
+    ranks = [indices_of(shared, rank, 0, 7) for rank in range(processes)]
+    assert [list(chain(*parts)) for parts in zip(*ranks, strict=True)] == indices_of(alone, 0, 0, 7)
+
+
+def test_starting_at_a_step_gives_what_would_have_come():
+    plan = Plan(pictures=50, batch_size=8, accumulation=2, processes=1, seed=3)
+    assert indices_of(plan, 0, 4, 9) == indices_of(plan, 0, 0, 9)[8:]
+    assert [epoch for epoch, _ in plan.micro_batches(0, 2, 4)] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_do_not_depend_on_workers_or_on_where_one_starts(workers):
+    pictures = load_pictures("digits")
+    plan = Plan(len(pictures), batch_size=16, accumulation=1, processes=1, seed=0)
+    expected = list(training_loader(pictures, plan, 0, (8, 8), 0, 6))
+    found = list(training_loader(pictures, plan, 0, (8, 8), 3, 6, num_workers=workers))
+    assert len(found) == 3
+    for one, other in zip(found, expected[3:], strict=True):
+        assert one["pixel_values"].dtype == torch.uint8 and one["pixel_values"].shape == (16, 3, 8, 8)
+        assert torch.equal(one["pixel_values"], other["pixel_values"])
+        assert torch.equal(one["index"], other["index"]) and one["epoch"] == other["epoch"] == 0
+
+
+def test_real_pictures_become_batches():
+    folder = SHARED / "data" / "imagenet_sample"
+    if not folder.is_dir():
+        pytest.skip("needs the ImageNet sample beside the project")
+    pictures = load_pictures(str(folder))
+    plan = Plan(len(pictures), batch_size=8, accumulation=1, processes=1, seed=0)
+    (batch,) = training_loader(pictures, plan, 0, (224, 224), 0, 1)
+    assert batch["pixel_values"].shape == (8, 3, 224, 224)
+    assert batch["pixel_values"].float().std(dim=(1, 2, 3)).min() > 5  # none of them is blank

@@ -1,0 +1,224 @@
+"""Pre-training as people start it: other processes, real pictures, a real kill."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from processes import ROOT, SHARED, environment, run, torchrun
+from transformers import AutoImageProcessor
+
+import run_pretrain
+import umae
+from umae import training
+
+SHORT = ("--max_train_steps", "12", "--checkpointing_steps", "4", "--logging_steps", "3")
+
+
+def metrics(folder) -> list[dict]:
+    """The lines of `metrics.jsonl` without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "pictures_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run on the digits, undisturbed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    result = run("run_pretrain.py", "--output_dir", folder, *SHORT)
+    return folder, result.stdout
+
+
+def test_a_run_says_what_it_will_do_and_leaves_a_whole_folder(finished):
+    folder, printed = finished
+    for text in ("1,438 from digits (train)", "effective batch  128", "weight 0.01, mean over the cls features of 128"):
+        assert text in printed
+    assert {entry.name for entry in folder.iterdir()} == {
+        "README.md", "config.json", "configuration_umae.py", "metrics.jsonl", "model.safetensors", "modeling_umae.py",
+        "preprocessor_config.json", "reconstructions.png", "run.json", "step-8", "step-12",
+    }  # fmt: skip
+    assert [line["step"] for line in metrics(folder)] == [3, 6, 9, 12]
+    for line in metrics(folder):
+        assert line["participation_ratio"] == pytest.approx(1 / line["uniformity_loss"])
+        assert line["loss"] == pytest.approx(line["reconstruction_loss"] + 0.01 * line["uniformity_loss"], rel=1e-5)
+    assert Image.open(folder / "reconstructions.png").size > (400, 200)
+    card = (folder / "README.md").read_text()
+    assert "1,438 pictures" in card and str(folder.parent) not in card
+
+
+def test_the_processor_in_the_folder_gives_the_model_its_pictures(finished):
+    processor = AutoImageProcessor.from_pretrained(finished[0])
+    picture = Image.new("L", (20, 10), 255)
+    pixel_values = processor(picture, return_tensors="pt")["pixel_values"]
+    white = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    assert pixel_values.shape == (1, 3, 8, 8)
+    assert torch.allclose(pixel_values[0, :, 0, 0], white, atol=1e-5)
+    assert umae.UMAEModel.from_pretrained(finished[0])(pixel_values).pooler_output.shape == (1, 64)
+
+
+def test_a_finished_run_changes_nothing_when_started_again(finished, capsys):
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    run_pretrain.main(["--output_dir", str(folder), *SHORT])
+    assert "finished; nothing to do" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_a_killed_run_ends_with_the_same_bits(finished, tmp_path, workers):
+    folder, _ = finished
+    mine = tmp_path / "run"
+    command = ("run_pretrain.py", "--output_dir", str(mine), *SHORT, "--dataloader_num_workers", workers)
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (mine / "step-4").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (mine / "model.safetensors").exists()
+    resumed = run(*command)
+    assert "continuing from" in resumed.stdout
+    assert (mine / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert metrics(mine) == metrics(folder)
+
+
+def test_two_processes_at_the_same_global_batch_train_the_same(finished, tmp_path):
+    folder, _ = finished
+    torchrun(2, "run_pretrain.py", "--output_dir", tmp_path / "run", *SHORT, "--per_device_train_batch_size", 64)
+    for mine, expected in zip(metrics(tmp_path / "run"), metrics(folder), strict=True):
+        for name in ("reconstruction_loss", "uniformity_loss", "grad_norm"):
+            assert mine[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_a_launch_of_independent_copies_is_refused(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
+    result = run(*launcher, "run_pretrain.py", "--output_dir", tmp_path / "run", *SHORT, check=False)
+    assert result.returncode != 0
+    assert "started 2 processes, but Accelerate sees 1" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_accelerate_launches_the_script(tmp_path):
+    launcher = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "--mixed_precision", "bf16")
+    result = run(*launcher, "run_pretrain.py", "--output_dir", tmp_path / "run", "--max_train_steps", "2")
+    assert "bf16 on 1 x CPU" in result.stdout
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_real_pictures_in_a_folder_train_and_report_to_a_tracker(tmp_path):
+    source = SHARED / "data" / "imagenet_sample"
+    if not source.is_dir():
+        pytest.skip("needs the ImageNet sample beside the project")
+    (tmp_path / "pictures").mkdir()
+    for file in sorted(source.glob("*.JPEG"))[:12]:
+        shutil.copy(file, tmp_path / "pictures")
+    sizes = (
+        "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,decoder_hidden_size=16,decoder_num_hidden_layers=1"
+    )
+    run_pretrain.main(
+        f"--dataset_name {tmp_path / 'pictures'} --output_dir {tmp_path / 'run'} --config_overrides {sizes} "
+        "--image_size 64 --patch_size 16 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 "
+        "--num_train_epochs 2 --pooling mean --report_to tensorboard --logging_steps 1".split()
+    )
+    assert [line["epoch"] for line in metrics(tmp_path / "run")] == [1.0, 2.0]
+    assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents.*"))
+    assert "folder pictures (train)" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_training_starts_from_given_weights(finished, tmp_path):
+    folder, _ = finished
+    run_pretrain.main(
+        f"--output_dir {tmp_path / 'run'} --model_name_or_path {folder} --uniformity_weight 0.5 --max_train_steps 1 "
+        "--base_learning_rate 0".split()
+    )
+    before, after = (umae.UMAEForPreTraining.from_pretrained(one) for one in (folder, tmp_path / "run"))
+    assert after.config.uniformity_weight == 0.5
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+# ----------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--mask_ration", "0.5"], r"unknown argument --mask_ration; did you mean --mask_ratio\?"),
+        (["--mask_ratio", "1.0"], r"mask_ratio must lie in \[0, 1\), got 1.0"),
+        (["--patch_size", "3"], "patch_size 3 does not divide image_size 8"),
+        (["--config_overrides", "hidden_sise=64"], "did you mean hidden_size"),
+        (["--per_device_train_batch_size", "2000"], "holds 1438 pictures, fewer than one step of 2000"),
+        (["--warmup_epochs", "101"], "longer than the whole run"),
+        (["--train_split", "dev"], "digits has no split 'dev'; it has train, test"),
+        (["--report_to", "wandbb"], "wandbb: not installed or not known"),
+        (["--model_name_or_path", "./nowhere"], "nowhere"),
+    ],
+    ids=str,
+)
+def test_wrong_settings_are_refused_before_anything_is_written(tmp_path, argv, message):
+    folder = tmp_path / "run"
+    with pytest.raises((ValueError, OSError), match=message):
+        run_pretrain.main(["--output_dir", str(folder), *argv])
+    assert not folder.exists()
+
+
+def test_a_refusal_is_one_line_and_a_status(tmp_path):
+    result = run("run_pretrain.py", "--output_dir", tmp_path / "run", "--mask_ratio", "1.0", check=False)
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    assert "run_pretrain.py: mask_ratio must lie in [0, 1), got 1.0" in result.stderr
+
+
+def test_a_folder_that_is_no_run_is_not_touched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        run_pretrain.main(["--output_dir", str(tmp_path), *SHORT])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_another_runs_folder_is_refused_with_the_value_that_differs(finished):
+    folder, _ = finished
+    with pytest.raises(ValueError, match="holds a run with seed 0, not 1; use another --output_dir"):
+        run_pretrain.main(["--output_dir", str(folder), *SHORT, "--seed", "1"])
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_weight(tmp_path, monkeypatch):
+    """From step 5 on one picture holds NaN; the weights of step 4 must stand."""
+    steps = iter(range(100))
+
+    def spoil(pixel_values, mean, std, normalize=training.normalize):
+        values = normalize(pixel_values, mean, std)
+        return values if next(steps) < 5 else values.index_fill(0, torch.tensor([3]), float("nan"))
+
+    monkeypatch.setattr(training, "normalize", spoil)
+    settings = ["--max_train_steps", "12", "--checkpointing_steps", "4", "--logging_steps", "6"]
+    with pytest.raises(FloatingPointError, match="not finite at or before step 6"):
+        run_pretrain.main(["--output_dir", str(tmp_path / "run"), *settings])
+    assert [entry.name for entry in (tmp_path / "run").glob("step-*")] == ["step-4"]
+    model = umae.UMAEForPreTraining.from_pretrained(tmp_path / "run" / "step-4")
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_weights_freeze_from_the_first_value_that_is_not_finite(tmp_path, monkeypatch):
+    kept = {}
+
+    def look(accelerator, model, optimizer, micro_batches, failed, train_step=run_pretrain.train_step, **arguments):
+        step = len(kept)
+        if step == 2:
+            model.get_parameter("vit.layernorm.bias").register_hook(lambda grad: grad * float("inf"))
+        values = train_step(accelerator, model, optimizer, micro_batches, failed, **arguments)
+        kept[step] = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+        return values
+
+    monkeypatch.setattr(run_pretrain, "train_step", look)
+    with pytest.raises(FloatingPointError):
+        run_pretrain.main(["--output_dir", str(tmp_path / "run"), "--max_train_steps", "6", "--logging_steps", "5"])
+    assert not torch.equal(kept[0], kept[1])  # step 0 has learning rate 0
+    assert all(torch.equal(kept[1], kept[step]) for step in (2, 3, 4))

@@ -1,0 +1,95 @@
+"""How far features have collapsed: pure functions of a matrix (pictures, dimensions), here N and D.
+
+All compute in float64 on the CPU, return Python floats and never NaN, and raise ValueError for anything but a matrix
+of finite numbers with at least one row and one column. A picture's direction is its row divided by its length; a row
+of zeros keeps the direction zero, whose cosine with every row, itself included, is 0.
+"""
+
+import math
+
+import torch
+from torch.nn.functional import normalize
+
+
+def singular_values(features: torch.Tensor, center: bool = False) -> list[float]:
+    """The spectrum: min(N, D) singular values, descending. With center the mean row is subtracted first."""
+    features = _checked(features)
+    if center:
+        features = features - features.mean(dim=0)
+    # The square roots of the Gram matrix's eigenvalues would be faster, but drown all below 1e-8 of the largest.
+    return torch.linalg.svdvals(features).tolist()
+
+
+def effective_rank(features: torch.Tensor) -> float:
+    """exp of the entropy of the singular values as shares of their sum (Roy & Vetterli 2007).
+
+    From 1, all rows on one line through zero, to min(N, D), all directions equally strong; 0 where all features are
+    zero. RankMe (Garrido et al. 2023) is this number up to its epsilon of 1e-7.
+    """
+    values = singular_values(features)
+    total = sum(values)
+    return math.exp(-sum(value / total * math.log(value / total) for value in values if value > 0)) if total else 0.0
+
+
+def uniformity(features: torch.Tensor) -> float:
+    """Mean squared cosine over all N * N pairs, each picture with itself included: U-MAE's term (Zhang et al. 2022).
+
+    From 1 / min(N, D), directions evenly spread, to 1, all on one line through zero.
+    """
+    return _second_moment(features).square().sum().item()
+
+
+def participation_ratio(features: torch.Tensor) -> float:
+    """sum(e)**2 / sum(e**2) over the eigenvalues e of the directions' second moment about zero, a (D, D) matrix.
+
+    From 1, all directions on one line through zero, to min(N, D), evenly spread; 0 where all features are zero.
+    It is 1 / uniformity wherever no row is zero.
+    """
+    moment = _second_moment(features)
+    squares = moment.square().sum().item()  # of the eigenvalues; their sum is the trace
+    return moment.trace().item() ** 2 / squares if squares else 0.0
+
+
+def mean_cosine(features: torch.Tensor) -> float:
+    """Mean cosine over all N * N pairs, each picture with itself included: 1 if all directions are one, else less.
+
+    It is the squared length of the mean direction, so never negative.
+    """
+    return _directions(features).mean(dim=0).square().sum().item()
+
+
+def alignment(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Mean squared distance of the directions of paired rows (Wang & Isola 2020, with alpha = 2).
+
+    0, each pair points one way, to 4, each pair points opposite ways.
+    """
+    if first.shape != second.shape:
+        raise ValueError(f"features of shapes {tuple(first.shape)} and {tuple(second.shape)}; expected paired rows")
+    return (_directions(first) - _directions(second)).square().sum(dim=1).mean().item()
+
+
+def mean_norm(features: torch.Tensor) -> float:
+    """Mean length of the rows."""
+    return torch.linalg.vector_norm(_checked(features), dim=1).mean().item()
+
+
+def _checked(features: torch.Tensor) -> torch.Tensor:
+    if features.ndim != 2 or features.numel() == 0:
+        raise ValueError(f"features of shape {tuple(features.shape)}; expected (pictures, dimensions), neither 0")
+    features = features.detach().to("cpu", torch.float64)
+    if not features.isfinite().all():
+        count = (~features.isfinite()).sum().item()
+        raise ValueError(f"{count} of {features.numel()} features are NaN or infinite; expected finite numbers")
+    return features
+
+
+def _directions(features: torch.Tensor) -> torch.Tensor:
+    tiny = torch.finfo(torch.float64).tiny  # the default epsilon would shorten rows below 1e-12
+    features = normalize(_checked(features), p=math.inf, eps=tiny)  # else the squares may overflow or vanish
+    return normalize(features, eps=tiny)
+
+
+def _second_moment(features: torch.Tensor) -> torch.Tensor:
+    """(D, D), positive semi-definite; its squares sum to the mean square of the (N, N) cosines."""
+    directions = _directions(features)
+    return directions.T @ directions / len(directions)

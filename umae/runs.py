@@ -1,0 +1,106 @@
+"""A run folder: what it is a run of, whether it may be continued, and the numbers it leaves while it runs."""
+
+import json
+import platform
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from umae.checkpoints import write_text
+
+RUN_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
+
+
+def open_run(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Start a run in a new or empty folder, or take up the one that it holds.
+
+    Args:
+        identity: what must stay the same when a run is continued: data, model, seed, batch, schedule, precision.
+
+    Returns:
+        What `run.json` holds: `identity`, `hardware`, `versions`, `seconds` of training so far, `finished`.
+
+    Raises:
+        ValueError: the folder holds something else, or a run with another identity.
+    """
+    identity = json.loads(json.dumps(identity))  # as it will be read back
+    run = {
+        "identity": identity,
+        "hardware": f"{accelerator.num_processes} x {_device_name(accelerator.device)}",
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
+        "seconds": 0.0,
+        "finished": False,
+    }
+    if (folder / RUN_FILE).exists():
+        before = json.loads((folder / RUN_FILE).read_text())
+        _check_identity(folder, before["identity"], identity)
+        run |= {"seconds": before["seconds"], "finished": before["finished"]}
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no run; give a new or empty --output_dir")
+    accelerator.wait_for_everyone()  # nobody may look after the main process has begun to write
+    if accelerator.is_main_process and not run["finished"]:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_run(folder, run)
+    return run
+
+
+def write_run(folder: Path, run: dict[str, Any]) -> None:
+    """Replace `run.json`."""
+    write_text(folder / RUN_FILE, json.dumps(run, indent=2) + "\n")
+
+
+def _check_identity(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    flat_before, flat_now = ({**one, **one["config"], "config": None} for one in (before, now))
+    for name, value in flat_now.items():
+        if flat_before.get(name) != value:
+            raise ValueError(
+                f"{folder} holds a run with {name} {flat_before.get(name)}, not {value}; use another --output_dir (and "
+                f"--model_name_or_path {folder} to start from its weights)"
+            )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type.upper()} ({platform.machine()})"
+
+
+class MetricsLog:
+    """`metrics.jsonl`, the trackers and the progress bar: the same numbers in three places."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path, start: int, pictures_per_step: int):
+        self.accelerator, self.path, self.pictures_per_step = accelerator, folder / METRICS_FILE, pictures_per_step
+        self.last_step, self.last_time, self.bar = start, time.perf_counter(), None
+        if accelerator.is_main_process:  # what came after the checkpoint will be written again
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
+            write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def progress(self, total: int) -> Iterator[int]:
+        """The steps still to do, under a bar that shows rate, time left and the newest numbers."""
+        hidden = not self.accelerator.is_main_process
+        steps = range(self.last_step, total)
+        self.bar = tqdm(
+            steps, initial=self.last_step, total=total, unit="step", dynamic_ncols=True, smoothing=0.05, disable=hidden
+        )
+        return self.bar
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line for the steps since the last one; every process calls it."""
+        now = time.perf_counter()
+        rate = (step - self.last_step) * self.pictures_per_step / (now - self.last_time)
+        self.last_step, self.last_time = step, now
+        line = {"step": step, **values, "pictures_per_second": round(rate, 1)}
+        if self.accelerator.is_main_process:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.bar.set_postfix_str(
+            f"loss {line['reconstruction_loss']:.3f}, features fill {line['participation_ratio']:.1f} dimensions, "
+            f"{rate:.0f} pictures/s"
+        )
+        self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
