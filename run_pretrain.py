@@ -11,7 +11,7 @@ import dataclasses
 import os
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -81,7 +81,7 @@ class TrainingArguments:
     )
     report_to: str = flag("none", "Trackers, separated by commas: tensorboard, wandb, trackio.")
     seed: Annotated[int, Between(0, 2**32 - 1)] = flag(0, "Of weights, order, crops, flips and masks.")
-    push_to_hub: bool = field(default=False, metadata={"help": "Upload the finished run folder to the Hub."})
+    push_to_hub: bool = flag(False, "Upload the finished run folder to the Hub.")
     hub_model_id: str | None = flag(None, "Repository to upload to: `name/model`. [name of output_dir]")
 
 

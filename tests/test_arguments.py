@@ -2,6 +2,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import pytest
+from processes import run
 
 from umae.arguments import Between, check_launch, flag, parse_arguments, parse_overrides
 
@@ -89,3 +90,11 @@ def test_processes_that_do_not_know_of_each_other_are_refused():
         check_launch({"WORLD_SIZE": "2"}, 1)
     check_launch({"WORLD_SIZE": "2"}, 2)
     check_launch({}, 1)
+
+
+@pytest.mark.parametrize("script", ["run_pretrain.py", "run_linear_probe.py"])
+def test_help_fits_two_screens_of_fifty_lines(script):
+    """Flags are debt: whoever adds one past this has to take one away."""
+    lines = run(script, "--help").stdout.splitlines()
+    assert 10 < len(lines) <= 100 and max(map(len, lines)) <= 120
+    assert all(line.startswith("  -") or not line.startswith("  ") for line in lines), "a flag needs a second line"

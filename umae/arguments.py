@@ -1,5 +1,6 @@
 """Command lines from dataclasses: one field a flag, recipes of the same names, errors that help."""
 
+import argparse
 import dataclasses
 import difflib
 import math
@@ -20,8 +21,20 @@ class Between:
 
 
 def flag(default: Any, help: str) -> Any:
-    """A dataclass field that becomes a flag."""
-    return dataclasses.field(default=default, metadata={"help": help})
+    """A dataclass field that becomes a flag; a default that needs no explanation is shown in brackets."""
+    shown = "" if default is None or default is False else f" [{default}]"
+    return dataclasses.field(default=default, metadata={"help": help + shown})
+
+
+class _OneLine(argparse.HelpFormatter):
+    """A flag and its help on one line; HfArgumentParser's second spelling of each (`--mask-ratio`) works unsaid."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=36, width=120)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        choices = " " + "|".join(map(str, action.choices)) if action.choices else ""
+        return action.option_strings[0] + choices
 
 
 def parse_arguments(types: Sequence[type], argv: Sequence[str]) -> tuple:
@@ -32,7 +45,8 @@ def parse_arguments(types: Sequence[type], argv: Sequence[str]) -> tuple:
         ValueError: an unknown flag or recipe key (the nearest name is given), or a number out of its range.
         SystemExit: argparse's own refusals (status 2) and `--help` (status 0).
     """
-    parser = HfArgumentParser(types, allow_abbrev=False, usage="%(prog)s [--flag value ...] (--help lists the flags)")
+    usage = "%(prog)s [--flag value ...] (--help lists the flags)"
+    parser = HfArgumentParser(types, allow_abbrev=False, usage=usage, formatter_class=_OneLine)
     names = [field.name for one in types for field in dataclasses.fields(one)]
     *_, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
     if unknown:

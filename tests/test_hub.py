@@ -1,0 +1,59 @@
+"""Sharing a run through a real server that speaks the Hub's protocol (fake_hub.py)."""
+
+import pytest
+import torch
+from fake_hub import FakeHub
+from processes import run
+
+from modeling_umae import UMAEModel
+
+LOAD = """
+import torch
+from transformers import AutoImageProcessor, AutoModel
+AutoImageProcessor.from_pretrained("tester/digits")
+model = AutoModel.from_pretrained("tester/digits", trust_remote_code=True)
+torch.save(model(torch.ones(1, 3, 8, 8)).pooler_output, "features.pt")
+"""
+
+
+@pytest.fixture
+def hub():
+    with FakeHub() as server:
+        yield server
+
+
+def online(hub, home) -> dict[str, str]:
+    """The environment of somebody who is logged in to that server, with nothing cached."""
+    login = {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_test", "HF_HOME": str(home)}
+    return {**login, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+
+
+def test_a_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, tmp_path):
+    pushed = run(
+        "run_pretrain.py", "--output_dir", tmp_path / "digits", "--max_train_steps", "2", "--push_to_hub",
+        "--hub_model_id", "tester/digits", **online(hub, tmp_path / "home"),
+    )  # fmt: skip
+    assert f"{hub.url}/tester/digits" in pushed.stdout
+    requests = [entry["request"].split("?")[0] for entry in hub.log]
+    posts = [request for request in requests if request.startswith("POST")]
+    assert posts[0] == "POST /api/repos/create", "write access is checked first"
+    assert sum("/commit/" in request for request in requests) == 1
+    repo = hub.repos["model", "tester/digits"]
+    assert set(repo.commits[repo.refs["main"]]) - {".gitattributes"} == {
+        "README.md", "config.json", "configuration_umae.py", "metrics.jsonl", "model.safetensors", "modeling_umae.py",
+        "preprocessor_config.json", "reconstructions.png",
+    }  # fmt: skip
+    run("-c", LOAD, cwd=tmp_path, PYTHONPATH="", **online(hub, tmp_path / "fresh_home"))
+    expected = UMAEModel.from_pretrained(tmp_path / "digits")(torch.ones(1, 3, 8, 8)).pooler_output
+    assert torch.equal(torch.load(tmp_path / "features.pt", weights_only=True), expected)
+
+
+def test_a_run_that_could_not_be_pushed_is_refused_before_training(hub, tmp_path):
+    result = run(
+        "run_pretrain.py", "--output_dir", tmp_path / "digits", "--push_to_hub", "--hub_model_id", "somebody/else",
+        check=False, **online(hub, tmp_path / "home"),
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "cannot write to somebody/else on the Hub" in result.stderr and "hf auth login" in result.stderr
+    assert not (tmp_path / "digits").exists()
+    assert "hf_test" not in result.stdout + result.stderr
