@@ -1,0 +1,165 @@
+import math
+
+import pytest
+import torch
+
+from umae import probing
+from umae.probing import knn_classify, rank_classes, train_linear_heads
+
+
+def clusters(count=600, width=12, classes=4, seed=0, noise=1.5):
+    """Features around one centre for each class, on very different scales and far from zero; labels."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(7))
+    labels = torch.randint(classes, (count,), generator=generator)
+    features = centres[labels] + noise * torch.randn(count, width, generator=generator)
+    return features * torch.logspace(-2, 2, width) + torch.linspace(-5, 50, width), labels
+
+
+def top1(head, features, labels):
+    return ((features @ head.weight.T + head.bias).argmax(dim=1) == labels).float().mean().item()
+
+
+def test_a_linear_head_reaches_logistic_regression_on_the_digits():
+    from sklearn.datasets import load_digits
+    from sklearn.linear_model import LogisticRegression
+
+    digits = load_digits()
+    features, labels = torch.tensor(digits.data, dtype=torch.float32), torch.tensor(digits.target)
+    test = torch.arange(len(labels)) % 5 == 4
+    head = train_linear_heads(features[~test], labels[~test], 10, seed=0)
+    scale = features[~test].std(dim=0) + 1e-6
+    reference = LogisticRegression(max_iter=2000).fit(features[~test] / scale, labels[~test])
+    assert top1(head, features[test], labels[test]) >= reference.score(features[test] / scale, labels[test]) - 0.005
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others():
+    features, labels = clusters(100)
+    first, again, other = (train_linear_heads(features, labels, 4, seed) for seed in (3, 3, 4))
+    assert torch.equal(first.weight, again.weight) and torch.equal(first.bias, again.bias)
+    assert first.validation_top1 == again.validation_top1
+    assert not torch.equal(first.weight, other.weight)
+
+
+def test_heads_do_not_depend_on_scale_and_offset_of_the_features():
+    """Each feature is standardised; the head undoes it for raw features."""
+    features, labels = clusters(200)
+    scale, offset = torch.logspace(2, -2, 12), torch.linspace(3, -3, 12)
+    head = train_linear_heads(features, labels, 4, seed=0)
+    other = train_linear_heads(features * scale + offset, labels, 4, seed=0)
+    logits = features @ head.weight.T + head.bias
+    assert (
+        logits - ((features * scale + offset) @ other.weight.T + other.bias)
+    ).abs().max() < 2e-3 * logits.abs().max()
+
+
+def test_folding_the_standardisation_into_the_head_is_exact():
+    """A head trained on standardised features by torch's own autograd and SGD is the folded one."""
+    features, labels = clusters(64)
+    weight, bias = probing._train(features, labels, 4, [0.1], torch.Generator().manual_seed(0))
+
+    generator = torch.Generator().manual_seed(0)
+    standardised = (features - features.mean(0)) / (features.var(0, correction=0) + 1e-6).sqrt()
+    linear = torch.nn.Linear(12, 4)
+    linear.weight.data = 0.01 * torch.randn(12, 4, generator=generator).T.contiguous()
+    linear.bias.data.zero_()
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1, momentum=0.9)
+    step, steps = 0, probing.EPOCHS * 16
+    for _ in range(probing.EPOCHS):
+        for batch in torch.randperm(64, generator=generator).split(4):
+            optimizer.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(linear(standardised[batch]), labels[batch]).backward()
+            optimizer.step()
+            step += 1
+    expected = linear(standardised)
+    assert (features @ weight[0].T + bias[0] - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_heads_side_by_side_are_those_trained_one_by_one():
+    features, labels = clusters(100)
+    weight, _ = probing._train(features, labels, 4, [0.01, 0.03, 0.1], torch.Generator().manual_seed(0))
+    for head, rate in enumerate((0.01, 0.03, 0.1)):
+        alone, _ = probing._train(features, labels, 4, [rate], torch.Generator().manual_seed(0))
+        assert (weight[head] - alone[0]).abs().max() < 1e-4 * alone.abs().max()
+
+
+def test_the_best_learning_rate_wins_and_of_equal_ones_the_surest():
+    labels = torch.tensor([0, 1])
+    right, surer, wrong = (torch.tensor(m).float() for m in ([[1, 0], [0, 1]], [[2, 0], [0, 2]], [[9, 0], [9, 0]]))
+    assert probing._best_head(torch.stack([wrong, right, surer]), labels) == (2, 1.0)
+    assert probing._best_head(torch.stack([right, wrong]), labels) == (0, 1.0)
+
+
+def test_the_learning_rate_is_chosen_on_pictures_that_the_heads_did_not_see(monkeypatch):
+    """With labels that mean nothing and as many features as pictures, only seen pictures are classified rightly."""
+    generator = torch.Generator().manual_seed(0)
+    features, labels = torch.randn(200, 300, generator=generator), torch.randint(10, (200,), generator=generator)
+    trained_on = []
+    train = probing._train
+
+    def spy(features, *args):
+        trained_on.append(len(features))
+        return train(features, *args)
+
+    monkeypatch.setattr(probing, "_train", spy)
+    head = train_linear_heads(features, labels, 10, seed=0)
+    assert trained_on == [180, 200]
+    assert head.validation_top1 < 0.4 and top1(head, features, labels) == 1
+
+
+def test_constant_features_and_collapsed_ones_give_a_finite_head():
+    features, labels = clusters(50)
+    features[:, 0] = 3.0
+    assert train_linear_heads(features, labels, 4, seed=0).weight.isfinite().all()
+    head = train_linear_heads(torch.ones(50, 8), labels, 4, seed=0)
+    assert head.weight.isfinite().all() and head.bias.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "features, labels, classes, message",
+    [
+        (torch.ones(3, 2), torch.tensor([0, 1]), 2, r"labels \(2,\); expected"),
+        (torch.ones(2, 2), torch.tensor([0, 2]), 2, "labels from 0 to 2 for 2 classes"),
+        (torch.ones(2, 2), torch.tensor([-1, 1]), 2, "labels from -1 to 1"),
+        (torch.ones(2, 2), torch.tensor([0, 0]), 1, "at least 2 classes"),
+        (torch.tensor([[1.0], [torch.nan]]), torch.tensor([0, 1]), 2, "NaN or infinity"),
+    ],
+)
+def test_nonsense_is_refused(features, labels, classes, message):
+    with pytest.raises(ValueError, match=message):
+        train_linear_heads(features, labels, classes, seed=0)
+    with pytest.raises(ValueError, match=message):
+        knn_classify(features, labels, torch.ones(1, features.shape[1]), classes)
+
+
+def test_knn_is_the_brute_force_vote():
+    features, labels = clusters(80)
+    queries, _ = clusters(15, seed=1)
+    scores = knn_classify(features, labels, queries, 4, k=7, temperature=0.1)
+    for query, row in zip(queries, scores, strict=True):
+        cosines = torch.nn.functional.cosine_similarity(features, query[None])
+        expected = [0.0] * 4
+        for neighbour in sorted(range(80), key=lambda i: -cosines[i])[:7]:
+            expected[labels[neighbour]] += math.exp(cosines[neighbour] / 0.1)
+        assert row.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_knn_in_blocks_is_knn_at_once(monkeypatch):
+    features, labels = clusters(80)
+    queries, _ = clusters(15, seed=1)
+    at_once = knn_classify(features, labels, queries, 4)
+    monkeypatch.setattr(probing, "BLOCK", 160)
+    assert (knn_classify(features, labels, queries, 4) - at_once).abs().max() < 1e-3 * at_once.max()
+
+
+def test_knn_of_fewer_pictures_than_neighbours_asks_them_all():
+    features, labels = torch.eye(3), torch.tensor([0, 1, 1])
+    scores = knn_classify(features, labels, torch.tensor([[2.0, 0, 0]]), 2, k=20, temperature=1.0)
+    assert scores[0].tolist() == pytest.approx([math.e, 2.0])
+
+
+def test_classes_are_ranked_best_first_and_of_equal_ones_the_first():
+    scores = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.5, 0.5]])
+    assert rank_classes(scores, 2).tolist() == [[1, 2], [0, 1]]
+    assert rank_classes(scores, 5).tolist() == [[1, 2, 0], [0, 1, 2]]

@@ -1,0 +1,232 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden_models import fresh_config
+from PIL import Image
+from processes import ROOT, run, torchrun
+from transformers import ViTConfig, ViTForImageClassification, pipeline
+
+import run_linear_probe
+from modeling_umae import UMAEForImageClassification, UMAEForPreTraining
+from umae.convert import encoder_from_pretrained
+from umae.data import load_pictures
+from umae.features import extract_features, load_processor
+from umae.transforms import evaluation_processor
+
+CLASSES = ("dark", "green", "red", "rotated", "striped", "white")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "run"
+    torch.manual_seed(0)
+    UMAEForPreTraining(fresh_config(pooling="mean")).save_pretrained(folder)
+    evaluation_processor((16, 16)).save_pretrained(folder)
+    return folder
+
+
+def picture(kind: str, numbers) -> Image.Image:
+    pixels = numbers.integers(0, 60, (16, 20, 3), dtype=np.uint8)
+    pixels += np.uint8({"dark": 0, "white": 190}.get(kind, 90))
+    pixels[:, :, {"green": 1, "red": 0}.get(kind, slice(None))] += np.uint8(60 if kind in ("green", "red") else 0)
+    if kind == "striped":
+        pixels[:, ::2] = 0
+    if kind == "rotated":  # stripes along the other axis, once turned as EXIF says
+        pixels[:, 10:] = 0
+    image = Image.fromarray(pixels)
+    return image.convert("L") if kind in ("dark", "white") else image
+
+
+def write_split(folder: Path, seed: int, count: int, classes=CLASSES) -> None:
+    """One sub-folder for each class; two classes are greyscale, one has to be turned as EXIF says."""
+    numbers = np.random.default_rng(seed)
+    for kind in classes:
+        (folder / kind).mkdir(parents=True)
+        exif = Image.Exif()
+        if kind == "rotated":
+            exif[0x0112] = 6
+        for i in range(count):
+            picture(kind, numbers).save(folder / kind / f"{i}.jpg", quality=95, exif=exif)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "pictures"
+    write_split(folder / "train", 0, 20)
+    write_split(folder / "test", 1, 6)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def probed(model, folder, tmp_path_factory):
+    output = tmp_path_factory.mktemp("probe") / "out"
+    probe(model, folder, output)
+    return output
+
+
+def probe(model, folder, output, *words):
+    named = ("--model_name_or_path", model, "--dataset_name", folder, "--output_dir", output)
+    run_linear_probe.main([str(word) for word in (*named, *words)])
+
+
+def report(output):
+    return json.loads((output / "linear_probe.json").read_text())
+
+
+def own_predictions(model, output, pictures, feature):
+    """What the probe's head says, from features and the saved head."""
+    encoder = encoder_from_pretrained(model, pooling="mean")
+    features = extract_features(encoder, pictures, load_processor(model), 256)[feature]
+    head = UMAEForImageClassification.from_pretrained(output).classifier
+    return (features @ head.weight.T + head.bias).argmax(dim=1)
+
+
+def test_the_report_holds_both_poolings_and_the_protocol(probed):
+    result = report(probed)
+    assert set(result) == {"cls", "mean", "protocol"}
+    for feature in ("cls", "mean"):
+        numbers = result[feature]
+        assert set(numbers) == {
+            "top1", "top5", "knn_top1", "effective_rank", "uniformity", "learning_rate", "validation_top1",
+        }  # fmt: skip
+        assert 60 < numbers["top1"] <= numbers["top5"] <= 100 and 40 < numbers["knn_top1"] <= 100
+        assert numbers["top1"] == round(numbers["top1"], 2)
+        assert 1 <= numbers["effective_rank"] <= 32 and 1 / 32 <= numbers["uniformity"] <= 1
+    protocol = result["protocol"]
+    assert protocol["train"] == {"data": "folder pictures (train)", "pictures": 120}
+    assert protocol["test"]["pictures"] == 36 and protocol["classes"] == 6 and protocol["seed"] == 0
+    assert protocol["evaluation_transform"]["crop_size"] == {"height": 16, "width": 16}
+    assert protocol["linear"]["learning_rates"] and protocol["knn"]["k"] == 20
+    assert "/" not in protocol["model"]
+
+
+def test_the_saved_classifier_repeats_the_reported_accuracy(model, folder, probed):
+    pictures = load_pictures(str(folder), split="test")
+    for_pooling = own_predictions(model, probed, pictures, "mean")
+    correct = (for_pooling == pictures.labels()).float().mean().item()
+    assert round(100 * correct, 2) == report(probed)["mean"]["top1"]
+
+
+def test_a_pipeline_predicts_as_the_probe_does(model, folder, probed):
+    """Also for pictures that EXIF turns and for greyscale ones."""
+    pictures = load_pictures(str(folder), split="test")
+    expected = own_predictions(model, probed, pictures, "mean").tolist()
+    classify = pipeline("image-classification", model=str(probed), trust_remote_code=True)
+    files = [str(folder / pictures.name_of(i)) for i in range(len(pictures))]
+    assert [guesses[0]["label"] for guesses in classify(files)] == [CLASSES[label] for label in expected]
+    assert set(classify.model.config.id2label.values()) == set(CLASSES)
+
+
+def test_the_classifier_has_the_pooling_asked_for_or_that_of_the_run(model, folder, probed, tmp_path):
+    assert UMAEForImageClassification.from_pretrained(probed).config.pooling == "mean"
+    probe(model, folder, tmp_path / "cls", "--pooling", "cls")
+    classifier = UMAEForImageClassification.from_pretrained(tmp_path / "cls")
+    assert classifier.config.pooling == "cls" and not hasattr(classifier.vit, "fc_norm")
+    pictures = load_pictures(str(folder), split="test")
+    correct = own_predictions(model, tmp_path / "cls", pictures, "cls") == pictures.labels()
+    assert round(100 * correct.float().mean().item(), 2) == report(tmp_path / "cls")["cls"]["top1"]
+
+
+def test_the_test_pictures_have_no_say_in_the_head(model, folder, probed, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "train").symlink_to(folder / "train")
+    write_split(tmp_path / "pictures" / "test", 2, 3)
+    for kind in CLASSES[:-1]:  # and every label but one is wrong
+        (tmp_path / "pictures" / "test" / kind).rename(tmp_path / "pictures" / "test" / f"_{kind}")
+    for kind, other in zip(CLASSES[:-1], reversed(CLASSES[:-1]), strict=True):
+        (tmp_path / "pictures" / "test" / f"_{kind}").rename(tmp_path / "pictures" / "test" / other)
+    probe(model, tmp_path / "pictures", tmp_path / "out")
+    assert report(tmp_path / "out")["mean"]["top1"] != report(probed)["mean"]["top1"]
+    for feature in ("cls", "mean"):
+        for name in ("learning_rate", "validation_top1"):
+            assert report(tmp_path / "out")[feature][name] == report(probed)[feature][name]
+    first, second = (UMAEForImageClassification.from_pretrained(out).state_dict() for out in (probed, tmp_path / "out"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_vit_is_probed_with_its_class_token(folder, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTForImageClassification(ViTConfig(**sizes, image_size=8, patch_size=4)).save_pretrained(tmp_path / "vit")
+    old = {"feature_extractor_type": "ViTFeatureExtractor", "size": 8, "resample": 2, "do_resize": True}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(old))
+    probe(tmp_path / "vit", folder, tmp_path / "out")
+    assert UMAEForImageClassification.from_pretrained(tmp_path / "out").config.pooling == "cls"
+    assert len(
+        pipeline("image-classification", str(tmp_path / "out"), trust_remote_code=True)(picture("red", numbers()))
+    )
+
+
+def numbers():
+    return np.random.default_rng(5)
+
+
+def test_five_classes_or_fewer_have_no_top5(model, tmp_path):
+    write_split(tmp_path / "pictures" / "train", 0, 6, CLASSES[:5])
+    write_split(tmp_path / "pictures" / "validation", 1, 2, CLASSES[:5])
+    probe(model, tmp_path / "pictures", tmp_path / "out")
+    assert report(tmp_path / "out")["mean"]["top5"] is None
+    assert report(tmp_path / "out")["protocol"]["test"]["data"] == "folder pictures (validation)"
+
+
+def test_nonsense_is_refused_before_any_work(model, folder, tmp_path, monkeypatch):
+    def no_work(*args, **kwargs):
+        raise AssertionError("work began")
+
+    monkeypatch.setattr(run_linear_probe, "extract_features", no_work)
+    for name, splits in {
+        "unlabelled": {"train": ["one"], "test": ["one"]},
+        "other_classes": {"train": CLASSES[:3], "test": CLASSES[1:4]},
+        "no_test": {"train": CLASSES[:2]},
+    }.items():
+        for split, classes in splits.items():
+            write_split(tmp_path / name / split, 0, 2, classes)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "note.txt").write_text("mine")
+    out = tmp_path / "out"
+    for words, message in (
+        ((tmp_path / "no" / "model", folder, out), "there is no model"),
+        ((model, tmp_path / "no" / "data", out), "there is no folder"),
+        ((model, tmp_path / "unlabelled", out), "has no labels: its columns are image"),
+        ((model, tmp_path / "other_classes", out), "do not have the same classes: 3 names .dark, green, red"),
+        ((model, tmp_path / "no_test", out), "no split test or validation; name one of train"),
+        ((model, folder, out, "--test_split", "train"), "both train"),
+        ((model, folder, out, "--label_column_name", "kind"), "no column 'kind'; it has image, label"),
+        ((model, folder, tmp_path / "mine"), "is not empty and holds no linear_probe.json"),
+        ((model, folder, tmp_path / "mine" / "note.txt"), "is a file"),
+        ((model, folder, out, "--poling", "cls"), "did you mean --pooling"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            probe(*words)
+    assert not out.exists() and [entry.name for entry in (tmp_path / "mine").iterdir()] == ["note.txt"]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="started 2 processes"):
+        probe(model, folder, out)
+
+
+def test_an_earlier_probe_is_overwritten_and_the_run_folder_left_alone(model, folder, tmp_path):
+    before = sorted((entry.name, entry.stat().st_mtime_ns) for entry in model.iterdir())
+    (tmp_path / "linear_probe.json").write_text("{}")
+    probe(model, folder, tmp_path)
+    assert set(report(tmp_path)) == {"cls", "mean", "protocol"}
+    assert sorted((entry.name, entry.stat().st_mtime_ns) for entry in model.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_two_processes_report_what_one_does(model, folder, probed, tmp_path):
+    words = ("--model_name_or_path", model, "--dataset_name", folder, "--output_dir", tmp_path / "out")
+    torchrun(2, ROOT / "run_linear_probe.py", *words, "--per_device_eval_batch_size", "16")
+    for feature in ("cls", "mean"):
+        found, expected = report(tmp_path / "out")[feature], report(probed)[feature]
+        assert found["learning_rate"] == expected["learning_rate"]
+        assert found["top1"] == pytest.approx(expected["top1"], abs=3)
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_one_line_on_nonsense(model, tmp_path):
+    words = ("--model_name_or_path", tmp_path / "no" / "model", "--output_dir", tmp_path / "out")
+    result = run(ROOT / "run_linear_probe.py", *words, check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("run_linear_probe.py: there is no model")

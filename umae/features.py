@@ -1,0 +1,203 @@
+"""Frozen features of a whole data set, each picture exactly once on any number of processes.
+
+python -m umae.features RUN FOLDER features.parquet
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, Features, List, Value
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoImageProcessor, BaseImageProcessor
+
+from modeling_umae import UMAEModel
+from umae.convert import encoder_from_pretrained
+from umae.data import Pictures, load_pictures
+from umae.images import UnreadablePicture
+
+
+def load_processor(name_or_path: str, revision: str | None = None) -> BaseImageProcessor:
+    """The image processor of a model, by Pillow. Raises `ValueError` if there is none."""
+    try:
+        return AutoImageProcessor.from_pretrained(name_or_path, revision=revision, backend="pil")
+    except OSError as error:
+        raise ValueError(f"{name_or_path} does not say how its pictures are prepared: {error}") from error
+
+
+class EvaluationPictures(torch.utils.data.Dataset):
+    """Pictures as the image processor prepares them; asked for a whole batch at once.
+
+    A batch is `{"pixel_values": (readable, channels, height, width), "rows": int64 (readable,), "errors": [str]}`:
+    `rows` are the places of the readable pictures among those asked for, and `errors` name the others. (An error that
+    is raised in a worker would arrive in two tracebacks.)
+    """
+
+    def __init__(self, pictures: Pictures, processor: BaseImageProcessor):
+        self.pictures, self.processor = pictures, processor
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, indices: range) -> dict:
+        images, rows, errors = [], [], []
+        for row, index in enumerate(indices):
+            try:
+                images.append(self.pictures.read(index))
+                rows.append(row)
+            except UnreadablePicture as error:
+                errors.append(str(error))
+        pixel_values = self.processor(images=images, return_tensors="pt")["pixel_values"] if images else None
+        return {"pixel_values": pixel_values, "rows": torch.tensor(rows, dtype=torch.int64), "errors": errors}
+
+
+def extract_features(
+    encoder: UMAEModel,
+    pictures: Pictures,
+    processor: BaseImageProcessor,
+    batch_size: int,
+    num_workers: int = 0,
+    accelerator: Accelerator | None = None,
+    skip_unreadable: bool = False,
+) -> dict[str, torch.Tensor]:
+    """The features of N pictures, unmasked, in evaluation mode.
+
+    Processes take turns at the same batches whatever their number, so that the features do not depend on it.
+
+    Args:
+        encoder: loaded with `pooling="mean"`, so that one pass gives both features; is moved to the device.
+        pictures: what to encode.
+        processor: the encoder's own.
+        batch_size: pictures of a batch; every process encodes one batch at a time.
+        num_workers: how many more processes open pictures, for each process; with 0 it does so itself.
+        accelerator: says the device and the processes, all of which must call this; a fresh one by default.
+        skip_unreadable: print the names of pictures that cannot be read, and give them NaN as features.
+
+    Returns:
+        `{"cls": (N, D), "mean": (N, D)}`, float32, on the CPU of every process, in the order of `pictures`.
+
+    Raises:
+        UnreadablePicture: a picture cannot be read, and is not to be skipped.
+        ValueError: features are not finite, or the encoder gives one feature only.
+    """
+    if encoder.config.pooling != "mean":
+        raise ValueError('the encoder must be loaded with pooling="mean", then one pass gives both features')
+    accelerator = accelerator or Accelerator()
+    encoder.to(accelerator.device).eval()
+    count, width, processes = len(pictures), encoder.config.hidden_size, accelerator.num_processes
+    batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+    loader = DataLoader(
+        EvaluationPictures(pictures, processor),
+        sampler=batches[accelerator.process_index :: processes],
+        batch_size=None,  # an element of the sampler is a whole batch
+        num_workers=num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    loaded = iter(loader)
+    features = {name: torch.empty(count, width) for name in ("cls", "mean")}
+    bar = tqdm(total=count, desc=pictures.description, unit="picture", disable=not accelerator.is_main_process)
+    for start in range(0, count, batch_size * processes):
+        encoded = torch.full((batch_size, 2, width), torch.nan, device=accelerator.device)
+        if (batch := next(loaded, None)) is not None:  # at the end some processes have nothing to do
+            _report(batch["errors"], skip_unreadable)
+            encoded[batch["rows"]] = _encode(encoder, batch["pixel_values"])
+        everyones = accelerator.gather(encoded)[: count - start].cpu()  # one batch after the other
+        for column, name in enumerate(features):
+            features[name][start : start + len(everyones)] = everyones[:, column]
+        bar.update(len(everyones))
+    bar.close()
+    return features
+
+
+@torch.inference_mode()
+def _encode(encoder: UMAEModel, pixel_values: torch.Tensor | None) -> torch.Tensor:
+    """(batch, channels, height, width) -> (batch, 2, D), the class token and the mean of the patch tokens."""
+    if pixel_values is None:
+        return torch.empty(0, 2, encoder.config.hidden_size, device=encoder.device)
+    output = encoder(pixel_values.to(encoder.device, non_blocking=True))
+    encoded = torch.stack([output.last_hidden_state[:, 0], output.pooler_output], dim=1).float()
+    if not encoded.isfinite().all():
+        raise ValueError("the encoder's features are not finite; are its weights?")
+    return encoded
+
+
+def _report(errors: Sequence[str], skip: bool) -> None:
+    for error in errors:
+        if not skip:
+            raise UnreadablePicture(error)
+        tqdm.write(f"skipped: {error}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python -m umae.features
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write the features of a folder of pictures to a parquet file."""
+    parser = argparse.ArgumentParser(prog="python -m umae.features", description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("run", help="folder of a pre-trained model, or its name on the Hub (U-MAE, ViT, ViTMAE)")
+    parser.add_argument("folder", help="folder of pictures, or another data set, of which the split `train` is read")
+    parser.add_argument("out", type=Path, help="parquet file to write, with the columns file, cls and mean")
+    parser.add_argument("--batch_size", type=int, default=256, help="pictures of a batch (default 256)")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that open pictures (default 0)")
+    arguments = parser.parse_args(argv)
+    try:
+        write_features(arguments.run, arguments.folder, arguments.out, arguments.batch_size, arguments.num_workers)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+
+
+def write_features(run: str, folder: str, out: Path, batch_size: int, num_workers: int) -> None:
+    """The features of the pictures in `folder`, one row of `out` for each that can be read; the others are named.
+
+    Raises:
+        ValueError: the target cannot be written, the run or the pictures cannot be loaded, no picture can be read.
+    """
+    _check_target(out)
+    if batch_size < 1 or num_workers < 0:
+        raise ValueError(
+            f"batch_size must be at least 1 and num_workers at least 0, got {batch_size} and {num_workers}"
+        )
+    accelerator = Accelerator()
+    encoder, processor = encoder_from_pretrained(run, pooling="mean"), load_processor(run)
+    pictures = load_pictures(folder)
+    features = extract_features(
+        encoder, pictures, processor, batch_size, num_workers, accelerator=accelerator, skip_unreadable=True
+    )
+    readable = features["cls"].isfinite().all(dim=1)
+    kept, skipped = readable.nonzero()[:, 0].tolist(), int((~readable).sum())
+    if not kept:
+        raise ValueError(f"none of the {skipped} pictures of {pictures.description} can be read")
+    if accelerator.is_main_process:
+        columns = {"file": [pictures.name_of(index) for index in kept]}
+        columns |= {name: values[readable].numpy() for name, values in features.items()}
+        _write_parquet(columns, out)
+        print(f"{out}: features of {len(kept)} pictures of {pictures.description}; {skipped} could not be read")
+
+
+def _check_target(out: Path) -> None:
+    """Raise `ValueError` unless `out` can become, or already is, a parquet file."""
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: there is no folder {out.parent}")
+    if not os.access(out.parent, os.W_OK):
+        raise ValueError(f"{out}: the folder {out.parent} cannot be written to")
+    if out.exists() and not (out.is_file() and out.open("rb").read(4) == b"PAR1"):
+        raise ValueError(f"{out} exists and is no parquet file; it is left as it is, name another target")
+
+
+def _write_parquet(columns: dict, out: Path) -> None:
+    """Write to a temporary file first, so that `out` is whole whenever it exists."""
+    vector = List(Value("float32"))
+    schema = Features({"file": Value("string"), "cls": vector, "mean": vector})
+    temporary = out.with_name(f"{out.name}.tmp")
+    Dataset.from_dict(columns, features=schema).to_parquet(temporary)
+    os.replace(temporary, out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
