@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import torch
 from accelerate import Accelerator
 from transformers import BaseImageProcessor
+from transformers.utils.logging import disable_progress_bar
 
 from modeling_umae import UMAEForImageClassification, UMAEModel
 from umae.arguments import Between, check_launch, flag, parse_arguments
@@ -55,6 +56,7 @@ def main(argv: list[str]) -> None:
     (args,) = parse_arguments((ProbeArguments,), argv)
     accelerator = Accelerator()
     check_launch(os.environ, accelerator.num_processes)
+    disable_progress_bar()  # transformers' own; extracting has one
     output = Path(args.output_dir)
     check_output(output)
 

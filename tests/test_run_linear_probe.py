@@ -16,7 +16,7 @@ from umae.data import load_pictures
 from umae.features import extract_features, load_processor
 from umae.transforms import evaluation_processor
 
-CLASSES = ("dark", "green", "red", "rotated", "striped", "white")
+CLASSES = ("dark", "green", "red", "striped", "turned", "white")
 
 
 @pytest.fixture(scope="module")
@@ -32,21 +32,19 @@ def picture(kind: str, numbers) -> Image.Image:
     pixels = numbers.integers(0, 60, (16, 20, 3), dtype=np.uint8)
     pixels += np.uint8({"dark": 0, "white": 190}.get(kind, 90))
     pixels[:, :, {"green": 1, "red": 0}.get(kind, slice(None))] += np.uint8(60 if kind in ("green", "red") else 0)
-    if kind == "striped":
-        pixels[:, ::2] = 0
-    if kind == "rotated":  # stripes along the other axis, once turned as EXIF says
+    if kind in ("striped", "turned"):  # the same, but for the camera's orientation
         pixels[:, 10:] = 0
     image = Image.fromarray(pixels)
     return image.convert("L") if kind in ("dark", "white") else image
 
 
 def write_split(folder: Path, seed: int, count: int, classes=CLASSES) -> None:
-    """One sub-folder for each class; two classes are greyscale, one has to be turned as EXIF says."""
+    """One sub-folder for each class; two classes are greyscale, one is another only once turned as EXIF says."""
     numbers = np.random.default_rng(seed)
     for kind in classes:
         (folder / kind).mkdir(parents=True)
         exif = Image.Exif()
-        if kind == "rotated":
+        if kind == "turned":
             exif[0x0112] = 6
         for i in range(count):
             picture(kind, numbers).save(folder / kind / f"{i}.jpg", quality=95, exif=exif)

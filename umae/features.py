@@ -15,6 +15,7 @@ from datasets import Dataset, Features, List, Value
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, BaseImageProcessor
+from transformers.utils.logging import disable_progress_bar
 
 from modeling_umae import UMAEModel
 from umae.convert import encoder_from_pretrained
@@ -164,6 +165,7 @@ def write_features(run: str, folder: str, out: Path, batch_size: int, num_worker
             f"batch_size must be at least 1 and num_workers at least 0, got {batch_size} and {num_workers}"
         )
     accelerator = Accelerator()
+    disable_progress_bar()  # transformers' own; extracting has one
     encoder, processor = encoder_from_pretrained(run, pooling="mean"), load_processor(run)
     pictures = load_pictures(folder)
     features = extract_features(
