@@ -114,6 +114,7 @@ def main(argv: list[str]) -> None:
             finish(folder, pictures, schedule.total_steps, run, args.seed)
     if args.push_to_hub and accelerator.is_main_process:
         print("pushed to", hub.push_folder(folder, repo_id))
+    accelerator.free_memory()  # a DistributedDataParallel that outlives its process group can hang the process
     accelerator.end_training()
 
 

@@ -48,25 +48,33 @@ def value_and_gradient(module, pixel_values, noise) -> tuple[float, torch.Tensor
     return loss.item(), torch.cat([p.grad.flatten().double() for p in module.parameters()])
 
 
+def errors_of(objective, parts: list[int], dtype: torch.dtype) -> tuple[float, float]:
+    """Relative errors of value and gradient: this process' part of the batch among all, against the whole batch alone.
+
+    A function of its own, because a DistributedDataParallel that outlives its process group can hang the process.
+    """
+    torch.manual_seed(0)
+    alone = objective(fresh_config(uniformity_weight=0.5)).to(dtype)
+    pixel_values, noise = torch.randn(COUNT, 3, 16, 16, dtype=dtype), torch.rand(COUNT, 16)
+    value, expected = value_and_gradient(alone.eval(), pixel_values, noise)
+    rank = dist.get_rank()
+    mine = slice(sum(parts[:rank]), sum(parts[: rank + 1]))
+    together = DistributedDataParallel(alone.train(), broadcast_buffers=False)
+    found_value, found = value_and_gradient(together, pixel_values[mine], noise[mine])
+    return abs(found_value / value - 1), ((found - expected).norm() / expected.norm()).item()
+
+
 def main(report: str) -> None:
     dist.init_process_group("gloo")
-    rank, world = dist.get_rank(), dist.get_world_size()
     errors = {}
     for dtype in (torch.float32, torch.float64):
-        for kind, parts in PARTS[world].items():
+        for kind, parts in PARTS[dist.get_world_size()].items():
             for objective in (Term, Loss) if kind == "even" else (Term,):
-                torch.manual_seed(0)
-                alone = objective(fresh_config(uniformity_weight=0.5)).to(dtype)
-                pixel_values, noise = torch.randn(COUNT, 3, 16, 16, dtype=dtype), torch.rand(COUNT, 16)
-                value, expected = value_and_gradient(alone.eval(), pixel_values, noise)
-                mine = slice(sum(parts[:rank]), sum(parts[: rank + 1]))
-                together = DistributedDataParallel(alone.train(), broadcast_buffers=False)
-                found_value, found = value_and_gradient(together, pixel_values[mine], noise[mine])
                 name = f"{objective.__name__} {kind} {str(dtype).removeprefix('torch.')}"
-                errors[f"{name} gradient"] = ((found - expected).norm() / expected.norm()).item()
+                value, errors[f"{name} gradient"] = errors_of(objective, parts, dtype)
                 if objective is Term:  # the loss as a whole also holds the local reconstruction
-                    errors[f"{name} value"] = abs(found_value / value - 1)
-    if rank == 0:  # alone, in evaluation mode: must not wait for the others
+                    errors[f"{name} value"] = value
+    if dist.get_rank() == 0:  # alone, in evaluation mode: must not wait for the others
         UMAEForPreTraining(fresh_config()).eval()(torch.randn(2, 3, 16, 16))
         with open(report, "w") as file:
             json.dump(errors, file)
