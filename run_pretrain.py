@@ -173,7 +173,10 @@ def make_model(accelerator: Accelerator, args: ModelArguments) -> UMAEForPreTrai
 
 def load_weights(accelerator: Accelerator, name_or_path: str, **arguments: Any) -> UMAEForPreTraining:
     """Start from a run folder or a published MAE; only a decoder may be missing, and that is said."""
-    model, loading = UMAEForPreTraining.from_pretrained(name_or_path, output_loading_info=True, **arguments)
+    try:
+        model, loading = UMAEForPreTraining.from_pretrained(name_or_path, output_loading_info=True, **arguments)
+    except OSError as error:  # transformers' way of saying that there is no such model
+        raise ValueError(f"--model_name_or_path {name_or_path}: {error}") from error
     fresh = loading["missing_keys"]
     wrong = [*loading["unexpected_keys"], *(key for key, *_ in loading["mismatched_keys"])]
     wrong += [key for key in fresh if not key.startswith(("decoder.", "vit.fc_norm."))]
@@ -259,8 +262,8 @@ def announce(accelerator: Accelerator, run: dict[str, Any], model: UMAEForPreTra
         "model": f"{millions:.1f} million parameters with decoder, from {config.name_or_path or 'scratch'}",
         "steps": f"{identity['total_steps']:,} ({identity['total_steps'] / plan.steps_per_epoch:.4g} epochs), "
         f"{identity['warmup_steps']:g} of them warm-up",
-        "effective batch": f"{plan.pictures_per_step} = {plan.batch_size} per device x {plan.processes} processes x "
-        f"{plan.accumulation} accumulated",
+        "effective batch": f"{plan.pictures_per_step} = {plan.batch_size} per device x {plan.processes} "
+        f"process{'es' if plan.processes > 1 else ''} x {plan.accumulation} accumulated",
         "learning rate": f"{identity['learning_rate']:.3g} at its peak",
         "uniformity": f"weight {config.uniformity_weight:g}, mean over the {config.pooling} features of {features} "
         f"pictures" + (f", then over {plan.accumulation} micro-batches" if plan.accumulation > 1 else ""),
@@ -401,7 +404,7 @@ def finish(folder: Path, pictures: Pictures, total_steps: int, run: dict[str, An
     write_run(folder, run)
     last = cards.read_metrics(folder)[-1]
     print(
-        f"finished in {run['seconds'] / 60:.1f} minutes: reconstruction loss {last['reconstruction_loss']:.4f}, "
+        f"finished in {cards.duration(run['seconds'])}: reconstruction loss {last['reconstruction_loss']:.4f}, "
         f"uniformity {last['uniformity_loss']:.4f} (features fill {last['participation_ratio']:.1f} of "
         f"{model.config.hidden_size} dimensions)\n"
         f"weights and card in {folder}, pictures in {folder / 'reconstructions.png'}"

@@ -69,7 +69,7 @@ def test_a_finished_run_changes_nothing_when_started_again(finished, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_killed_run_ends_with_the_same_bits(finished, tmp_path, workers):
     folder, _ = finished
     mine = tmp_path / "run"
@@ -164,7 +164,7 @@ def test_training_starts_from_given_weights(finished, tmp_path):
 )
 def test_wrong_settings_are_refused_before_anything_is_written(tmp_path, argv, message):
     folder = tmp_path / "run"
-    with pytest.raises((ValueError, OSError), match=message):
+    with pytest.raises(ValueError, match=message):
         run_pretrain.main(["--output_dir", str(folder), *argv])
     assert not folder.exists()
 

@@ -64,7 +64,7 @@ def model_card(folder: Path) -> str:
         "Uniformity weight": f"{config['uniformity_weight']} on the {config['pooling']} feature",
         "Steps": f"{identity['total_steps']:,} of {identity['pictures_per_step']:,} pictures, seed {identity['seed']}",
         "Peak learning rate": f"{identity['learning_rate']:.3g}",
-        "Hardware and time": f"{run['hardware']}, {run['seconds'] / 60:.1f} minutes",
+        "Hardware and time": f"{run['hardware']}, {duration(run['seconds'])}",
         "Versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
         "Reconstruction loss": f"{last['reconstruction_loss']:.4f}",
         "Uniformity": f"{last['uniformity_loss']:.4f}, i.e. features that fill {last['participation_ratio']:.1f} "
@@ -99,6 +99,13 @@ The losses are means over the last logged window of training. `metrics.jsonl` ho
 
 {_CITATION}
 """
+
+
+def duration(seconds: float) -> str:
+    """A time to read: `42 seconds`, `53.5 minutes`, `17.2 hours`."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def _cell(value: Any) -> str:
