@@ -174,7 +174,9 @@ def make_model(accelerator: Accelerator, args: ModelArguments) -> UMAEForPreTrai
 def load_weights(accelerator: Accelerator, name_or_path: str, **arguments: Any) -> UMAEForPreTraining:
     """Start from a run folder or a published MAE; only a decoder may be missing, and that is said."""
     try:
-        model, loading = UMAEForPreTraining.from_pretrained(name_or_path, output_loading_info=True, **arguments)
+        model, loading = UMAEForPreTraining.from_pretrained(
+            name_or_path, dtype=torch.float32, output_loading_info=True, **arguments
+        )
     except OSError as error:  # transformers' way of saying that there is no such model
         raise ValueError(f"--model_name_or_path {name_or_path}: {error}") from error
     fresh = loading["missing_keys"]

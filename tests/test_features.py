@@ -108,9 +108,9 @@ def test_two_processes_give_the_bits_of_one(run, folder, tmp_path):
     """37 pictures in batches of 8: the second process has nothing to do at the end."""
     for processes in (1, 2):
         torchrun(processes, Path(__file__), run, folder, tmp_path / f"of_{processes}")
-    alone = torch.load(tmp_path / "of_1_rank_0.pt")
+    alone = torch.load(tmp_path / "of_1_rank_0.pt", weights_only=True)
     for rank in (0, 1):
-        features = torch.load(tmp_path / f"of_2_rank_{rank}.pt")
+        features = torch.load(tmp_path / f"of_2_rank_{rank}.pt", weights_only=True)
         assert all(torch.equal(features[name], alone[name]) for name in ("cls", "mean"))
 
 
@@ -170,6 +170,9 @@ def test_the_command_refuses_what_makes_no_sense_and_writes_nothing(run, folder,
         with pytest.raises(SystemExit, match=message):
             main([str(word) for word in words])
     assert not out.exists() and (tmp_path / "note.txt").read_text() == "mine"
+    (run / "preprocessor_config.json").write_text('{"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0.9}')
+    with pytest.raises(SystemExit, match="prepares its pictures by ConvNextImageProcessor"):
+        main([str(run), str(folder), str(out)])
     (run / "preprocessor_config.json").unlink()
     with pytest.raises(SystemExit, match="does not say how its pictures are prepared"):
         main([str(run), str(folder), str(out)])

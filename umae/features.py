@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from datasets import Dataset, Features, List, Value
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, BaseImageProcessor
+from transformers import BaseImageProcessor, ViTImageProcessorPil
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_umae import UMAEModel
@@ -23,12 +23,22 @@ from umae.data import Pictures, load_pictures
 from umae.images import UnreadablePicture
 
 
-def load_processor(name_or_path: str, revision: str | None = None) -> BaseImageProcessor:
-    """The image processor of a model, by Pillow. Raises `ValueError` if there is none."""
+def load_processor(name_or_path: str, revision: str | None = None) -> ViTImageProcessorPil:
+    """The image processor of a U-MAE, ViT or ViTMAE, by Pillow.
+
+    Raises:
+        ValueError: there is none, or it is not of the kind that these models have.
+    """
     try:
-        return AutoImageProcessor.from_pretrained(name_or_path, revision=revision, backend="pil")
+        settings, _ = ViTImageProcessorPil.get_image_processor_dict(name_or_path, revision=revision)
     except OSError as error:
         raise ValueError(f"{name_or_path} does not say how its pictures are prepared: {error}") from error
+    kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "none"
+    if not kind.startswith("ViT"):
+        raise ValueError(
+            f"{name_or_path} prepares its pictures by {kind}; expected an image processor of the ViT family"
+        )
+    return ViTImageProcessorPil.from_pretrained(name_or_path, revision=revision)
 
 
 class EvaluationPictures(torch.utils.data.Dataset):

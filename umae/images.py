@@ -55,8 +55,8 @@ def open_picture(source: bytes | str | os.PathLike | Image.Image, name: str = "p
 
 
 def to_tensor(picture: Image.Image) -> torch.Tensor:
-    """The pixels of an RGB picture: uint8 (3, height, width), contiguous, in memory of its own."""
-    return torch.from_numpy(np.array(np.asarray(picture).transpose(2, 0, 1), order="C"))  # (H, W, 3) -> (3, H, W)
+    """The pixels of an RGB picture: uint8 (3, height, width), in memory of its own (channels last, as Pillow's)."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def _upright(image: Image.Image) -> Image.Image:
