@@ -25,6 +25,7 @@ def folder(tmp_path):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(png(len(name)))
     (root / "notes.txt").write_text("no picture")
+    (root / "export.json").write_text("{}")
     (root / "a" / ".hidden.png").write_bytes(png())
     return root
 
@@ -54,6 +55,13 @@ def test_every_picture_of_a_folder_is_found_once_whatever_its_name(folder):
     assert pictures.label_names == ["a", "b"] and pictures.labels().tolist() == [0, 0, 1, 1]
     assert [pictures.read(i).getpixel((0, 0))[0] for i in range(4)] == [len(name) for name in names]
     assert str(folder.parent) not in pictures.description
+
+
+def test_pictures_with_a_metadata_file_are_read_as_datasets_reads_them(tmp_path):
+    (tmp_path / "1.png").write_bytes(png(7))
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "kind": "cat"}\n')
+    pictures = load_pictures(str(tmp_path), label_column="kind")
+    assert pictures.label_names == ["cat"] and pictures.read(0).getpixel((0, 0)) == (7, 0, 0)
 
 
 def test_folders_named_after_splits_are_splits(folder):

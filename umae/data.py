@@ -149,10 +149,10 @@ def _load(name: str, config_name: str | None, split: str) -> datasets.Dataset:
 
 
 def _holds_pictures(folder: Path) -> bool:
-    """Whether a folder holds picture files, at any depth, and nothing at its top that `datasets` would read."""
-    tables = (".parquet", ".arrow", ".json", ".jsonl", ".csv", ".tar")
-    if any(entry.suffix in tables for entry in folder.iterdir()):
-        return False
+    """Whether a folder holds picture files, at any depth, and nothing at its top that is a data set of its own."""
+    for entry in folder.iterdir():
+        if entry.suffix in (".parquet", ".arrow", ".tar") or entry.stem == "metadata":
+            return False
     return next(_picture_files(folder), None) is not None
 
 
