@@ -364,6 +364,8 @@ class UMAEPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: UMAEConfig, *args, **kwargs):
         config.check_combinations()  # again: fields may have been set one by one after construction
+        if config.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act {config.hidden_act!r} is not known; use one of {', '.join(sorted(ACT2FN))}")
         super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()

@@ -154,6 +154,7 @@ def test_training_starts_from_given_weights(finished, tmp_path):
         (["--mask_ratio", "1.0"], r"mask_ratio must lie in \[0, 1\), got 1.0"),
         (["--patch_size", "3"], "patch_size 3 does not divide image_size 8"),
         (["--config_overrides", "hidden_sise=64"], "did you mean hidden_size"),
+        (["--config_overrides", "hidden_act=relux"], "hidden_act 'relux' is not known; use one of .*relu"),
         (["--per_device_train_batch_size", "2000"], "holds 1438 pictures, fewer than one step of 2000"),
         (["--warmup_epochs", "101"], "longer than the whole run"),
         (["--train_split", "dev"], "digits has no split 'dev'; it has train, test"),
@@ -181,6 +182,12 @@ def test_a_folder_that_is_no_run_is_not_touched(tmp_path):
     with pytest.raises(ValueError, match="is not empty and holds no run"):
         run_pretrain.main(["--output_dir", str(tmp_path), *SHORT])
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_is_no_output_folder(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(ValueError, match="is a file; give a new or empty folder"):
+        run_pretrain.main(["--output_dir", str(tmp_path / "run"), *SHORT])
 
 
 def test_another_runs_folder_is_refused_with_the_value_that_differs(finished):

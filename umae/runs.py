@@ -42,8 +42,9 @@ def open_run(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) -
         before = json.loads((folder / RUN_FILE).read_text())
         _check_identity(folder, before["identity"], identity)
         run |= {"seconds": before["seconds"], "finished": before["finished"]}
-    elif folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no run; give a new or empty --output_dir")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        found = "is not empty and holds no run" if folder.is_dir() else "is a file"
+        raise ValueError(f"{folder} {found}; give a new or empty folder as --output_dir")
     accelerator.wait_for_everyone()  # nobody may look after the main process has begun to write
     if accelerator.is_main_process and not run["finished"]:
         folder.mkdir(parents=True, exist_ok=True)
