@@ -41,14 +41,15 @@ except ImportError:
 
 
 def reconstruction_loss(
-    logits: torch.Tensor, target: torch.Tensor, mask: torch.Tensor, norm_pix_loss: bool = True
+    logits: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None = None, norm_pix_loss: bool = True
 ) -> torch.Tensor:
     """Mean squared error of the hidden patches (He et al., 2022, section 3).
 
     Args:
         logits: (batch, patches, pixels), the predicted patches.
         target: (batch, patches, pixels), the true patches, as `patchify` returns them.
-        mask: (batch, patches), 1 where the patch was hidden, 0 where the encoder saw it. Only hidden patches count.
+        mask: (batch, patches), 1 where the patch was hidden, 0 where the encoder saw it. Only hidden patches count;
+            without a mask all do.
         norm_pix_loss: compare with patches of zero mean and unit (unbiased) variance instead of raw pixels.
 
     Returns:
@@ -58,7 +59,7 @@ def reconstruction_loss(
         mean, variance = target.mean(-1, keepdim=True), target.var(-1, keepdim=True)
         target = (target - mean) / (variance + 1e-6) ** 0.5
     loss = ((logits - target) ** 2).mean(-1)  # (batch, patches)
-    return (loss * mask).sum() / mask.sum()
+    return loss.mean() if mask is None else (loss * mask).sum() / mask.sum()
 
 
 def uniformity_loss(features: torch.Tensor, across_processes: bool = True) -> torch.Tensor:
@@ -196,10 +197,21 @@ def random_masking(noise: torch.Tensor, mask_ratio: float) -> tuple[torch.Tensor
         ids_restore: (batch, patches), the place of every patch when patches are sorted by their noise.
     """
     ids_shuffle = noise.argsort(dim=1, stable=True)
-    ids_restore = ids_shuffle.argsort(dim=1)
+    ids_restore = inverse_permutation(ids_shuffle)
     len_keep = int(noise.shape[1] * (1 - mask_ratio))
     mask = (ids_restore >= len_keep).float()
     return ids_shuffle[:, :len_keep], mask, ids_restore
+
+
+def inverse_permutation(ids: torch.Tensor) -> torch.Tensor:
+    """(batch, patches) -> (batch, patches): from the places of an order to the order, or back."""
+    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return torch.empty_like(ids).scatter_(1, ids, places)
+
+
+def gather_patches(patches: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """(batch or 1, patches, D), (batch, n) -> (batch, n, D), the patches at `ids`."""
+    return patches.expand(ids.shape[0], -1, -1).gather(1, ids[..., None].expand(-1, -1, patches.shape[-1]))
 
 
 class UMAEEmbeddings(nn.Module):
@@ -218,14 +230,26 @@ class UMAEEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, ids_keep: torch.Tensor | None, grid: tuple[int, int]) -> torch.Tensor:
         """(batch, channels, height, width) -> (batch, 1 + visible patches, hidden_size), the class token first."""
-        projection = self.patch_embeddings["projection"]
-        patches = projection(pixel_values.to(projection.weight.dtype)).flatten(2).transpose(1, 2)  # (B, patches, D)
         positions = resize_position_table(self.position_embeddings, self.config.grid, grid)
-        patches = patches + positions[:, 1:]
-        if ids_keep is not None:
-            patches = patches.gather(1, ids_keep[..., None].expand(-1, -1, patches.shape[-1]))  # (B, visible, D)
+        if self.training and ids_keep is not None:
+            patches = self.project_visible(pixel_values, ids_keep) + gather_patches(positions[:, 1:], ids_keep)
+        else:
+            projection = self.patch_embeddings["projection"]
+            patches = projection(pixel_values.to(projection.weight.dtype)).flatten(2).transpose(1, 2)  # (B, patches, D)
+            patches = patches + positions[:, 1:]
+            patches = patches if ids_keep is None else gather_patches(patches, ids_keep)  # (B, visible, D)
         cls_token = (self.cls_token + positions[:, :1]).expand(patches.shape[0], -1, -1)
         return torch.cat([cls_token, patches], dim=1)
+
+    def project_visible(self, pixel_values: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
+        """The convolution at the visible patches only, as the matrix product that it is: -> (batch, visible, D)."""
+        projection = self.patch_embeddings["projection"]
+        batch, channels = pixel_values.shape[:2]
+        height, width = self.config.patch_height_width
+        pixels = pixel_values.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # (B, C, rows, h, columns, w)
+        pixels = pixels.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * height * width)
+        visible = gather_patches(pixels, ids_keep).to(projection.weight.dtype)
+        return F.linear(visible, projection.weight.flatten(1), projection.bias)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -233,11 +257,14 @@ class UMAEEmbeddings(nn.Module):
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """softmax(query key^T * scaling) value, written out: (B, heads, tokens, d) -> (B, tokens, heads, d), weights."""
-    weights = query @ key.transpose(2, 3) * scaling
+    """softmax(query key^T * scaling) value, written out: (B, heads, tokens, d) -> (B, tokens, heads, d), weights.
+
+    The queries are scaled rather than the many more weights, and torch's softmax computes half precisions in float32.
+    """
+    weights = (query * scaling) @ key.transpose(2, 3)
     if attention_mask is not None:
         weights = weights + attention_mask
-    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = weights.softmax(dim=-1).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
@@ -260,16 +287,22 @@ class UMAEAttention(nn.Module):
         )
         self.output = nn.ModuleDict({"dense": nn.Linear(hidden_size, hidden_size)})
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(batch, tokens, D) -> (batch, tokens, D), attention weights (batch, heads, tokens, tokens) if eager."""
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+    def forward(
+        self, hidden_states: torch.Tensor, first_query: int = 0, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(batch, tokens, D) -> (batch, queries, D), attention weights (batch, heads, queries, tokens) if eager.
+
+        The tokens before `first_query` are looked at, but do not look themselves.
+        """
+        queries = hidden_states[:, first_query:]
         query, key, value = (
-            self.attention[name](hidden_states).view(shape).transpose(1, 2) for name in ("query", "key", "value")
+            self.attention[name](tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for name, tokens in (("query", queries), ("key", hidden_states), ("value", hidden_states))
         )  # (B, heads, tokens, d)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         context, weights = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout, **kwargs)
-        return self.output["dense"](context.reshape(hidden_states.shape)), weights
+        return self.output["dense"](context.reshape(queries.shape)), weights
 
 
 class UMAELayer(GradientCheckpointingLayer):
@@ -285,9 +318,12 @@ class UMAELayer(GradientCheckpointingLayer):
         self.output = nn.ModuleDict({"dense": nn.Linear(intermediate_size, hidden_size)})
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        attended, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
-        hidden_states = self.dropout(attended) + hidden_states
+    def forward(
+        self, hidden_states: torch.Tensor, first_query: int = 0, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        """(batch, tokens, D) -> (batch, tokens from `first_query` on, D)."""
+        attended, _ = self.attention(self.layernorm_before(hidden_states), first_query, **kwargs)
+        hidden_states = self.dropout(attended) + hidden_states[:, first_query:]
         inner = self.activation(self.intermediate["dense"](self.layernorm_after(hidden_states)))
         return self.dropout(self.output["dense"](inner)) + hidden_states
 
@@ -512,16 +548,35 @@ class UMAEDecoder(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, ids_restore: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(batch, 1 + visible, hidden_size) -> (batch, patches, pixels), every patch at its own place."""
-        hidden_states = self.decoder_embed(hidden_states)
-        batch, num_patches = ids_restore.shape
-        hidden = self.mask_token.expand(batch, 1 + num_patches - hidden_states.shape[1], -1)
-        patches = torch.cat([hidden_states[:, 1:], hidden.to(hidden_states.dtype)], dim=1)
-        patches = patches.gather(1, ids_restore[..., None].expand(-1, -1, patches.shape[-1]))  # back to their places
-        hidden_states = torch.cat([hidden_states[:, :1], patches], dim=1)
-        hidden_states = hidden_states + resize_position_table(self.decoder_pos_embed, self.config.grid, grid)
+        tokens = self.with_mask_tokens(self.decoder_embed(hidden_states), ids_restore.shape[1])
+        tokens = torch.cat([tokens[:, :1], gather_patches(tokens[:, 1:], ids_restore)], dim=1)
+        tokens = tokens + resize_position_table(self.decoder_pos_embed, self.config.grid, grid)
         for layer in self.decoder_layers:
-            hidden_states = layer(hidden_states)
-        return self.decoder_pred(self.decoder_norm(hidden_states))[:, 1:]
+            tokens = layer(tokens)
+        return self.decoder_pred(self.decoder_norm(tokens))[:, 1:]
+
+    def predict_hidden(
+        self, hidden_states: torch.Tensor, ids_shuffle: torch.Tensor, grid: tuple[int, int]
+    ) -> torch.Tensor:
+        """(batch, 1 + visible, hidden_size) -> (batch, hidden, pixels), the hidden patches in the order of their noise.
+
+        The same predictions as `forward`, for less: the positions go to the patches instead of the patches to their
+        places, and in the last layer and the head only hidden patches are computed, since nobody reads the others.
+        """
+        visible = hidden_states.shape[1] - 1
+        tokens = self.with_mask_tokens(self.decoder_embed(hidden_states), ids_shuffle.shape[1])
+        table = resize_position_table(self.decoder_pos_embed, self.config.grid, grid)
+        positions = gather_patches(table[:, 1:], ids_shuffle)
+        tokens = tokens + torch.cat([table[:, :1].expand(tokens.shape[0], -1, -1), positions], dim=1)
+        for i, layer in enumerate(self.decoder_layers):
+            is_last = i == len(self.decoder_layers) - 1
+            tokens = layer(tokens, first_query=1 + visible if is_last else 0)
+        return self.decoder_pred(self.decoder_norm(tokens[:, visible - ids_shuffle.shape[1] :]))
+
+    def with_mask_tokens(self, tokens: torch.Tensor, num_patches: int) -> torch.Tensor:
+        """(batch, 1 + visible, D) -> (batch, 1 + num_patches, D), mask tokens at the end."""
+        hidden = self.mask_token.to(tokens.dtype).expand(tokens.shape[0], 1 + num_patches - tokens.shape[1], -1)
+        return torch.cat([tokens, hidden], dim=1)
 
 
 class UMAEForPreTraining(UMAEPreTrainedModel):
@@ -575,10 +630,14 @@ class UMAEForPreTraining(UMAEPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
-        logits = self.decoder(encoded.last_hidden_state, encoded.ids_restore, grid)
-
         target = patchify(pixel_values, self.config.patch_height_width)
-        reconstruction = reconstruction_loss(logits, target, encoded.mask, self.config.norm_pix_loss)
+        if output_logits:
+            logits, mask = self.decoder(encoded.last_hidden_state, encoded.ids_restore, grid), encoded.mask
+        else:
+            ids_shuffle = inverse_permutation(encoded.ids_restore)
+            logits, mask = self.decoder.predict_hidden(encoded.last_hidden_state, ids_shuffle, grid), None
+            target = gather_patches(target, ids_shuffle[:, -logits.shape[1] :])
+        reconstruction = reconstruction_loss(logits, target, mask, self.config.norm_pix_loss)
         features = self.uniformity_features(encoded)
         uniformity = uniformity_loss(features, across_processes=self.training)
 

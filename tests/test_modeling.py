@@ -138,13 +138,27 @@ def test_fc_norm_exists_with_mean_pooling_only():
     assert hasattr(UMAEModel(fresh_config(pooling="mean")), "fc_norm")
 
 
-def test_pretraining_loss_does_not_depend_on_whether_logits_are_returned():
-    model = UMAEForPreTraining(fresh_config()).train()
-    pixel_values, noise = pictures_for(model.config), torch.rand(4, 16)
-    short, full = (model(pixel_values, noise=noise, output_logits=wanted) for wanted in (False, True))
-    assert short.loss.item() == pytest.approx(full.loss.item(), rel=1e-6)
-    assert short.logits is None and full.logits.shape == (4, 16, 48)
-    assert model.eval()(pixel_values, noise=noise).logits is not None
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"pooling": "mean"}, {"norm_pix_loss": False, "mask_ratio": 0.3}, {"decoder_num_hidden_layers": 0},
+     {"decoder_num_hidden_layers": 3, "image_size": (16, 32), "num_channels": 2}],
+    ids=str,
+)  # fmt: skip
+def test_what_training_leaves_out_changes_no_loss_and_no_gradient(changes):
+    """In training only the hidden patches are predicted; float64, because the same sums run in another order."""
+    model = UMAEForPreTraining(fresh_config(**changes)).double().train()
+    pixel_values = pictures_for(model.config).double()
+    noise = torch.rand(4, model.config.grid[0] * model.config.grid[1])
+    gradients = []
+    for training in (True, False):
+        model.train(training).zero_grad()
+        output = model(pixel_values, noise=noise)
+        output.loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        assert (output.logits is None) == (output.ids_restore is None) == training
+        assert output.loss.item() == pytest.approx(model(pixel_values, noise=noise).loss.item(), rel=1e-12)
+    for name, short in gradients[0].items():
+        assert torch.allclose(short, gradients[1][name], rtol=1e-9, atol=1e-13), name
 
 
 def test_patches_and_pictures_are_inverse():
@@ -203,7 +217,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 def test_without_weight_the_gradients_are_those_of_vitmae_bit_for_bit():
-    ours = pretraining_model(uniformity_weight=0.0)
+    ours = pretraining_model(uniformity_weight=0.0).eval()  # in training the same sums run over fewer terms
     config = ViTMAEConfig(**golden_inputs.config_arguments(SETUP), norm_pix_loss=True)
     theirs = ViTMAEForPreTraining._from_config(config, attn_implementation="sdpa")
     values = golden_inputs.with_position_tables(SETUP, golden_inputs.weights(SETUP))
@@ -215,7 +229,7 @@ def test_without_weight_the_gradients_are_those_of_vitmae_bit_for_bit():
         ours_to_theirs, tolerance = {name: name for name in values}, 1e-6
     theirs.load_state_dict(values)
     pixel_values, noise = batch()
-    first, second = ours(pixel_values, noise=noise, output_logits=True), theirs(pixel_values, noise=noise)
+    first, second = ours(pixel_values, noise=noise), theirs(pixel_values, noise=noise)
     first.loss.backward()
     second.loss.backward()
     assert torch.allclose(first.logits, second.logits, rtol=0, atol=tolerance)
