@@ -17,23 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-from accelerate import Accelerator
-from transformers import BaseImageProcessor
-from transformers.utils.logging import disable_progress_bar
-
-from modeling_umae import UMAEForImageClassification, UMAEModel
-from umae.arguments import Between, check_launch, flag, parse_arguments
-from umae.checkpoints import write_text
-from umae.collapse import effective_rank, uniformity
-from umae.convert import encoder_from_pretrained, set_pooling
-from umae.data import Pictures, load_pictures, split_names
-from umae.features import extract_features, load_processor
-from umae.metrics import TopKAccuracy
-from umae.probing import LINEAR_PROTOCOL, LinearHead, knn_classify, rank_classes, train_linear_heads
-
-NEIGHBOURS, TEMPERATURE = 20, 0.07  # of k-NN, as DINO evaluates
-REPORT = "linear_probe.json"
+from script_arguments import Between, check_launch, flag, one_line_refusals, parse_arguments
 
 
 @dataclass
@@ -50,6 +34,28 @@ class ProbeArguments:
     per_device_eval_batch_size: Annotated[int, Between(1)] = flag(256, "Pictures of a forward pass on each process.")
     dataloader_num_workers: Annotated[int, Between(0)] = flag(0, "Processes that open pictures, for each process.")
     seed: Annotated[int, Between(0)] = flag(0, "Of the held-out part, the heads' weights and the order of pictures.")
+
+
+if __name__ == "__main__":  # --help and slips of the pen are answered before the imports below, which take seconds
+    with one_line_refusals("run_linear_probe.py"):
+        parse_arguments((ProbeArguments,), sys.argv[1:])
+
+import torch
+from accelerate import Accelerator
+from transformers import BaseImageProcessor
+from transformers.utils.logging import disable_progress_bar
+
+from modeling_umae import UMAEForImageClassification, UMAEModel
+from umae.checkpoints import write_text
+from umae.collapse import effective_rank, uniformity
+from umae.convert import encoder_from_pretrained, set_pooling
+from umae.data import Pictures, load_pictures, split_names
+from umae.features import extract_features, load_processor
+from umae.metrics import TopKAccuracy
+from umae.probing import LINEAR_PROTOCOL, LinearHead, knn_classify, rank_classes, train_linear_heads
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of k-NN, as DINO evaluates
+REPORT = "linear_probe.json"
 
 
 def main(argv: list[str]) -> None:
@@ -230,7 +236,5 @@ def print_table(report: dict[str, Any], output: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_refusals("run_linear_probe.py"):
         main(sys.argv[1:])
-    except ValueError as error:
-        sys.exit(f"run_linear_probe.py: {error}")

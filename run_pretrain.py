@@ -9,27 +9,14 @@ Run the same command again after an interruption and it continues from its newes
 
 import dataclasses
 import os
+import statistics
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
-from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from transformers import ViTImageProcessorPil
-from transformers.utils.logging import disable_progress_bar
-
-from umae import UMAEConfig, UMAEForPreTraining, cards, checkpoints, hub, seeding
-from umae.arguments import Between, check_launch, flag, parse_arguments, parse_overrides
-from umae.data import Pictures, Plan, load_pictures, training_loader
-from umae.pictures import reconstruction_strip
-from umae.runs import MetricsLog, open_run, write_run
-from umae.schedules import decay_groups, learning_rate_at
-from umae.training import LOGGED, train_step
-from umae.transforms import evaluation_processor
+from script_arguments import Between, check_launch, flag, one_line_refusals, parse_arguments, parse_overrides
 
 
 @dataclass
@@ -39,8 +26,8 @@ class DataArguments:
     train_split: str = flag("train", "Split to train on; slices such as `train[:10%%]` for Hub data sets and parquet.")
     image_column_name: str | None = flag(None, "Column of the pictures; found by its type if there is one.")
     label_column_name: str | None = flag(None, "Column of the labels, which pre-training does not use.")
-    dataloader_num_workers: Annotated[int, Between(0)] = flag(
-        0, "Processes that read and crop pictures, for each training process."
+    dataloader_num_workers: Annotated[int | None, Between(0)] = flag(
+        None, "Processes that read and crop pictures, for each training process. [one a core beside a GPU]"
     )
 
 
@@ -73,7 +60,11 @@ class TrainingArguments:
     )
     weight_decay: Annotated[float, Between(0)] = flag(0.05, "AdamW's decay of tensors with more than one dimension.")
     warmup_epochs: Annotated[float | None, Between(0)] = flag(None, "Epochs of linear warm-up. [a tenth of the steps]")
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(None, "[what `accelerate config` says, else no]")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
+        None, "[what `accelerate` says unless no; then bf16 if the hardware has it]"
+    )
+    torch_compile: bool = flag(False, "Compile every layer; takes a minute or two, and pays on GPUs.")
+    gradient_checkpointing: bool = flag(False, "Compute activations twice instead of keeping them: larger batches fit.")
     checkpointing_steps: Annotated[int, Between(1)] = flag(500, "Steps between checkpoints.")
     checkpoints_total_limit: Annotated[int, Between(1)] = flag(2, "Checkpoints to keep.")
     logging_steps: Annotated[int, Between(1)] = flag(
@@ -86,6 +77,37 @@ class TrainingArguments:
 
 
 DIGITS_RECIPE = Path(__file__).resolve().parent / "recipes" / "digits.yaml"
+
+
+def parse(argv: list[str]) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
+    """The command line. The digits, 8 x 8 pixels small, come with sizes of their own unless a recipe is given."""
+    types = (DataArguments, ModelArguments, TrainingArguments)
+    data, model, training = parse_arguments(types, argv)
+    if data.dataset_name == "digits" and training.recipe is None:
+        data, model, training = parse_arguments(types, ["--recipe", str(DIGITS_RECIPE), *argv])
+    return data, model, training
+
+
+if __name__ == "__main__":  # --help and slips of the pen are answered before the imports below, which take seconds
+    with one_line_refusals("run_pretrain.py"):
+        parse(sys.argv[1:])
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from transformers import ViTImageProcessorPil
+from transformers.utils.logging import disable_progress_bar
+
+from modeling_umae import UMAELayer
+from umae import UMAEConfig, UMAEForPreTraining, cards, checkpoints, hub, seeding
+from umae.data import Pictures, Plan, TrainingPictures, decode_all, load_pictures, training_loader
+from umae.pictures import reconstruction_strip
+from umae.runs import SPEED, MetricsLog, open_run, write_run
+from umae.schedules import decay_groups, learning_rate_at
+from umae.speed import has_fast_bf16, matmul_rate, training_flops
+from umae.training import LOGGED, train_step
+from umae.transforms import evaluation_processor
 
 
 def main(argv: list[str]) -> None:
@@ -122,15 +144,6 @@ def main(argv: list[str]) -> None:
 # What will be done
 
 
-def parse(argv: list[str]) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
-    """The command line. The digits, 8 x 8 pixels small, come with sizes of their own unless a recipe is given."""
-    types = (DataArguments, ModelArguments, TrainingArguments)
-    data, model, training = parse_arguments(types, argv)
-    if data.dataset_name == "digits" and training.recipe is None:
-        data, model, training = parse_arguments(types, ["--recipe", str(DIGITS_RECIPE), *argv])
-    return data, model, training
-
-
 def make_accelerator(args: TrainingArguments) -> Accelerator:
     trackers = [name.strip() for name in args.report_to.split(",") if name.strip() not in ("", "none")]
     available = [str(name) for name in get_available_trackers()]
@@ -139,8 +152,11 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
             raise ValueError(
                 f"--report_to {name}: not installed or not known; here are {', '.join(available) or 'none'}"
             )
+    asked = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if args.mixed_precision is None and asked == "no" and has_fast_bf16(PartialState().device):
+        asked = "bf16"
     return Accelerator(
-        mixed_precision=args.mixed_precision,
+        mixed_precision=asked,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=trackers or None,
         project_dir=Path(args.output_dir) / "logs",
@@ -160,8 +176,9 @@ def make_model(accelerator: Accelerator, args: ModelArguments) -> UMAEForPreTrai
     said = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     fields = [field.name for field in dataclasses.fields(UMAEConfig)]
     overrides = {**parse_overrides(args.config_overrides, fields, "--config_overrides"), **said}
-    # On CPUs the backward pass of fused attention is slower than attention written out
-    attention = "eager" if accelerator.device.type == "cpu" else "sdpa"
+    # On CPUs the backward pass of fused attention is many times slower in bf16 than that of attention written out
+    slow_sdpa = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
+    attention = "eager" if slow_sdpa else "sdpa"
     if args.model_name_or_path is None:
         model = UMAEForPreTraining._from_config(UMAEConfig(**overrides), attn_implementation=attention)
     else:
@@ -288,23 +305,29 @@ def train(
     folder: Path,
     run: dict[str, Any],
     args: TrainingArguments,
-    num_workers: int,
+    num_workers: int | None,
 ) -> None:
     """From the newest checkpoint, if there is one, to the last step; leaves `step-N/` of the last step behind."""
     config, processor = model.config, evaluation_processor(model.config.image_height_width)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    if args.torch_compile:
+        compile_layers(model)
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
     failed = torch.zeros((), device=accelerator.device)
     window = torch.zeros(len(LOGGED) + 1, device=accelerator.device)  # sums since the last line, and their count
     start = restore(accelerator, folder, model, optimizer, window)
     accelerator.init_trackers("umae", config={name: str(value) for name, value in run["identity"].items()})
-    log = MetricsLog(accelerator, folder, start, plan.pictures_per_step)
-    micro_batches = iter(
-        training_loader(
-            pictures, plan, accelerator.process_index, config.image_height_width, start, schedule.total_steps,
-            num_workers, pin_memory=accelerator.device.type == "cuda",
-        )
+    pixels = decode_all(pictures, show_progress=accelerator.is_main_process)
+    dataset = TrainingPictures(pictures, config.image_height_width, args.seed, pixels)
+    num_workers = usual_workers(accelerator.device, pixels) if num_workers is None else num_workers
+    loader = training_loader(
+        dataset, plan, accelerator.process_index, start, schedule.total_steps, num_workers,
+        pin_memory=accelerator.device.type == "cuda",
     )  # fmt: skip
+    log = MetricsLog(accelerator, folder, start, plan.pictures_per_step, ideal_seconds(accelerator, config))
+    micro_batches = log.waited_for(loader)
     model.train()
     clock, seconds_before = time.perf_counter(), run["seconds"]
     for step in log.progress(schedule.total_steps):
@@ -330,6 +353,26 @@ def train(
             stop_if_failed(failed, done)
             run["seconds"] = seconds_before + time.perf_counter() - clock
             save(accelerator, folder, done, args.checkpoints_total_limit, model, optimizer, processor, window, run)
+
+
+def compile_layers(model: UMAEForPreTraining) -> None:
+    """Compile layer by layer: all of a kind share their code, and names of parameters stay as they are."""
+    for module in model.modules():
+        if isinstance(module, UMAELayer):
+            module.compile(dynamic=False)  # encoder and decoder differ in every shape, so let each have its own code
+
+
+def usual_workers(device: torch.device, pixels: torch.Tensor | None) -> int:
+    """One a core beside GPUs, which share them; none where no picture is read, or where training takes the cores."""
+    if pixels is not None or device.type == "cpu":
+        return 0
+    return min(16, len(os.sched_getaffinity(0)) // max(1, torch.accelerator.device_count()))
+
+
+def ideal_seconds(accelerator: Accelerator, config: UMAEConfig) -> float:
+    """How long the matrix products of one picture take at the rate that all processes together reach at plain ones."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
+    return training_flops(config) / matmul_rate(accelerator.device, dtype) / accelerator.num_processes
 
 
 def stop_if_failed(failed: torch.Tensor, step: int) -> None:
@@ -404,17 +447,18 @@ def finish(folder: Path, pictures: Pictures, total_steps: int, run: dict[str, An
     checkpoints.write_text(folder / "README.md", cards.model_card(folder))
     run["finished"] = True
     write_run(folder, run)
-    last = cards.read_metrics(folder)[-1]
+    lines = cards.read_metrics(folder)
+    last, speed = lines[-1], {name: statistics.median(line[name] for line in lines) for name in SPEED}
     print(
         f"finished in {cards.duration(run['seconds'])}: reconstruction loss {last['reconstruction_loss']:.4f}, "
         f"uniformity {last['uniformity_loss']:.4f} (features fill {last['participation_ratio']:.1f} of "
         f"{model.config.hidden_size} dimensions)\n"
+        f"{speed['pictures_per_second']:,.0f} pictures/s, {speed['mfu']:.0%} of the device's rate at plain matrix "
+        f"products (MFU), {speed['data_wait']:.0%} of the time spent waiting for pictures\n"
         f"weights and card in {folder}, pictures in {folder / 'reconstructions.png'}"
     )
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_refusals("run_pretrain.py"):
         main(sys.argv[1:])
-    except (ValueError, FloatingPointError) as error:
-        sys.exit(f"run_pretrain.py: {error}")

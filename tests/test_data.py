@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from processes import SHARED
 
-from umae.data import Plan, load_pictures, split_names, training_loader
+from umae.data import Plan, TrainingPictures, decode_all, load_pictures, split_names, training_loader
 
 
 def png(value: int = 0, size: tuple[int, int] = (6, 5)) -> bytes:
@@ -172,12 +172,14 @@ def test_starting_at_a_step_gives_what_would_have_come():
     assert [epoch for epoch, _ in plan.micro_batches(0, 2, 4)] == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_do_not_depend_on_workers_or_on_where_one_starts(workers):
+def test_batches_do_not_depend_on_workers_or_memory_or_on_where_one_starts(workers, in_memory):
     pictures = load_pictures("digits")
     plan = Plan(len(pictures), batch_size=16, accumulation=1, processes=1, seed=0)
-    expected = list(training_loader(pictures, plan, 0, (8, 8), 0, 6))
-    found = list(training_loader(pictures, plan, 0, (8, 8), 3, 6, num_workers=workers))
+    expected = list(training_loader(TrainingPictures(pictures, (8, 8), seed=0), plan, 0, 0, 6))
+    decoded = TrainingPictures(pictures, (8, 8), 0, decode_all(pictures) if in_memory else None)
+    found = list(training_loader(decoded, plan, 0, 3, 6, num_workers=workers))
     assert len(found) == 3
     for one, other in zip(found, expected[3:], strict=True):
         assert one["pixel_values"].dtype == torch.uint8 and one["pixel_values"].shape == (16, 3, 8, 8)
@@ -191,6 +193,6 @@ def test_real_pictures_become_batches():
         pytest.skip("needs the ImageNet sample beside the project")
     pictures = load_pictures(str(folder))
     plan = Plan(len(pictures), batch_size=8, accumulation=1, processes=1, seed=0)
-    (batch,) = training_loader(pictures, plan, 0, (224, 224), 0, 1)
+    (batch,) = training_loader(TrainingPictures(pictures, (224, 224), seed=0), plan, 0, 0, 1)
     assert batch["pixel_values"].shape == (8, 3, 224, 224)
     assert batch["pixel_values"].float().std(dim=(1, 2, 3)).min() > 5  # none of them is blank

@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor
 import run_pretrain
 import umae
 from umae import training
+from umae.runs import SPEED
 
 SHORT = ("--max_train_steps", "12", "--checkpointing_steps", "4", "--logging_steps", "3")
 
@@ -23,7 +24,7 @@ SHORT = ("--max_train_steps", "12", "--checkpointing_steps", "4", "--logging_ste
 def metrics(folder) -> list[dict]:
     """The lines of `metrics.jsonl` without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "pictures_per_second"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -107,11 +108,34 @@ def test_a_launch_of_independent_copies_is_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def small_recipe(tmp_path) -> list[str]:
+    """The digits' sizes, with nothing said about precision."""
+    lines = run_pretrain.DIGITS_RECIPE.read_text().splitlines()
+    (tmp_path / "recipe.yaml").write_text("\n".join(line for line in lines if not line.startswith("mixed_precision")))
+    return ["--recipe", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run"), "--max_train_steps", "2"]
+
+
 def test_accelerate_launches_the_script(tmp_path):
     launcher = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "--mixed_precision", "bf16")
-    result = run(*launcher, "run_pretrain.py", "--output_dir", tmp_path / "run", "--max_train_steps", "2")
+    result = run(*launcher, "run_pretrain.py", *small_recipe(tmp_path))
     assert "bf16 on 1 x CPU" in result.stdout
     assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "fast", "flags", "expected"),
+    [
+        ("no", True, (), "bf16"),
+        ("no", False, (), "no"),
+        ("no", True, ("--mixed_precision", "no"), "no"),
+        ("bf16", False, (), "bf16"),
+    ],
+)
+def test_precision_is_what_was_said_or_what_the_hardware_has(monkeypatch, tmp_path, launcher, fast, flags, expected):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    monkeypatch.setattr(run_pretrain, "has_fast_bf16", lambda device: fast)
+    run_pretrain.main([*small_recipe(tmp_path), *flags])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["identity"]["mixed_precision"] == expected
 
 
 def test_real_pictures_in_a_folder_train_and_report_to_a_tracker(tmp_path):

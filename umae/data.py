@@ -6,7 +6,7 @@ that resuming means starting at step N and the number of workers or processes ch
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +14,17 @@ import datasets
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from umae import seeding
-from umae.images import open_picture, to_tensor
-from umae.transforms import CROP_NUMBERS, random_resized_crop
+from umae.images import open_picture, read_pixels
+from umae.transforms import CROP_NUMBERS, least_side, random_resized_crop
 
 # What Pillow opens without plugins and people keep pictures in.
 PICTURE_ENDINGS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif",
 )  # fmt: skip
+MEMORY_LIMIT = 2**30  # bytes of decoded pictures that a process keeps in memory
 # Sub-folders that mean a split rather than a class, and the split they mean.
 SPLIT_FOLDERS = {
     "train": "train", "training": "train", "test": "test", "testing": "test",
@@ -57,9 +59,19 @@ class Pictures:
 
     def read_many(self, indices: list[int]) -> Iterator[Image.Image]:
         """The pictures at `indices`, opened one by one; their bytes are fetched together."""
+        for source, name in self._sources(indices):
+            yield open_picture(source, name)
+
+    def read_pixels(self, indices: list[int], min_side: int | None = None) -> Iterator[torch.Tensor]:
+        """As `read_many`, uint8 (3, height, width); large JPEGs may come out smaller (see `umae.images`)."""
+        for source, name in self._sources(indices):
+            yield read_pixels(source, name, min_side)
+
+    def _sources(self, indices: list[int]) -> Iterator[tuple[bytes | str, str]]:
+        """What to read, bytes or a path, and what a refusal calls it."""
         for index, encoded in zip(indices, self.dataset[indices][self.image_column], strict=True):
             source = encoded["path"] if encoded["bytes"] is None else encoded["bytes"]
-            yield open_picture(source, name=self._name(index, encoded["path"]))
+            yield source, self._name(index, encoded["path"])
 
     def name_of(self, index: int) -> str:
         """The picture's file, relative to its folder, or its place in the data set (`digits (train)[17]`)."""
@@ -304,10 +316,14 @@ class TrainingPictures(torch.utils.data.Dataset):
 
     A batch is `{"pixel_values": uint8 (batch, 3, height, width), "index": int64 (batch,), "epoch": int}`; flipping and
     normalising are left to the device.
+
+    Args:
+        size: (height, width) of the crops, in pixels.
+        pixels: uint8 (N, 3, height, width), the decoded pictures, if `decode_all` gave them.
     """
 
-    def __init__(self, pictures: Pictures, size: tuple[int, int], seed: int):
-        self.pictures, self.size, self.seed = pictures, size, seed
+    def __init__(self, pictures: Pictures, size: tuple[int, int], seed: int, pixels: torch.Tensor | None = None):
+        self.pictures, self.size, self.seed, self.pixels = pictures, size, seed, pixels
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -316,25 +332,48 @@ class TrainingPictures(torch.utils.data.Dataset):
         epoch, indices = micro_batch
         numbers = seeding.uniform(self.seed, seeding.CROP, epoch, indices, CROP_NUMBERS)
         crops = [
-            random_resized_crop(to_tensor(picture), row, self.size)
-            for picture, row in zip(self.pictures.read_many(indices.tolist()), numbers, strict=True)
+            random_resized_crop(pixels, row, self.size)
+            for pixels, row in zip(self._read(indices), numbers, strict=True)
         ]
         return {"pixel_values": torch.stack(crops), "index": indices, "epoch": epoch}
 
+    def _read(self, indices: torch.Tensor) -> Iterable[torch.Tensor]:
+        if self.pixels is not None:
+            return self.pixels[indices]
+        return self.pictures.read_pixels(indices.tolist(), least_side(self.size))
+
+
+def decode_all(pictures: Pictures, show_progress: bool = True) -> torch.Tensor | None:
+    """Small data sets (CIFAR, digits) decoded once and for all: six times faster to crop than from their files.
+
+    Returns:
+        uint8 (N, 3, height, width), or None: the pictures differ in size, or together exceed MEMORY_LIMIT.
+    """
+    (first,) = pictures.read_pixels([0])
+    if len(pictures) * first.numel() > MEMORY_LIMIT:
+        return None
+    pixels = torch.empty(len(pictures), *first.shape, dtype=torch.uint8)
+    for start in tqdm(range(0, len(pictures), 256), "decoding", unit="batch", leave=False, disable=not show_progress):
+        indices = list(range(start, min(start + 256, len(pictures))))
+        for index, one in zip(indices, pictures.read_pixels(indices), strict=True):
+            if one.shape != first.shape:
+                return None
+            pixels[index] = one
+    return pixels
+
 
 def training_loader(
-    pictures: Pictures,
+    dataset: TrainingPictures,
     plan: Plan,
     rank: int,
-    size: tuple[int, int],
     start_step: int,
     stop_step: int,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Micro-batches of one process from `start_step` on; `size` is (height, width) in pixels."""
+    """Micro-batches of one process from `start_step` on. One pass is the whole run: its workers live through it."""
     return DataLoader(
-        TrainingPictures(pictures, size, plan.seed),
+        dataset,
         sampler=plan.micro_batches(rank, start_step, stop_step),
         batch_size=None,  # an element of the sampler is a whole micro-batch
         num_workers=num_workers,

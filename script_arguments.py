@@ -1,10 +1,14 @@
-"""Command lines from dataclasses: one field a flag, recipes of the same names, errors that help."""
+"""Command lines from dataclasses: one field a flag, recipes of the same names, errors that help.
+
+Beside the scripts rather than in the package, whose import takes seconds that `--help` need not wait for.
+"""
 
 import argparse
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -59,6 +63,15 @@ def parse_arguments(types: Sequence[type], argv: Sequence[str]) -> tuple:
     for instance in parsed:
         _check_ranges(instance)
     return parsed
+
+
+@contextmanager
+def one_line_refusals(program: str) -> Iterator[None]:
+    """End the program with one line and status 1 where the input is wrong or training has failed."""
+    try:
+        yield
+    except (ValueError, FloatingPointError) as error:
+        raise SystemExit(f"{program}: {error}") from error
 
 
 def parse_overrides(text: str | None, names: Sequence[str], flag_name: str) -> dict[str, Any]:

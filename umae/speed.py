@@ -1,0 +1,60 @@
+"""How fast training is, against what the same device does with plain matrix products."""
+
+import statistics
+import time
+
+import torch
+
+from configuration_umae import UMAEConfig
+
+
+def training_flops(config: UMAEConfig) -> int:
+    """Floating-point operations of the matrix products that train on one picture, forward and backward.
+
+    A multiply-add counts 2. The count is of what `UMAEForPreTraining` does in training mode: only visible patches are
+    projected, and in the decoder's last layer and head only hidden patches are computed.
+    """
+    patches, hidden = config.grid[0] * config.grid[1], config.num_hidden_patches
+    visible, all_tokens = 1 + patches - hidden, 1 + patches  # with the class token
+    pixels = config.num_channels * config.patch_height_width[0] * config.patch_height_width[1]
+    width, decoder_width = config.hidden_size, config.decoder_hidden_size
+
+    def layer(tokens: int, queries: int, size: int, inner: int) -> int:
+        linear = 4 * (tokens + queries) * size**2 + 4 * queries * size * inner
+        return linear + 4 * queries * tokens * size
+
+    forward = config.num_hidden_layers * layer(visible, visible, width, config.intermediate_size)
+    forward += 2 * visible * width * decoder_width
+    for i in range(config.decoder_num_hidden_layers):
+        queries = hidden if i == config.decoder_num_hidden_layers - 1 else all_tokens
+        forward += layer(all_tokens, queries, decoder_width, config.decoder_intermediate_size)
+    forward += 2 * hidden * decoder_width * pixels
+    # The backward pass is two products for each of the forward's, but pixels need no gradient and the uniformity term's
+    # one product has one.
+    return 3 * forward + 2 * (2 * (visible - 1) * pixels * width) + 2 * (2 * width**2)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware computes in bfloat16 rather than emulates it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of square matrix products, the median of ten."""
+    size = 1024 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, size, size, device=device).to(dtype)
+    seconds = []
+    for _ in range(12):
+        _synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        _synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds[2:])
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
