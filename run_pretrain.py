@@ -27,7 +27,7 @@ class DataArguments:
     image_column_name: str | None = flag(None, "Column of the pictures; found by its type if there is one.")
     label_column_name: str | None = flag(None, "Column of the labels, which pre-training does not use.")
     dataloader_num_workers: Annotated[int | None, Between(0)] = flag(
-        None, "Processes that read and crop pictures, for each training process. [one a core beside a GPU]"
+        None, "Processes that read pictures, for each of training. [a core each beside a GPU]"
     )
 
 
@@ -309,8 +309,8 @@ def train(
 ) -> None:
     """From the newest checkpoint, if there is one, to the last step; leaves `step-N/` of the last step behind."""
     config, processor = model.config, evaluation_processor(model.config.image_height_width)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+    if args.gradient_checkpointing:  # transformers is renaming it
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if args.torch_compile:
         compile_layers(model)
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
@@ -366,7 +366,8 @@ def usual_workers(device: torch.device, pixels: torch.Tensor | None) -> int:
     """One a core beside GPUs, which share them; none where no picture is read, or where training takes the cores."""
     if pixels is not None or device.type == "cpu":
         return 0
-    return min(16, len(os.sched_getaffinity(0)) // max(1, torch.accelerator.device_count()))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(16, cores // max(1, torch.accelerator.device_count()))
 
 
 def ideal_seconds(accelerator: Accelerator, config: UMAEConfig) -> float:

@@ -7,9 +7,11 @@ import torch
 import torch.distributed as dist
 from golden_models import fresh_config
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from modeling_umae import UMAEForPreTraining, UMAEModel, uniformity_loss
+from modeling_umae import UMAEForPreTraining, UMAELayer, UMAEModel, uniformity_loss
 
 COUNT = 12
 PARTS = {  # pictures of every process
@@ -41,14 +43,27 @@ class Loss(nn.Module):
         return self.model(pixel_values, noise=noise).loss
 
 
+def replicated(module: nn.Module) -> nn.Module:
+    return DistributedDataParallel(module, broadcast_buffers=False)
+
+
+def sharded(module: nn.Module) -> nn.Module:
+    """As FSDP2 wraps: every layer, then the rest."""
+    for layer in module.modules():
+        if isinstance(layer, UMAELayer):
+            fully_shard(layer)
+    return fully_shard(module)
+
+
 def value_and_gradient(module, pixel_values, noise) -> tuple[float, torch.Tensor]:
     module.zero_grad()
     loss = module(pixel_values, noise)
     loss.backward()
-    return loss.item(), torch.cat([p.grad.flatten().double() for p in module.parameters()])
+    gradients = [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in module.parameters()]
+    return loss.item(), torch.cat([gradient.flatten().double() for gradient in gradients])
 
 
-def errors_of(objective, parts: list[int], dtype: torch.dtype) -> tuple[float, float]:
+def errors_of(objective, parts: list[int], dtype: torch.dtype, wrap=replicated) -> tuple[float, float]:
     """Relative errors of value and gradient: this process' part of the batch among all, against the whole batch alone.
 
     A function of its own, because a DistributedDataParallel that outlives its process group can hang the process.
@@ -59,7 +74,7 @@ def errors_of(objective, parts: list[int], dtype: torch.dtype) -> tuple[float, f
     value, expected = value_and_gradient(alone.eval(), pixel_values, noise)
     rank = dist.get_rank()
     mine = slice(sum(parts[:rank]), sum(parts[: rank + 1]))
-    together = DistributedDataParallel(alone.train(), broadcast_buffers=False)
+    together = wrap(alone.train())
     found_value, found = value_and_gradient(together, pixel_values[mine], noise[mine])
     return abs(found_value / value - 1), ((found - expected).norm() / expected.norm()).item()
 
@@ -74,6 +89,10 @@ def main(report: str) -> None:
                 value, errors[f"{name} gradient"] = errors_of(objective, parts, dtype)
                 if objective is Term:  # the loss as a whole also holds the local reconstruction
                     errors[f"{name} value"] = value
+        if dist.get_world_size() == 2:
+            for objective, parts in ((Loss, [6, 6]), (Term, [9, 3])):
+                _, error = errors_of(objective, parts, dtype, sharded)
+                errors[f"{objective.__name__} sharded {str(dtype).removeprefix('torch.')} gradient"] = error
     if dist.get_rank() == 0:  # alone, in evaluation mode: must not wait for the others
         UMAEForPreTraining(fresh_config()).eval()(torch.randn(2, 3, 16, 16))
         with open(report, "w") as file:

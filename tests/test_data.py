@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 from processes import SHARED
 
+from umae import data
 from umae.data import Plan, TrainingPictures, decode_all, load_pictures, split_names, training_loader
+from umae.images import UnreadablePicture
 
 
 def png(value: int = 0, size: tuple[int, int] = (6, 5)) -> bytes:
@@ -185,6 +187,30 @@ def test_batches_do_not_depend_on_workers_or_memory_or_on_where_one_starts(worke
         assert one["pixel_values"].dtype == torch.uint8 and one["pixel_values"].shape == (16, 3, 8, 8)
         assert torch.equal(one["pixel_values"], other["pixel_values"])
         assert torch.equal(one["index"], other["index"]) and one["epoch"] == other["epoch"] == 0
+
+
+def test_a_small_set_is_decoded_whole():
+    pictures = load_pictures("digits", split="test")
+    pixels = decode_all(pictures, show_progress=False)
+    assert pixels.shape == (359, 3, 8, 8) and pixels.dtype == torch.uint8
+    assert all(torch.equal(pixels[i], one) for i, one in zip((0, 300), pictures.read_pixels([0, 300]), strict=True))
+
+
+def test_pictures_of_several_sizes_or_too_many_of_them_stay_encoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MEMORY_LIMIT", 359 * 3 * 8 * 8)
+    assert decode_all(load_pictures("digits", split="test"), show_progress=False) is not None
+    monkeypatch.setattr(data, "MEMORY_LIMIT", 359 * 3 * 8 * 8 - 1)
+    assert decode_all(load_pictures("digits", split="test"), show_progress=False) is None
+    for side in (4, 4, 5):
+        Image.new("RGB", (side, 4)).save(tmp_path / f"{len(list(tmp_path.iterdir()))}.png")
+    assert decode_all(load_pictures(str(tmp_path)), show_progress=False) is None
+
+
+def test_an_unreadable_picture_of_a_small_set_is_named(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    (tmp_path / "2.png").write_bytes(b"")
+    with pytest.raises(UnreadablePicture, match=r"^2\.png: "):
+        decode_all(load_pictures(str(tmp_path)), show_progress=False)
 
 
 def test_real_pictures_become_batches():

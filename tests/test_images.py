@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from umae import images
-from umae.images import MAX_PIXELS, UnreadablePicture, open_picture, to_tensor
+from umae.images import MAX_PIXELS, UnreadablePicture, open_picture, read_pixels, to_tensor
 
 SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet_sample"
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -346,3 +346,88 @@ def test_ordinary_photographs_are_what_pillow_makes_of_them():
         with Image.open(path) as image:
             if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
                 np.testing.assert_array_equal(pixels(path), np.asarray(image.convert("RGB")))
+
+
+# ------------------------------------------------------------------------------------------ pixels, fast and reduced
+
+
+def photograph(mode: str, height: int = 70, width: int = 90) -> Image.Image:
+    """Smooth and coloured, so that chroma subsampling and all frequencies matter."""
+    y, x = np.mgrid[:height, :width]
+    channels = [
+        128 + 100 * np.sin(x / 7 + i) * np.cos(y / (5 + i)) for i in range(len(Image.new(mode, (1, 1)).getbands()))
+    ]
+    values = np.stack(channels, axis=-1).astype(np.uint8)
+    return Image.fromarray(values.squeeze(-1) if mode == "L" else values, mode)
+
+
+def turned(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    return encode(photograph("RGB"), "JPEG", exif=exif)
+
+
+COLOUR = encode(photograph("RGB"), "JPEG", quality=90)
+FILES = {
+    "colour": COLOUR,
+    "whole chroma": encode(photograph("RGB"), "JPEG", subsampling="4:4:4"),
+    "progressive": encode(photograph("RGB"), "JPEG", progressive=True),
+    "grey": encode(photograph("L"), "JPEG"),
+    "cmyk": encode(photograph("CMYK"), "JPEG"),
+    "turned": turned(6),
+    "not turned": turned(1),
+    "one pixel": encode(photograph("RGB", 1, 1), "JPEG"),
+    "png": encode(photograph("RGB"), "PNG"),
+    "truncated": COLOUR[: len(COLOUR) // 2],
+    "header only": COLOUR[:300],
+    "without its end": COLOUR[:-2],
+    "nothing": b"",
+    "html": b"<!DOCTYPE html><html></html>",
+}
+
+
+def outcome(read, *arguments) -> torch.Tensor | str:
+    try:
+        return read(*arguments)
+    except UnreadablePicture as error:
+        return str(error)
+
+
+@pytest.fixture(params=["Pillow alone", "simplejpeg"])
+def decoder(request, monkeypatch):
+    if request.param == "Pillow alone":
+        monkeypatch.setattr(images, "simplejpeg", None)
+    elif images.simplejpeg is None:
+        pytest.skip("needs simplejpeg")
+
+
+@pytest.mark.parametrize("min_side", [None, 30])
+@pytest.mark.parametrize("kind", FILES)
+def test_pixels_and_refusals_do_not_depend_on_the_decoder(decoder, kind, min_side):
+    found = outcome(read_pixels, FILES[kind], "holiday.jpg", min_side)
+    expected = outcome(lambda *a: to_tensor(open_picture(*a)), FILES[kind], "holiday.jpg", min_side)
+    assert type(found) is type(expected)
+    assert torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected
+
+
+@pytest.mark.parametrize("kind", ["colour", "whole chroma", "progressive", "grey", "not turned"])
+def test_plain_jpegs_take_the_fast_way(kind, tmp_path):
+    if images.simplejpeg is None:
+        pytest.skip("needs simplejpeg")
+    (tmp_path / "picture.jpg").write_bytes(FILES[kind])
+    for source in (FILES[kind], tmp_path / "picture.jpg"):
+        assert images._plain_jpeg(source, None).shape == (3, 70, 90)
+
+
+def test_a_huge_jpeg_is_refused_by_its_header_whatever_decodes(decoder, monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 70 * 90 - 1)
+    assert "90 x 70 pixels" in outcome(read_pixels, COLOUR, "holiday.jpg", 8)
+
+
+@pytest.mark.parametrize(
+    ("min_side", "shape"), [(None, (300, 401)), (151, (300, 401)), (150, (150, 201)), (75, (75, 101)), (1, (38, 51))]
+)
+def test_a_jpeg_comes_out_at_the_smallest_scale_that_keeps_its_shorter_side(decoder, min_side, shape):
+    picture = photograph("RGB", 300, 401)
+    assert read_pixels(encode(picture, "JPEG"), "picture", min_side).shape == (3, *shape)
+    assert read_pixels(encode(picture, "PNG"), "picture", min_side).shape == (3, 300, 401)

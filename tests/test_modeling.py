@@ -11,6 +11,7 @@ from configuration_umae import UMAEConfig
 from modeling_umae import (
     UMAEForImageClassification,
     UMAEForPreTraining,
+    UMAELayer,
     UMAEModel,
     patchify,
     resize_position_table,
@@ -211,6 +212,26 @@ def test_gradient_checkpointing_changes_no_gradient():
         model(pixel_values, noise=noise).loss.backward()
     for one, other in zip(plain.parameters(), thrifty.parameters(), strict=True):
         assert one.grad is None or torch.equal(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.slow  # compiling takes a minute
+def test_compiled_layers_give_the_losses_and_gradients_of_eager_ones(checkpointing):
+    eager = UMAEForPreTraining(fresh_config(decoder_num_hidden_layers=2)).train()
+    compiled = copy.deepcopy(eager)
+    if checkpointing:
+        compiled.gradient_checkpointing_enable()
+    for module in compiled.modules():
+        if isinstance(module, UMAELayer):
+            module.compile(dynamic=False)
+    for _ in range(2):
+        pixel_values, noise = pictures_for(eager.config), torch.rand(4, 16)
+        losses = [model(pixel_values, noise=noise).loss for model in (eager, compiled)]
+        assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
+    for loss in losses:
+        loss.backward()
+    for (name, one), other in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+        assert one.grad is None or torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-6), name
 
 
 # ------------------------------------------------------------------------------------------------------------ losses

@@ -92,6 +92,16 @@ def test_a_killed_run_ends_with_the_same_bits(finished, tmp_path, workers):
     assert metrics(mine) == metrics(folder)
 
 
+@pytest.mark.slow
+def test_compiled_and_checkpointed_layers_train_the_same(finished, tmp_path):
+    folder, _ = finished
+    run("run_pretrain.py", "--output_dir", tmp_path / "run", *SHORT, "--torch_compile", "--gradient_checkpointing")
+    for mine, expected in zip(metrics(tmp_path / "run"), metrics(folder), strict=True):
+        for name in ("reconstruction_loss", "uniformity_loss", "grad_norm"):
+            assert mine[name] == pytest.approx(expected[name], rel=1e-4), name
+    assert umae.UMAEForPreTraining.from_pretrained(tmp_path / "run")
+
+
 def test_two_processes_at_the_same_global_batch_train_the_same(finished, tmp_path):
     folder, _ = finished
     torchrun(2, "run_pretrain.py", "--output_dir", tmp_path / "run", *SHORT, "--per_device_train_batch_size", 64)

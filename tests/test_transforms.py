@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import kstest
 
-from umae.images import open_picture, to_tensor
+from umae.images import open_picture, read_pixels, to_tensor
 from umae.transforms import (
     CROP_NUMBERS,
     IMAGENET_MEAN,
     IMAGENET_STD,
     crop_box,
     horizontal_flip,
+    least_side,
     normalize,
     random_resized_crop,
 )
@@ -141,6 +142,27 @@ def test_crops_agree_with_pillows_bicubic():
             assert difference.max() <= (2 if contrast == 0.5 else 16)
             assert (difference > 2).mean() < 0.005
             assert difference.mean() < 0.5
+
+
+def test_the_least_side_is_one_and_a_half_times_what_the_smallest_crop_needs():
+    _, _, height, width = crop_box(numbers_for(0.0, 0.0), 10_000, 10_000)  # a fifth of the area, 3 wide to 4 high
+    assert least_side((100, 224)) == math.ceil(1.5 * 224 * 10_000 / min(height, width))
+
+
+@pytest.mark.skipif(not SAMPLE.is_dir(), reason="no ImageNet sample in ../shared/data")
+def test_crops_of_reduced_jpegs_differ_by_less_than_a_level():
+    size, differences = (32, 32), []
+    for seed, path in enumerate(sorted(SAMPLE.glob("*.JPEG"))[::4]):
+        whole, reduced = (read_pixels(path, min_side=side) for side in (None, least_side(size)))
+        scale = round(whole.shape[1] / reduced.shape[1])
+        if scale > 1:
+            numbers = torch.rand(CROP_NUMBERS, generator=torch.Generator().manual_seed(seed))
+            top, left, height, width = (scale * number for number in crop_box(numbers, *reduced.shape[1:]))
+            box = whole[None, :, top : top + height, left : left + width]
+            expected = torch.nn.functional.interpolate(box, size, mode="bicubic", antialias=True)[0]
+            crop = random_resized_crop(reduced, numbers, size)
+            differences.append((crop.float() - expected.float()).abs().mean().item())
+    assert len(differences) > 40 and np.mean(differences) < 1
 
 
 def test_only_the_chosen_pictures_are_mirrored():

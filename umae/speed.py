@@ -1,6 +1,5 @@
 """How fast training is, against what the same device does with plain matrix products."""
 
-import statistics
 import time
 
 import torch
@@ -42,17 +41,17 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of square matrix products, the median of ten."""
+    """Floating-point operations a second of square matrix products; the best of twenty, as other work may disturb."""
     size = 1024 if device.type == "cpu" else 8192
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     seconds = []
-    for _ in range(12):
+    for _ in range(20):
         _synchronize(device)
         start = time.perf_counter()
         a @ b
         _synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(seconds[2:])
+    return 2 * size**3 / min(seconds)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,0 +1,152 @@
+"""From encoded pictures to batches of random crops: ours beside a worker that crops and resizes with Pillow.
+
+    python -m benchmarks.loader my_pictures                         # photographs: 224 x 224 crops, one worker
+    python -m benchmarks.loader my_pictures --small_set cifar10     # and a small set, 32 x 32, in the main process
+
+Every contender makes the same crops (the same boxes) into uint8 batches, through a whole DataLoader.
+"""
+
+import io
+import time
+from collections.abc import Callable, Iterable
+from itertools import islice
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from benchmarks import measure
+from umae import images, seeding
+from umae.data import Pictures, Plan, TrainingPictures, decode_all, load_pictures, training_loader
+from umae.transforms import CROP_NUMBERS, IMAGENET_MEAN, IMAGENET_STD, crop_box, normalize
+
+SEED = 0
+
+
+class PillowCrops(torch.utils.data.Dataset):
+    """What most people's worker does: open, convert, `resize(box=)`, to a tensor; normalised there if asked to."""
+
+    def __init__(self, pictures: Pictures, size: tuple[int, int], in_float: bool):
+        self.pictures, self.size, self.in_float = pictures, size, in_float
+
+    def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
+        epoch, index = key
+        encoded = self.pictures.dataset[index][self.pictures.image_column]
+        image = Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]).convert("RGB")
+        (numbers,) = seeding.uniform(SEED, seeding.CROP, epoch, torch.tensor([index]), CROP_NUMBERS)
+        top, left, height, width = crop_box(numbers, image.height, image.width)
+        box = (left, top, left + width, top + height)
+        crop = torch.from_numpy(np.array(image.resize(self.size[::-1], Image.Resampling.BICUBIC, box=box)))
+        crop = crop.permute(2, 0, 1)
+        return normalize(crop[None], IMAGENET_MEAN, IMAGENET_STD)[0] if self.in_float else crop.contiguous()
+
+
+def pillow_loader(pictures: Pictures, plan: Plan, size: tuple[int, int], in_float: bool, workers: int) -> DataLoader:
+    batches = ([(epoch, index) for index in indices.tolist()] for epoch, indices in plan.micro_batches(0, 0, 10**6))
+    return DataLoader(PillowCrops(pictures, size, in_float), batch_sampler=batches, num_workers=workers)
+
+
+def our_loader(
+    pictures: Pictures, plan: Plan, size: tuple[int, int], workers: int, pixels: torch.Tensor | None = None
+) -> DataLoader:
+    return training_loader(TrainingPictures(pictures, size, SEED, pixels), plan, 0, 0, 10**6, workers)
+
+
+def pictures_per_second(loader: Iterable, plan: Plan, batches: int) -> float:
+    """After the first batch, so that the start of workers does not count."""
+    iterator = iter(loader)
+    next(iterator)
+    start = time.perf_counter()
+    for _ in islice(iterator, batches):
+        pass
+    return batches * plan.batch_size / (time.perf_counter() - start)
+
+
+def without_simplejpeg(run: Callable[[], float]) -> float:
+    """Workers are forked, so that they find the module as it is here."""
+    kept, images.simplejpeg = images.simplejpeg, None
+    try:
+        return run()
+    finally:
+        images.simplejpeg = kept
+
+
+def compare(contenders: dict[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
+    """Pictures per second of every contender, all of them in turn in every repetition."""
+    rates = {name: [] for name in contenders}
+    for _ in range(repetitions):
+        for name, run in contenders.items():
+            rates[name].append(run())
+    return rates
+
+
+def section(title: str, rates: dict[str, list[float]], yardstick: str) -> str:
+    """Medians, and their ratio to the yardstick's."""
+    medians = {name: sorted(values)[len(values) // 2] for name, values in rates.items()}
+    rows = [
+        [
+            name,
+            f"{median:,.0f}",
+            f"{median / medians[yardstick]:.2f}",
+            f"{min(rates[name]):,.0f}-{max(rates[name]):,.0f}",
+        ]
+        for name, median in medians.items()
+    ]
+    return f"## {title}\n\n" + measure.table(("contender", "pictures/s", "ratio", "range"), rows)
+
+
+def photographs(folder: str, repetitions: int) -> str:
+    pictures, size, workers = load_pictures(folder), (224, 224), 1
+    plan = Plan(len(pictures), batch_size=min(20, len(pictures)), accumulation=1, processes=1, seed=SEED)
+
+    def rate(loader: DataLoader) -> float:
+        return pictures_per_second(loader, plan, batches=30)
+
+    pillow = "Pillow, resize(box=)"
+    contenders = {
+        "ours": lambda: without_simplejpeg(lambda: rate(our_loader(pictures, plan, size, workers))),
+        "ours with simplejpeg": lambda: rate(our_loader(pictures, plan, size, workers)),
+        pillow: lambda: rate(pillow_loader(pictures, plan, size, False, workers)),
+        f"{pillow}, normalised in the worker": lambda: rate(pillow_loader(pictures, plan, size, True, workers)),
+    }
+    if images.simplejpeg is None:
+        del contenders["ours with simplejpeg"]
+    title = f"{len(pictures)} photographs, crops of 224 x 224, one worker"
+    return section(title, compare(contenders, repetitions), pillow)
+
+
+def small_set(name: str, repetitions: int) -> str:
+    pictures, workers = load_pictures(name), 0
+    pixels = decode_all(pictures)
+    if pixels is None:
+        raise SystemExit(f"{name} is no small set: its pictures differ in size or do not fit into memory")
+    size = tuple(pixels.shape[2:])
+    plan = Plan(len(pictures), batch_size=256, accumulation=1, processes=1, seed=SEED)
+
+    def rate(loader: DataLoader) -> float:
+        return pictures_per_second(loader, plan, batches=20)
+
+    pillow = "Pillow, resize(box=)"
+    contenders = {
+        "ours, in memory": lambda: rate(our_loader(pictures, plan, size, workers, pixels)),
+        "ours, from the encoded pictures": lambda: rate(our_loader(pictures, plan, size, workers)),
+        pillow: lambda: rate(pillow_loader(pictures, plan, size, False, workers)),
+    }
+    title = f"{pictures.description}, {len(pictures):,} pictures of {size[0]} x {size[1]}, no worker"
+    return section(title, compare(contenders, repetitions), pillow)
+
+
+def main() -> None:
+    parser = measure.parser(__doc__)
+    parser.add_argument("folder", help="folder of photographs (JPEG)")
+    parser.add_argument("--small_set", help="a data set of small pictures of one size")
+    args = measure.start(parser)
+    sections = [photographs(args.folder, args.repetitions)]
+    if args.small_set:
+        sections.append(small_set(args.small_set, args.repetitions))
+    measure.report("loader", "From encoded pictures to crops", "cpu", *sections, repetitions=args.repetitions)
+
+
+if __name__ == "__main__":
+    main()

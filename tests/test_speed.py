@@ -1,0 +1,64 @@
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from golden_models import fresh_config
+from torch.utils.flop_counter import FlopCounterMode
+
+import run_pretrain
+from modeling_umae import UMAEForPreTraining
+from umae.runs import MetricsLog
+from umae.speed import matmul_rate, training_flops
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"pooling": "mean"}, {"decoder_num_hidden_layers": 0}, {"image_size": (16, 32), "mask_ratio": 0.4}],
+    ids=str,
+)
+def test_the_formula_counts_what_torch_counts(changes):
+    config = fresh_config(**changes)
+    model = UMAEForPreTraining._from_config(config, attn_implementation="eager").train()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(2, 3, *config.image_height_width)).loss.backward()
+    assert counter.get_total_flops() == 2 * training_flops(config)
+
+
+def test_the_rate_is_that_of_a_matrix_product():
+    a = torch.randn(1024, 1024)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(10):
+        a @ a
+    expected = 10 * 2 * 1024**3 / (time.perf_counter() - start)
+    assert expected / 4 < matmul_rate(torch.device("cpu"), torch.float32) < expected * 4  # other work may disturb
+
+
+def test_a_line_of_metrics_says_how_fast_training_is_and_how_long_it_waits(tmp_path):
+    accelerator = SimpleNamespace(is_main_process=True, log=lambda values, step: None)
+    log = MetricsLog(accelerator, tmp_path, start=0, pictures_per_step=8, ideal_seconds=0.001)
+
+    def slow_batches():
+        for batch in ({"index": 0}, {"index": 1}):
+            time.sleep(0.3)
+            yield batch
+
+    batches = log.waited_for(slow_batches())
+    for step in log.progress(2):
+        assert next(batches) == {"index": step}
+        time.sleep(0.1)
+    log.write(2, {"reconstruction_loss": 0.5, "participation_ratio": 2.0})
+    line = run_pretrain.cards.read_metrics(tmp_path)[0]
+    assert 10 < line["pictures_per_second"] <= 20  # 16 in 0.8 seconds
+    assert line["mfu"] == pytest.approx(line["pictures_per_second"] * 0.001, rel=1e-3)
+    assert 0.6 < line["data_wait"] < 0.9
+    assert next(batches, None) is None
+
+
+def test_workers_are_shared_by_gpus_and_left_out_where_they_would_not_help(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: range(20))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    assert run_pretrain.usual_workers(torch.device("cuda"), None) == 5
+    assert run_pretrain.usual_workers(torch.device("cuda"), torch.zeros(1)) == 0
+    assert run_pretrain.usual_workers(torch.device("cpu"), None) == 0
