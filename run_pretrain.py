@@ -12,7 +12,10 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +29,9 @@ class DataArguments:
     train_split: str = flag("train", "Split to train on; slices such as `train[:10%%]` for Hub data sets and parquet.")
     image_column_name: str | None = flag(None, "Column of the pictures; found by its type if there is one.")
     label_column_name: str | None = flag(None, "Column of the labels, which pre-training does not use.")
+    max_unreadable_share: Annotated[float, Between(0, 1)] = flag(
+        0.01, "Share of the pictures that may be unreadable, and are left out."
+    )
     dataloader_num_workers: Annotated[int | None, Between(0)] = flag(
         None, "Processes that read pictures, for each of training. [a core each beside a GPU]"
     )
@@ -95,15 +101,18 @@ if __name__ == "__main__":  # --help and slips of the pen are answered before th
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object, set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import ViTImageProcessorPil
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_umae import UMAELayer
 from umae import UMAEConfig, UMAEForPreTraining, cards, checkpoints, hub, seeding
 from umae.data import Pictures, Plan, TrainingPictures, decode_all, load_pictures, training_loader
+from umae.interruption import StopRequest
 from umae.pictures import reconstruction_strip
-from umae.runs import SPEED, MetricsLog, open_run, write_run
+from umae.runs import SPEED, MetricsLog, hold_folder, open_run, write_run
 from umae.schedules import decay_groups, learning_rate_at
 from umae.speed import has_fast_bf16, matmul_rate, training_flops
 from umae.training import LOGGED, train_step
@@ -118,6 +127,7 @@ def main(argv: list[str]) -> None:
     disable_progress_bar()  # transformers' own; training has one
 
     pictures = load_data(accelerator, data_args)
+    pictures.check_readable()
     model = make_model(accelerator, model_args)
     plan = make_plan(accelerator, pictures, args)
     schedule = make_schedule(plan, args)
@@ -130,12 +140,20 @@ def main(argv: list[str]) -> None:
     if run["finished"]:
         accelerator.print(f"{folder} holds this run, finished; nothing to do")
     else:
-        announce(accelerator, run, model, plan)
-        train(accelerator, model, pictures, plan, schedule, folder, run, args, data_args.dataloader_num_workers)
-        if accelerator.is_main_process:
-            finish(folder, pictures, schedule.total_steps, run, args.seed)
+        with hold_folder(accelerator, folder, run), StopRequest() as stop:
+            announce(accelerator, run, model, plan)
+            train(accelerator, model, pictures, plan, schedule, folder, run, args, data_args, stop)
+            if accelerator.is_main_process and not stop.signal:
+                finish(folder, pictures, schedule.total_steps, run, args.seed)
+        if stop.signal:
+            close(accelerator)
+            raise SystemExit(128 + stop.signal)
     if args.push_to_hub and accelerator.is_main_process:
         print("pushed to", hub.push_folder(folder, repo_id))
+    close(accelerator)
+
+
+def close(accelerator: Accelerator) -> None:
     accelerator.free_memory()  # a DistributedDataParallel that outlives its process group can hang the process
     accelerator.end_training()
 
@@ -305,9 +323,13 @@ def train(
     folder: Path,
     run: dict[str, Any],
     args: TrainingArguments,
-    num_workers: int | None,
+    data_args: DataArguments,
+    stop: StopRequest,
 ) -> None:
-    """From the newest checkpoint, if there is one, to the last step; leaves `step-N/` of the last step behind."""
+    """From the newest checkpoint, if there is one, to the last step; leaves `step-N/` of the last step behind.
+
+    Stopped by a signal, it leaves `step-N/` of the step it was at.
+    """
     config, processor = model.config, evaluation_processor(model.config.image_height_width)
     if args.gradient_checkpointing:  # transformers is renaming it
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -319,40 +341,77 @@ def train(
     window = torch.zeros(len(LOGGED) + 1, device=accelerator.device)  # sums since the last line, and their count
     start = restore(accelerator, folder, model, optimizer, window)
     accelerator.init_trackers("umae", config={name: str(value) for name, value in run["identity"].items()})
-    pixels = decode_all(pictures, show_progress=accelerator.is_main_process)
-    dataset = TrainingPictures(pictures, config.image_height_width, args.seed, pixels)
-    num_workers = usual_workers(accelerator.device, pixels) if num_workers is None else num_workers
-    loader = training_loader(
-        dataset, plan, accelerator.process_index, start, schedule.total_steps, num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )  # fmt: skip
+    size = config.image_height_width
+    workers = data_args.dataloader_num_workers
+    loader = make_loader(accelerator, pictures, plan, size, start, schedule.total_steps, workers)
     log = MetricsLog(accelerator, folder, start, plan.pictures_per_step, ideal_seconds(accelerator, config))
     micro_batches = log.waited_for(loader)
     model.train()
+    unreadable: dict[int, str] = {}
     clock, seconds_before = time.perf_counter(), run["seconds"]
     for step in log.progress(schedule.total_steps):
         seeding.seed_step(args.seed, step, accelerator.process_index)
         learning_rate = learning_rate_at(step, schedule.total_steps, schedule.warmup_steps, schedule.learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
-        values = train_step(
-            accelerator, model, optimizer, [next(micro_batches) for _ in range(plan.accumulation)], failed,
-            num_patches=config.grid[0] * config.grid[1], seed=args.seed,
-            mean=processor.image_mean, std=processor.image_std,
-        )  # fmt: skip
+        batches = [next(micro_batches) for _ in range(plan.accumulation)]
+        for batch in batches:
+            unreadable |= batch["refusals"]
+        with explained_out_of_memory(args):
+            values = train_step(
+                accelerator, model, optimizer, batches, failed, num_patches=config.grid[0] * config.grid[1],
+                seed=args.seed, mean=processor.image_mean, std=processor.image_std,
+            )  # fmt: skip
         window += torch.cat([values, values.new_ones(1)])
 
         done, last = step + 1, step + 1 == schedule.total_steps
-        if done % args.logging_steps == 0 or last:
+        logs, saves = (last or done % steps == 0 for steps in (args.logging_steps, args.checkpointing_steps))
+        stopped = not last and agree_to_stop(accelerator, stop, at_border=logs or saves)
+        if logs:
             stop_if_failed(failed, done)
+            report_unreadable(accelerator, pictures, unreadable, run, data_args.max_unreadable_share)
             log.write(
                 done,
                 {"epoch": done / plan.steps_per_epoch, **means(accelerator, window), "learning_rate": learning_rate},
             )
-        if done % args.checkpointing_steps == 0 or last:
+        if saves or stopped:
             stop_if_failed(failed, done)
             run["seconds"] = seconds_before + time.perf_counter() - clock
             save(accelerator, folder, done, args.checkpoints_total_limit, model, optimizer, processor, window, run)
+        if stopped:
+            accelerator.print(f"\nstopped by a signal after step {done}; the same command goes on from there")
+            return
+
+
+def agree_to_stop(accelerator: Accelerator, stop: StopRequest, at_border: bool) -> bool:
+    """Whether a signal has come, on any process; several ask each other only where they wait for each other anyway."""
+    if accelerator.num_processes > 1:
+        if not at_border:
+            return False
+        stop.signal = int(accelerator.gather(torch.tensor([stop.signal], device=accelerator.device)).max())
+    return stop.signal > 0
+
+
+def make_loader(
+    accelerator: Accelerator,
+    pictures: Pictures,
+    plan: Plan,
+    size: tuple[int, int],
+    start: int,
+    stop: int,
+    num_workers: int | None,
+) -> DataLoader:
+    """This process' micro-batches of the steps from `start` to `stop`."""
+    pixels = decode_all(pictures, show_progress=accelerator.is_main_process)
+    return training_loader(
+        TrainingPictures(pictures, size, plan.seed, pixels),
+        plan,
+        accelerator.process_index,
+        start,
+        stop,
+        usual_workers(accelerator.device) if num_workers is None else num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
 
 
 def compile_layers(model: UMAEForPreTraining) -> None:
@@ -362,9 +421,9 @@ def compile_layers(model: UMAEForPreTraining) -> None:
             module.compile(dynamic=False)  # encoder and decoder differ in every shape, so let each have its own code
 
 
-def usual_workers(device: torch.device, pixels: torch.Tensor | None) -> int:
-    """One a core beside GPUs, which share them; none where no picture is read, or where training takes the cores."""
-    if pixels is not None or device.type == "cpu":
+def usual_workers(device: torch.device) -> int:
+    """One a core beside GPUs, which share them; none where training itself takes the cores."""
+    if device.type == "cpu":
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(16, cores // max(1, torch.accelerator.device_count()))
@@ -374,6 +433,38 @@ def ideal_seconds(accelerator: Accelerator, config: UMAEConfig) -> float:
     """How long the matrix products of one picture take at the rate that all processes together reach at plain ones."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     return training_flops(config) / matmul_rate(accelerator.device, dtype) / accelerator.num_processes
+
+
+def report_unreadable(
+    accelerator: Accelerator, pictures: Pictures, found: dict[int, str], run: dict[str, Any], max_share: float
+) -> None:
+    """Name every unreadable picture once, and end a run that leaves out too many; every process calls it."""
+    known = run["unreadable"]
+    for index, reason in sorted(gather_object(list(found.items()))):
+        if str(index) not in known:  # as JSON has it
+            known[str(index)] = reason
+            if accelerator.is_main_process:
+                tqdm.write(f"left out: {reason}")
+    found.clear()
+    if len(known) > max_share * len(pictures):
+        raise ValueError(
+            f"{len(known)} of {len(pictures)} pictures cannot be read, more than --max_unreadable_share {max_share:g} "
+            f"allows: {'; '.join(list(known.values())[:3])}. Mend or remove them, or allow more"
+        )
+
+
+@contextmanager
+def explained_out_of_memory(args: TrainingArguments) -> Iterator[None]:
+    """Say what would need less memory. On CPUs torch has no error of its own for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+            raise
+        raise ValueError(
+            f"out of memory with --per_device_train_batch_size {args.per_device_train_batch_size}; lower it (and raise "
+            f"--gradient_accumulation_steps to keep the effective batch), or add --gradient_checkpointing ({error})"
+        ) from error
 
 
 def stop_if_failed(failed: torch.Tensor, step: int) -> None:
@@ -396,10 +487,9 @@ def means(accelerator: Accelerator, window: torch.Tensor) -> dict[str, float]:
 
 def restore(accelerator: Accelerator, folder: Path, model, optimizer, window: torch.Tensor) -> int:
     """Put the newest checkpoint back into model, optimiser and window; returns the step to go on from."""
-    steps = checkpoints.checkpoint_steps(folder)
-    if not steps:
+    newest = newest_checkpoint(accelerator, folder)
+    if newest is None:
         return 0
-    newest = folder / f"step-{steps[-1]}"
     saved = UMAEForPreTraining.from_pretrained(newest)
     accelerator.unwrap_model(model).load_state_dict(saved.state_dict())
     tensors, state = checkpoints.read_training_state(newest)
@@ -409,6 +499,19 @@ def restore(accelerator: Accelerator, folder: Path, model, optimizer, window: to
         accelerator.scaler.load_state_dict(state["scaler"])
     accelerator.print(f"continuing from {newest}")
     return state["step"]
+
+
+def newest_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
+    """The one to go on from, by the main process' judgement; damaged ones are named and put aside."""
+    found = [None]
+    if accelerator.is_main_process:
+        found[0], damaged = checkpoints.newest_whole(folder)
+        for checkpoint in damaged:
+            print(
+                f"{checkpoint} is damaged: its files are not those that were written; put aside as {checkpoint}.damaged"
+            )
+            checkpoint.rename(f"{checkpoint}.damaged")
+    return broadcast_object_list(found)[0]
 
 
 def save(accelerator, folder: Path, step: int, keep: int, model, optimizer, processor, window, run: dict) -> None:
@@ -424,7 +527,8 @@ def save(accelerator, folder: Path, step: int, keep: int, model, optimizer, proc
         checkpoints.write_training_state(target, {**tensors, "window": window.cpu()}, state)
 
     if accelerator.is_main_process:
-        checkpoints.save_checkpoint(folder, step, write, keep)
+        size = sum(tensor.nbytes for tensor in (*state_dict.values(), *tensors.values()))
+        checkpoints.save_checkpoint(folder, step, write, keep, size)
         write_run(folder, run)
     accelerator.wait_for_everyone()
 
@@ -436,13 +540,14 @@ def save(accelerator, folder: Path, step: int, keep: int, model, optimizer, proc
 def finish(folder: Path, pictures: Pictures, total_steps: int, run: dict[str, Any], seed: int) -> None:
     """Put the last checkpoint's model at the top of the run folder, with a picture and a card."""
     for file in (folder / f"step-{total_steps}").iterdir():
-        if file.name not in (checkpoints.OPTIMIZER_FILE, checkpoints.STATE_FILE):
+        if file.name not in checkpoints.ONLY_FOR_TRAINING:
             checkpoints.copy_file(file, folder / file.name)
     model = UMAEForPreTraining.from_pretrained(folder)
     processor = ViTImageProcessorPil.from_pretrained(folder)
-    shown = seeding.permutation(seed, 0, len(pictures))[:8]
-    pixel_values = processor(images=list(pictures.read_many(shown.tolist())), return_tensors="pt")["pixel_values"]
-    noise = seeding.uniform(seed, seeding.MASK, 0, shown, model.config.grid[0] * model.config.grid[1])
+    order = seeding.permutation(seed, 0, len(pictures)).tolist()
+    shown, images = zip(*islice(pictures.readable(order), 8), strict=True)
+    pixel_values = processor(images=list(images), return_tensors="pt")["pixel_values"]
+    noise = seeding.uniform(seed, seeding.MASK, 0, torch.tensor(shown), model.config.grid[0] * model.config.grid[1])
     strip = reconstruction_strip(model, pixel_values, noise, processor.image_mean, processor.image_std)
     strip.save(folder / "reconstructions.png")
     checkpoints.write_text(folder / "README.md", cards.model_card(folder))
@@ -456,7 +561,8 @@ def finish(folder: Path, pictures: Pictures, total_steps: int, run: dict[str, An
         f"{model.config.hidden_size} dimensions)\n"
         f"{speed['pictures_per_second']:,.0f} pictures/s, {speed['mfu']:.0%} of the device's rate at plain matrix "
         f"products (MFU), {speed['data_wait']:.0%} of the time spent waiting for pictures\n"
-        f"weights and card in {folder}, pictures in {folder / 'reconstructions.png'}"
+        + (f"{len(run['unreadable'])} pictures could not be read and were left out\n" if run["unreadable"] else "")
+        + f"weights and card in {folder}, pictures in {folder / 'reconstructions.png'}"
     )
 
 

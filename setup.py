@@ -25,6 +25,7 @@ setup(
         "scikit-learn>=1.5",  # the bundled digits
         "matplotlib>=3.9",
         "PyYAML>=6",
+        "psutil>=5",
     ],
     extras_require={
         "fast": ["simplejpeg>=1.8"],  # decodes JPEGs faster than Pillow, to the same pixels

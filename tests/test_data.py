@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 from processes import SHARED
 
-from umae import data
+from umae import data, seeding
 from umae.data import Plan, TrainingPictures, decode_all, load_pictures, split_names, training_loader
-from umae.images import UnreadablePicture
 
 
 def png(value: int = 0, size: tuple[int, int] = (6, 5)) -> bytes:
@@ -191,8 +190,9 @@ def test_batches_do_not_depend_on_workers_or_memory_or_on_where_one_starts(worke
 
 def test_a_small_set_is_decoded_whole():
     pictures = load_pictures("digits", split="test")
-    pixels = decode_all(pictures, show_progress=False)
-    assert pixels.shape == (359, 3, 8, 8) and pixels.dtype == torch.uint8
+    decoded = decode_all(pictures, show_progress=False)
+    pixels = decoded.pixels
+    assert pixels.shape == (359, 3, 8, 8) and pixels.dtype == torch.uint8 and decoded.refusals == {}
     assert all(torch.equal(pixels[i], one) for i, one in zip((0, 300), pictures.read_pixels([0, 300]), strict=True))
 
 
@@ -206,11 +206,49 @@ def test_pictures_of_several_sizes_or_too_many_of_them_stay_encoded(tmp_path, mo
     assert decode_all(load_pictures(str(tmp_path)), show_progress=False) is None
 
 
-def test_an_unreadable_picture_of_a_small_set_is_named(tmp_path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
-    (tmp_path / "2.png").write_bytes(b"")
-    with pytest.raises(UnreadablePicture, match=r"^2\.png: "):
-        decode_all(load_pictures(str(tmp_path)), show_progress=False)
+@pytest.fixture
+def half_bad(tmp_path):
+    """Twelve pictures, of which 1, 4, 5 and 11 cannot be read, each for a reason of its own."""
+    for i in range(12):
+        Image.new("RGB", (4, 4), (i, i, i)).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "01.png").write_bytes(b"")
+    (tmp_path / "04.png").write_bytes(png()[:20])
+    (tmp_path / "05.png").write_text("<html></html>")
+    (tmp_path / "11.png").unlink()
+    (tmp_path / "11.png").symlink_to("nowhere")
+    return load_pictures(str(tmp_path))
+
+
+BAD = {1: "01.png", 4: "04.png", 5: "05.png", 11: "11.png"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_next_readable_picture_of_the_order_takes_a_bad_ones_place(half_bad, processes, in_memory, workers):
+    decoded = decode_all(half_bad) if in_memory else None
+    order = seeding.permutation(7, 0, 12).tolist()
+    expected = [next(i for i in order[place:] + order[:place] if i not in BAD) for place in range(12)]
+    found, refusals = [], {}
+    for rank in range(processes):
+        plan = Plan(12, batch_size=6 // processes, accumulation=1, processes=processes, seed=7)
+        dataset = TrainingPictures(half_bad, (4, 4), seed=7, decoded=decoded)
+        for step, batch in enumerate(training_loader(dataset, plan, rank, 0, 2, num_workers=workers)):
+            assert batch["pixel_values"].shape == (6 // processes, 3, 4, 4)
+            assert batch["pixel_values"][:, 0, 0, 0].tolist() == batch["index"].tolist()  # the picture that it says
+            found += [(step, rank, index) for index in batch["index"].tolist()]
+            refusals |= batch["refusals"]
+    assert [index for *_, index in sorted(found, key=lambda one: one[:2])] == expected
+    assert {index: reason.split(": ")[0] for index, reason in refusals.items()} == BAD
+
+
+def test_a_data_set_of_bad_pictures_alone_is_refused_with_the_first_three_reasons(half_bad, tmp_path):
+    half_bad.check_readable()
+    for file in tmp_path.iterdir():
+        file.unlink()
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"none of the 12 pictures .*00.png: .*01.png: .*02.png: [^:]*$"):
+        half_bad.check_readable()
 
 
 def test_real_pictures_become_batches():

@@ -1,6 +1,8 @@
 """Pre-training as people start it: other processes, real pictures, a real kill."""
 
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -92,6 +94,88 @@ def test_a_killed_run_ends_with_the_same_bits(finished, tmp_path, workers):
     assert metrics(mine) == metrics(folder)
 
 
+def started(folder, *flags) -> subprocess.Popen:
+    """A run in a process of its own, once it has a checkpoint and more steps to do."""
+    process = subprocess.Popen(
+        [sys.executable, "run_pretrain.py", "--output_dir", str(folder), *flags], cwd=ROOT, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("step-?")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return process
+
+
+LONG = ("--max_train_steps", "3000", "--checkpointing_steps", "4", "--logging_steps", "3")
+
+
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, "0"), (signal.SIGINT, "2")])
+def test_a_signal_ends_the_run_after_its_step_and_the_next_start_goes_on(tmp_path, number, workers):
+    process = started(tmp_path / "run", *LONG, "--dataloader_num_workers", workers)
+    group = process.pid
+    os.killpg(group, number)  # as a terminal does: the workers get it too
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    (step,) = re.findall(r"stopped by a signal after step (\d+); the same command goes on", printed)
+    assert "Traceback" not in printed
+    assert not (tmp_path / "run" / "run.lock").exists()
+    with pytest.raises(ProcessLookupError):  # nobody is left
+        os.killpg(group, 0)
+    process = started(tmp_path / "run", *LONG)
+    assert any(f"continuing from {tmp_path / 'run'}/step-{step}\n" == line for line in process.stdout)
+    process.kill()
+    process.communicate()
+
+
+def test_a_stopped_run_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
+    folder, _ = finished
+    steps = iter(range(100))
+
+    def interrupted(*arguments, train_step=run_pretrain.train_step, **named):
+        if next(steps) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*arguments, **named)
+
+    monkeypatch.setattr(run_pretrain, "train_step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run_pretrain.main(["--output_dir", str(tmp_path / "run"), *SHORT])
+    assert stop.value.code == 143 and not (tmp_path / "run" / "model.safetensors").exists()
+    run("run_pretrain.py", "--output_dir", tmp_path / "run", *SHORT)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert metrics(tmp_path / "run") == metrics(folder)
+
+
+def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
+    process = started(tmp_path / "run", *LONG)
+    try:
+        second = run("run_pretrain.py", "--output_dir", tmp_path / "run", *LONG, check=False)
+        assert second.returncode == 1
+        assert f"is being trained by process {process.pid}; wait for it" in second.stderr
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path, capsys):
+    folder, _ = finished
+    mine = tmp_path / "run"
+    shutil.copytree(folder, mine)
+    record = json.loads((mine / "run.json").read_text())
+    (mine / "run.json").write_text(json.dumps({**record, "finished": False}))
+    (mine / "step-13.tmp").mkdir()  # left by a run that was killed while it wrote
+    weights = mine / "step-12" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1  # one bit
+    weights.write_bytes(data)
+    run_pretrain.main(["--output_dir", str(mine), *SHORT])
+    printed = capsys.readouterr().out
+    assert f"{mine}/step-12 is damaged" in printed and f"continuing from {mine}/step-8" in printed
+    assert (mine / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert metrics(mine) == metrics(folder)
+    assert not (mine / "step-13.tmp").exists()
+
+
 @pytest.mark.slow
 def test_compiled_and_checkpointed_layers_train_the_same(finished, tmp_path):
     folder, _ = finished
@@ -177,6 +261,48 @@ def test_training_starts_from_given_weights(finished, tmp_path):
     before, after = (umae.UMAEForPreTraining.from_pretrained(one) for one in (folder, tmp_path / "run"))
     assert after.config.uniformity_weight == 0.5
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def folder_with_bad_pictures(folder, count: int, bad: int) -> str:
+    folder.mkdir()
+    for i in range(count):
+        Image.new("RGB", (9, 9), (i, 2 * i, 255 - i)).save(folder / f"{i:03}.jpg")
+    for i in range(bad):
+        path = folder / f"{3 * i:03}.jpg"
+        path.write_bytes(path.read_bytes()[: 200 * i])
+    sizes = (
+        "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,decoder_hidden_size=16,decoder_num_hidden_layers=1"
+    )
+    return f"--dataset_name {folder} --image_size 8 --patch_size 2 --config_overrides {sizes} --logging_steps 2"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_pictures_are_left_out_named_once_and_counted(tmp_path, capsys, workers):
+    settings = folder_with_bad_pictures(tmp_path / "pictures", 40, bad=2)
+    run_pretrain.main(
+        f"{settings} --output_dir {tmp_path / 'run'} --num_train_epochs 3 --per_device_train_batch_size 8 "
+        f"--max_unreadable_share 0.05 --dataloader_num_workers {workers}".split()
+    )
+    printed = capsys.readouterr()
+    assert printed.out.count("left out: 000.jpg: 0 bytes") == printed.out.count("left out: 003.jpg: ") == 1
+    assert "2 pictures could not be read and were left out" in printed.out
+    assert set(json.loads((tmp_path / "run" / "run.json").read_text())["unreadable"]) == {"0", "3"}
+
+
+def test_too_many_unreadable_pictures_end_the_run_with_their_names(tmp_path):
+    settings = folder_with_bad_pictures(tmp_path / "pictures", 40, bad=2)
+    command = f"{settings} --output_dir {tmp_path / 'run'} --per_device_train_batch_size 8 --max_train_steps 20".split()
+    with pytest.raises(ValueError, match=r"[12] of 40 pictures cannot be read, more than --max_unreadable_share 0\.01"):
+        run_pretrain.main(command)
+
+
+def test_nothing_but_unreadable_pictures_is_refused_before_anything_is_written(tmp_path):
+    settings = folder_with_bad_pictures(tmp_path / "pictures", 3, bad=1)
+    for file in (tmp_path / "pictures").iterdir():
+        file.write_text("<html>")
+    with pytest.raises(ValueError, match=r"none of the 3 pictures of .* can be read: 000.jpg: .*001.jpg.*002.jpg"):
+        run_pretrain.main(f"{settings} --output_dir {tmp_path / 'run'}".split())
+    assert not (tmp_path / "run").exists()
 
 
 # ----------------------------------------------------------------------------------------------------- refusals

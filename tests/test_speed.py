@@ -56,9 +56,8 @@ def test_a_line_of_metrics_says_how_fast_training_is_and_how_long_it_waits(tmp_p
     assert next(batches, None) is None
 
 
-def test_workers_are_shared_by_gpus_and_left_out_where_they_would_not_help(monkeypatch):
+def test_workers_are_shared_by_gpus_and_left_out_where_training_takes_the_cores(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: range(20))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
-    assert run_pretrain.usual_workers(torch.device("cuda"), None) == 5
-    assert run_pretrain.usual_workers(torch.device("cuda"), torch.zeros(1)) == 0
-    assert run_pretrain.usual_workers(torch.device("cpu"), None) == 0
+    assert run_pretrain.usual_workers(torch.device("cuda")) == 5
+    assert run_pretrain.usual_workers(torch.device("cpu")) == 0

@@ -1,9 +1,10 @@
 """Checkpoints as folders: written beside, made durable, renamed into place; only then are older ones removed.
 
 A folder is the unit. `step-N/` is a model that `from_pretrained` loads, plus what training needs to go on. Whatever
-moment a process is killed at, the newest `step-N/` is whole.
+moment a process is killed at, the newest `step-N/` is whole; what a disk does to it later is seen by its checksums.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -23,6 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
+CHECKSUMS_FILE = "checksums.json"
+ONLY_FOR_TRAINING = (OPTIMIZER_FILE, STATE_FILE, CHECKSUMS_FILE)  # of a checkpoint's files
 _WHOLE = StateDictOptions(full_state_dict=True)  # not one process' shard of it
 _WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process; empty on the others
 
@@ -33,17 +37,69 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
+def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], keep: int, size: int = 0) -> Path:
     """Write `folder/step-N` atomically and remove all but the newest `keep` checkpoints.
 
     Args:
         write: fills an empty folder with the checkpoint's files.
+        size: about how many bytes that will be.
+
+    Raises:
+        ValueError: the disk is full, or does not take the files; the checkpoints before stand as they are.
     """
     target = folder / f"step-{step}"
-    write_folder(target, write)
+
+    def write_with_checksums(temporary: Path) -> None:
+        write(temporary)
+        (temporary / CHECKSUMS_FILE).write_text(json.dumps(_checksums(temporary), indent=2) + "\n")
+
+    free = shutil.disk_usage(folder).free
+    try:
+        if free < size:
+            raise OSError("the disk is full")
+        write_folder(target, write_with_checksums)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(f"{target}.tmp", ignore_errors=True)
+        raise ValueError(
+            f"cannot save {target} ({error}): it needs {size / 1e6:.0f} MB, {free / 1e6:.0f} MB are free in {folder}. "
+            f"Make room and start the same command again"
+        ) from error
     for old in checkpoint_steps(folder)[:-keep]:
         shutil.rmtree(folder / f"step-{old}")
     return target
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The newest checkpoint whose files are as they were written (None if there is none), and the damaged newer ones.
+
+    What a killed run left half written (`*.tmp`) is no checkpoint.
+    """
+    damaged = []
+    for step in reversed(checkpoint_steps(folder)):
+        checkpoint = folder / f"step-{step}"
+        try:
+            if json.loads((checkpoint / CHECKSUMS_FILE).read_text()) == _checksums(checkpoint):
+                return checkpoint, damaged
+        except (OSError, ValueError):
+            pass
+        damaged.append(checkpoint)
+    return None, damaged
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what runs that were killed while they wrote have left behind."""
+    for entry in folder.glob("*.tmp"):
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a checkpoint but that of the checksums."""
+    sums = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != CHECKSUMS_FILE:
+            with open(path, "rb") as file:
+                sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from umae import seeding
-from umae.images import open_picture, read_pixels
+from umae.images import UnreadablePicture, open_picture, read_pixels
+from umae.interruption import ignore_signals
 from umae.transforms import CROP_NUMBERS, least_side, random_resized_crop
 
 # What Pillow opens without plugins and people keep pictures in.
@@ -62,10 +63,38 @@ class Pictures:
         for source, name in self._sources(indices):
             yield open_picture(source, name)
 
-    def read_pixels(self, indices: list[int], min_side: int | None = None) -> Iterator[torch.Tensor]:
-        """As `read_many`, uint8 (3, height, width); large JPEGs may come out smaller (see `umae.images`)."""
+    def read_pixels(
+        self, indices: list[int], min_side: int | None = None
+    ) -> Iterator[torch.Tensor | UnreadablePicture]:
+        """As `read_many`, uint8 (3, height, width), large JPEGs possibly smaller (see `umae.images`).
+
+        A picture that cannot be read is the refusal itself, which does not end the others.
+        """
         for source, name in self._sources(indices):
-            yield read_pixels(source, name, min_side)
+            try:
+                yield read_pixels(source, name, min_side)
+            except UnreadablePicture as error:
+                yield error
+
+    def readable(self, indices: Iterable[int]) -> Iterator[tuple[int, Image.Image]]:
+        """Those of the pictures at `indices` that can be read, and their indices."""
+        for index in indices:
+            try:
+                yield index, self.read(index)
+            except UnreadablePicture:
+                continue
+
+    def check_readable(self) -> None:
+        """Raise `ValueError`, with the first three reasons, if not one picture can be read."""
+        reasons = []
+        for index in range(len(self)):
+            (pixels,) = self.read_pixels([index])
+            if isinstance(pixels, torch.Tensor):
+                return
+            reasons.append(str(pixels))
+        raise ValueError(
+            f"none of the {len(self)} pictures of {self.description} can be read: {'; '.join(reasons[:3])}"
+        )
 
     def _sources(self, indices: list[int]) -> Iterator[tuple[bytes | str, str]]:
         """What to read, bytes or a path, and what a refusal calls it."""
@@ -311,19 +340,55 @@ class Plan:
                 yield epoch, order[first : first + self.batch_size]
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """Pictures of one size, in memory.
+
+    Args:
+        pixels: uint8 (N, 3, height, width).
+        refusals: why those that cannot be read cannot, by index.
+    """
+
+    pixels: torch.Tensor
+    refusals: dict[int, UnreadablePicture]
+
+
+def decode_all(pictures: Pictures, show_progress: bool = True) -> Decoded | None:
+    """Small data sets (CIFAR, digits) decoded once and for all: three times faster to crop than from their files.
+
+    Returns None if the pictures differ in size, or together exceed MEMORY_LIMIT.
+    """
+    pixels, refusals = None, {}
+    for start in tqdm(range(0, len(pictures), 256), "decoding", unit="batch", leave=False, disable=not show_progress):
+        indices = list(range(start, min(start + 256, len(pictures))))
+        for index, one in zip(indices, pictures.read_pixels(indices), strict=True):
+            if isinstance(one, UnreadablePicture):
+                refusals[index] = one
+                continue
+            if pixels is None:
+                if len(pictures) * one.numel() > MEMORY_LIMIT:
+                    return None
+                pixels = torch.zeros(len(pictures), *one.shape, dtype=torch.uint8)
+            if one.shape != pixels.shape[1:]:
+                return None
+            pixels[index] = one
+    return None if pixels is None else Decoded(pixels, refusals)
+
+
 class TrainingPictures(torch.utils.data.Dataset):
     """Pictures as random crops; asked for a whole micro-batch at once.
 
-    A batch is `{"pixel_values": uint8 (batch, 3, height, width), "index": int64 (batch,), "epoch": int}`; flipping and
-    normalising are left to the device.
+    A batch is `{"pixel_values": uint8 (batch, 3, height, width), "index": int64 (batch,), "epoch": int, "refusals":
+    {index: reason}}`; flipping and normalising are left to the device. The place of a picture that cannot be read is
+    taken by the next one of the epoch's order that can, whatever process or worker finds it out.
 
     Args:
         size: (height, width) of the crops, in pixels.
-        pixels: uint8 (N, 3, height, width), the decoded pictures, if `decode_all` gave them.
+        decoded: the pictures in memory, if `decode_all` gave them.
     """
 
-    def __init__(self, pictures: Pictures, size: tuple[int, int], seed: int, pixels: torch.Tensor | None = None):
-        self.pictures, self.size, self.seed, self.pixels = pictures, size, seed, pixels
+    def __init__(self, pictures: Pictures, size: tuple[int, int], seed: int, decoded: Decoded | None = None):
+        self.pictures, self.size, self.seed, self.decoded = pictures, size, seed, decoded
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -331,35 +396,38 @@ class TrainingPictures(torch.utils.data.Dataset):
     def __getitem__(self, micro_batch: tuple[int, torch.Tensor]) -> dict:
         epoch, indices = micro_batch
         numbers = seeding.uniform(self.seed, seeding.CROP, epoch, indices, CROP_NUMBERS)
-        crops = [
-            random_resized_crop(pixels, row, self.size)
-            for pixels, row in zip(self._read(indices), numbers, strict=True)
-        ]
-        return {"pixel_values": torch.stack(crops), "index": indices, "epoch": epoch}
+        shown, crops, refusals = indices.tolist(), [], {}
+        for place, pixels in enumerate(self._read(shown.copy())):
+            if isinstance(pixels, UnreadablePicture):
+                shown[place], pixels = self._next_readable(epoch, shown[place], pixels, refusals)
+                numbers[place] = seeding.uniform(
+                    self.seed, seeding.CROP, epoch, torch.tensor([shown[place]]), CROP_NUMBERS
+                )
+            crops.append(random_resized_crop(pixels, numbers[place], self.size))
+        return {
+            "pixel_values": torch.stack(crops),
+            "index": torch.tensor(shown),
+            "epoch": epoch,
+            "refusals": {index: str(error) for index, error in refusals.items()},
+        }
 
-    def _read(self, indices: torch.Tensor) -> Iterable[torch.Tensor]:
-        if self.pixels is not None:
-            return self.pixels[indices]
-        return self.pictures.read_pixels(indices.tolist(), least_side(self.size))
+    def _read(self, indices: list[int]) -> Iterator[torch.Tensor | UnreadablePicture]:
+        if self.decoded is None:
+            return self.pictures.read_pixels(indices, least_side(self.size))
+        return (self.decoded.refusals.get(index, self.decoded.pixels[index]) for index in indices)
 
-
-def decode_all(pictures: Pictures, show_progress: bool = True) -> torch.Tensor | None:
-    """Small data sets (CIFAR, digits) decoded once and for all: six times faster to crop than from their files.
-
-    Returns:
-        uint8 (N, 3, height, width), or None: the pictures differ in size, or together exceed MEMORY_LIMIT.
-    """
-    (first,) = pictures.read_pixels([0])
-    if len(pictures) * first.numel() > MEMORY_LIMIT:
-        return None
-    pixels = torch.empty(len(pictures), *first.shape, dtype=torch.uint8)
-    for start in tqdm(range(0, len(pictures), 256), "decoding", unit="batch", leave=False, disable=not show_progress):
-        indices = list(range(start, min(start + 256, len(pictures))))
-        for index, one in zip(indices, pictures.read_pixels(indices), strict=True):
-            if one.shape != first.shape:
-                return None
-            pixels[index] = one
-    return pixels
+    def _next_readable(self, epoch: int, index: int, pixels, refusals: dict) -> tuple[int, torch.Tensor]:
+        """The first picture after `index` in the epoch's order that can be read; notes those that cannot."""
+        order = seeding.permutation(self.seed, epoch, len(self)).tolist()
+        place = order.index(index)
+        while isinstance(pixels, UnreadablePicture):
+            refusals[index] = pixels
+            if len(refusals) == len(self):
+                raise pixels
+            place = (place + 1) % len(order)
+            index = order[place]
+            (pixels,) = self._read([index])
+        return index, pixels
 
 
 def training_loader(
@@ -377,5 +445,6 @@ def training_loader(
         sampler=plan.micro_batches(rank, start_step, stop_step),
         batch_size=None,  # an element of the sampler is a whole micro-batch
         num_workers=num_workers,
+        worker_init_fn=ignore_signals if num_workers else None,
         pin_memory=pin_memory,
     )

@@ -6,7 +6,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 # Checkpoints of a run in progress, its optimiser, and local logs stay at home.
-STAYS_HOME = ["step-*", "*.tmp", "*.tmp/*", "logs/*", "run.json", ".*"]
+STAYS_HOME = ["step-*", "*.tmp", "*.tmp/*", "logs/*", "run.json", "run.lock", ".*"]
 
 
 def check_access(repo_id: str) -> None:

@@ -4,6 +4,7 @@ import json
 import platform
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,8 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from umae.checkpoints import write_text
+from umae.checkpoints import clear_leftovers, write_text
+from umae.interruption import lock
 
 T = TypeVar("T")
 
@@ -24,13 +26,14 @@ SPEED = ("pictures_per_second", "mfu", "data_wait")
 
 
 def open_run(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Start a run in a new or empty folder, or take up the one that it holds.
+    """Start a run in a new or empty folder, or take up the one that it holds; nothing is written yet.
 
     Args:
         identity: what must stay the same when a run is continued: data, model, seed, batch, schedule, precision.
 
     Returns:
-        What `run.json` holds: `identity`, `hardware`, `versions`, `seconds` of training so far, `finished`.
+        What `run.json` holds: `identity`, `hardware`, `versions`, `seconds` of training so far,
+        `unreadable` pictures (index and reason), `finished`.
 
     Raises:
         ValueError: the folder holds something else, or a run with another identity.
@@ -41,20 +44,35 @@ def open_run(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) -
         "hardware": f"{accelerator.num_processes} x {_device_name(accelerator.device)}",
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
         "seconds": 0.0,
+        "unreadable": {},
         "finished": False,
     }
     if (folder / RUN_FILE).exists():
         before = json.loads((folder / RUN_FILE).read_text())
         _check_identity(folder, before["identity"], identity)
-        run |= {"seconds": before["seconds"], "finished": before["finished"]}
+        run |= {name: before[name] for name in ("seconds", "unreadable", "finished")}
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         found = "is not empty and holds no run" if folder.is_dir() else "is a file"
         raise ValueError(f"{folder} {found}; give a new or empty folder as --output_dir")
-    accelerator.wait_for_everyone()  # nobody may look after the main process has begun to write
-    if accelerator.is_main_process and not run["finished"]:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_run(folder, run)
     return run
+
+
+@contextmanager
+def hold_folder(accelerator: Accelerator, folder: Path, run: dict[str, Any]) -> Iterator[None]:
+    """Make the folder this run's for a while; raises `ValueError` if another process trains in it."""
+    accelerator.wait_for_everyone()  # nobody may look after the main process has begun to write
+    if not accelerator.is_main_process:
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(folder))
+            clear_leftovers(folder)
+            write_run(folder, run)
+        except OSError as error:
+            raise ValueError(f"cannot write to {folder}: {error}; give another --output_dir") from error
+        yield
 
 
 def write_run(folder: Path, run: dict[str, Any]) -> None:

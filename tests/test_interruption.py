@@ -1,0 +1,67 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from umae.interruption import LOCK_FILE, StopRequest, lock
+
+
+def gone() -> int:
+    """The number of a process that is no more."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def hold(folder, **changes) -> None:
+    owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": psutil.Process().create_time(), **changes}
+    (folder / LOCK_FILE).write_text(json.dumps(owner))
+
+
+def test_a_held_folder_is_refused_and_free_again_afterwards(tmp_path):
+    with lock(tmp_path):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+        with pytest.raises(ValueError, match=f"is being trained by process {os.getpid()}; wait for it, or use another"):
+            lock(tmp_path).__enter__()
+        assert (tmp_path / LOCK_FILE).exists()
+    assert not (tmp_path / LOCK_FILE).exists()
+    with pytest.raises(RuntimeError), lock(tmp_path):
+        raise RuntimeError
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
+@pytest.mark.parametrize("changes", [{"pid": gone()}, {"started": 1.0}], ids=["dead", "another process of that number"])
+def test_the_lock_of_a_process_that_is_gone_is_taken_over(tmp_path, changes):
+    hold(tmp_path, **changes)
+    with lock(tmp_path):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_without_content_is_taken_over(tmp_path):
+    (tmp_path / LOCK_FILE).write_text("")
+    with lock(tmp_path):
+        pass
+
+
+def test_the_lock_of_another_machine_is_refused_with_what_to_do(tmp_path):
+    hold(tmp_path, host="elsewhere", pid=gone())
+    with pytest.raises(
+        ValueError, match=r"process \d+ on elsewhere; if that machine or process is gone, delete .*run.lock"
+    ):
+        lock(tmp_path).__enter__()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_remembered_and_the_second_one_acts(number):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.signal == 0
+        os.kill(os.getpid(), number)
+        assert stop.signal == number
+        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(number) == before
