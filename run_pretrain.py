@@ -115,7 +115,7 @@ from umae.pictures import reconstruction_strip
 from umae.runs import SPEED, MetricsLog, hold_folder, open_run, write_run
 from umae.schedules import decay_groups, learning_rate_at
 from umae.speed import has_fast_bf16, matmul_rate, training_flops
-from umae.training import LOGGED, train_step
+from umae.training import LOGGED, no_failure, train_step
 from umae.transforms import evaluation_processor
 
 
@@ -337,7 +337,7 @@ def train(
         compile_layers(model)
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
-    failed = torch.zeros((), device=accelerator.device)
+    failed = no_failure(accelerator.device)
     window = torch.zeros(len(LOGGED) + 1, device=accelerator.device)  # sums since the last line, and their count
     start = restore(accelerator, folder, model, optimizer, window)
     accelerator.init_trackers("umae", config={name: str(value) for name, value in run["identity"].items()})
@@ -348,6 +348,7 @@ def train(
     micro_batches = log.waited_for(loader)
     model.train()
     unreadable: dict[int, str] = {}
+    seen: dict[int, list[int]] = {}  # pictures of every step since the last look at `failed`
     clock, seconds_before = time.perf_counter(), run["seconds"]
     for step in log.progress(schedule.total_steps):
         seeding.seed_step(args.seed, step, accelerator.process_index)
@@ -357,10 +358,12 @@ def train(
         batches = [next(micro_batches) for _ in range(plan.accumulation)]
         for batch in batches:
             unreadable |= batch["refusals"]
+        seen[step + 1] = [index for batch in batches for index in batch["index"].tolist()]
         with explained_out_of_memory(args):
             values = train_step(
-                accelerator, model, optimizer, batches, failed, num_patches=config.grid[0] * config.grid[1],
-                seed=args.seed, mean=processor.image_mean, std=processor.image_std,
+                accelerator, model, optimizer, batches, failed, step=step,
+                num_patches=config.grid[0] * config.grid[1], seed=args.seed,
+                mean=processor.image_mean, std=processor.image_std,
             )  # fmt: skip
         window += torch.cat([values, values.new_ones(1)])
 
@@ -368,14 +371,15 @@ def train(
         logs, saves = (last or done % steps == 0 for steps in (args.logging_steps, args.checkpointing_steps))
         stopped = not last and agree_to_stop(accelerator, stop, at_border=logs or saves)
         if logs:
-            stop_if_failed(failed, done)
+            stop_if_failed(failed, pictures, seen)
+            seen.clear()
             report_unreadable(accelerator, pictures, unreadable, run, data_args.max_unreadable_share)
             log.write(
                 done,
                 {"epoch": done / plan.steps_per_epoch, **means(accelerator, window), "learning_rate": learning_rate},
             )
         if saves or stopped:
-            stop_if_failed(failed, done)
+            stop_if_failed(failed, pictures, seen)
             run["seconds"] = seconds_before + time.perf_counter() - clock
             save(accelerator, folder, done, args.checkpoints_total_limit, model, optimizer, processor, window, run)
         if stopped:
@@ -459,7 +463,7 @@ def explained_out_of_memory(args: TrainingArguments) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise ValueError(
             f"out of memory with --per_device_train_batch_size {args.per_device_train_batch_size}; lower it (and raise "
@@ -467,13 +471,22 @@ def explained_out_of_memory(args: TrainingArguments) -> Iterator[None]:
         ) from error
 
 
-def stop_if_failed(failed: torch.Tensor, step: int) -> None:
-    """The weights are as they were before the first value that was not finite; end the run before one is saved."""
-    if failed.item():
-        raise FloatingPointError(
-            f"a loss or gradient was not finite at or before step {step}; the last checkpoint is from before that. "
-            f"Lower --base_learning_rate, or train with --mixed_precision no or bf16"
-        )
+def stop_if_failed(failed: torch.Tensor, pictures: Pictures, seen: dict[int, list[int]]) -> None:
+    """End the run before weights are saved that come after a value that was not finite; every process calls it."""
+    step, *flags = (int(value) for value in failed.tolist())
+    if step == 0:
+        return
+    mine = [name for name, flag in zip(LOGGED, flags, strict=True) if flag]
+    names, indices = [], []
+    for some_names, some_indices in gather_object([(mine, seen[step] if mine else [])]):
+        names += [name for name in some_names if name not in names]
+        indices += some_indices
+    shown = ", ".join(map(str, indices[:16])) + (f" and {len(indices) - 16} more" if len(indices) > 16 else "")
+    raise FloatingPointError(
+        f"{', '.join(names)} was not finite at step {step}, with the pictures {shown} of {pictures.description}; the "
+        f"weights have not changed since, and the last checkpoint is from before. Lower --base_learning_rate, or train "
+        f"with --mixed_precision no"
+    )
 
 
 def means(accelerator: Accelerator, window: torch.Tensor) -> dict[str, float]:
@@ -481,6 +494,8 @@ def means(accelerator: Accelerator, window: torch.Tensor) -> dict[str, float]:
     *sums, count = accelerator.reduce(window, "mean").tolist()
     window.zero_()
     values = {name: total / count for name, total in zip(LOGGED, sums, strict=True)}
+    if values["feature_norm"] < 1e-6:  # the uniformity of nothing is 0, the best value there is
+        accelerator.print("\nwarning: the features are zero, so the encoder is dead and their uniformity means nothing")
     uniformity = values["uniformity_loss"]
     return {**values, "participation_ratio": 1 / uniformity if uniformity else 0.0}
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformers import AutoImageProcessor
 
 import run_pretrain
 import umae
-from umae import training
+from umae import seeding, training
 from umae.runs import SPEED
 
 SHORT = ("--max_train_steps", "12", "--checkpointing_steps", "4", "--logging_steps", "3")
@@ -367,11 +368,76 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_weight(tmp_path, m
 
     monkeypatch.setattr(training, "normalize", spoil)
     settings = ["--max_train_steps", "12", "--checkpointing_steps", "4", "--logging_steps", "6"]
-    with pytest.raises(FloatingPointError, match="not finite at or before step 6"):
+    with pytest.raises(FloatingPointError) as failure:
         run_pretrain.main(["--output_dir", str(tmp_path / "run"), *settings])
+    message = str(failure.value)
+    assert message.startswith(
+        "loss, reconstruction_loss, uniformity_loss, feature_norm, grad_norm was not finite at step 6"
+    )
+    assert "and 112 more of digits (train); the weights have not changed since" in message  # of 128
     assert [entry.name for entry in (tmp_path / "run").glob("step-*")] == ["step-4"]
     model = umae.UMAEForPreTraining.from_pretrained(tmp_path / "run" / "step-4")
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+SPOILED = """
+import os, sys, torch, run_pretrain, modeling_umae
+plain, calls = modeling_umae.UMAEForPreTraining.forward, [0]
+def forward(self, *arguments, **named):
+    output = plain(self, *arguments, **named)
+    calls[0] += 1
+    if calls[0] == 6 and os.environ["RANK"] == "1":
+        output.reconstruction_loss = output.reconstruction_loss + torch.inf  # the gradients are as they should be
+    return output
+modeling_umae.UMAEForPreTraining.forward = forward
+with run_pretrain.one_line_refusals("run_pretrain.py"):
+    run_pretrain.main(sys.argv[1:])
+"""
+
+
+def test_a_loss_that_is_not_finite_on_one_process_ends_all_at_that_step(tmp_path):
+    (tmp_path / "spoiled.py").write_text(SPOILED)
+    result = run(
+        "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", tmp_path / "spoiled.py",
+        "--output_dir", tmp_path / "run", "--per_device_train_batch_size", "4", "--max_train_steps", "12",
+        "--checkpointing_steps", "4", "--logging_steps", "7", check=False, ACCELERATE_USE_CPU="1", PYTHONPATH=str(ROOT),
+    )  # fmt: skip
+    assert result.returncode != 0
+    order = seeding.permutation(0, 0, 1438)[5 * 8 + 4 : 6 * 8].tolist()  # the sixth step's part of process 1
+    expected = f"reconstruction_loss was not finite at step 6, with the pictures {', '.join(map(str, order))} of digits"
+    assert result.stderr.count(expected) == 2  # both processes say it, and end
+    assert [entry.name for entry in (tmp_path / "run").glob("step-*")] == ["step-4"]
+
+
+CRAMPED = """
+import resource, sys, run_pretrain
+train_step = run_pretrain.train_step
+def cramped(*arguments, **named):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, -1))
+    return train_step(*arguments, **named)
+run_pretrain.train_step = cramped
+with run_pretrain.one_line_refusals("run_pretrain.py"):
+    run_pretrain.main(sys.argv[1:])
+"""
+
+
+def test_too_little_memory_is_named_with_the_flags_that_help(tmp_path):
+    (tmp_path / "cramped.py").write_text(CRAMPED)
+    command = ("--output_dir", tmp_path / "run", "--per_device_train_batch_size", "1024", "--max_train_steps", "2")
+    result = run(tmp_path / "cramped.py", *command, check=False, PYTHONPATH=str(ROOT))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "out of memory with --per_device_train_batch_size 1024; lower it" in result.stderr
+
+
+def test_features_of_zeros_are_warned_of(capsys):
+    accelerator = SimpleNamespace(reduce=lambda window, kind: window, print=print)
+    names = list(training.LOGGED)
+    for norm, warned in ((0.0, True), (0.5, False)):
+        window = torch.ones(len(names) + 1)
+        window[names.index("feature_norm")] = norm
+        run_pretrain.means(accelerator, window)
+        assert ("the features are zero" in capsys.readouterr().out) == warned
 
 
 def test_weights_freeze_from_the_first_value_that_is_not_finite(tmp_path, monkeypatch):

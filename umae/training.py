@@ -10,7 +10,15 @@ from umae import seeding
 from umae.transforms import horizontal_flip, normalize
 
 # What a step returns, in this order.
-LOGGED = ("loss", "reconstruction_loss", "uniformity_loss", "grad_norm")
+LOGGED = ("loss", "reconstruction_loss", "uniformity_loss", "feature_norm", "grad_norm")
+
+
+def no_failure(device: torch.device) -> torch.Tensor:
+    """What `train_step` notes its first failure in: float32, the step's number (0: none) and a flag for each of LOGGED.
+
+    The step is the same on all processes; the flags are those of this process.
+    """
+    return torch.zeros(1 + len(LOGGED), device=device)
 
 
 def train_step(
@@ -20,6 +28,7 @@ def train_step(
     micro_batches: Sequence[dict],
     failed: torch.Tensor,
     *,
+    step: int,
     num_patches: int,
     seed: int,
     mean: Sequence[float],
@@ -30,15 +39,15 @@ def train_step(
     Args:
         model, optimizer: as prepared by the accelerator; a fused optimiser.
         micro_batches: as `training_loader` yields them, one for each accumulated backward pass.
-        failed: scalar float32 on the device, 0 while every loss and gradient was finite; set to 1, for good, at the
-            first that is not. From then on the optimiser leaves the weights as they are. Gradients are averaged over
-            the processes before they are looked at, so that all of them agree.
+        failed: as `no_failure` made it; changed, for good, by the first loss or gradient that is not finite, on
+            whichever process. From then on the optimiser leaves the weights of all processes as they are.
+        step: the optimiser steps before this one.
         num_patches: patches of a picture.
         seed: of the run; flips and masks are keyed by (seed, epoch, index).
         mean, std: of the pictures' normalisation, one number for each channel.
 
     Returns:
-        float32 (4,) on the device: the values named in `LOGGED`, averaged over the micro-batches of this process.
+        float32 (5,) on the device: the values named in `LOGGED`, averaged over the micro-batches of this process.
     """
     losses = []
     for batch in micro_batches:
@@ -46,24 +55,32 @@ def train_step(
             pixel_values, noise = device_inputs(batch, accelerator.device, num_patches, seed, mean, std)
             output = model(pixel_values, noise=noise)
             accelerator.backward(output.loss)
-            losses.append(torch.stack([output.loss.detach(), output.reconstruction_loss, output.uniformity_loss]))
+            feature_norm = output.features.detach().float().norm(dim=-1).mean()
+            losses.append(
+                torch.stack([output.loss.detach(), output.reconstruction_loss, output.uniformity_loss, feature_norm])
+            )
             if accelerator.sync_gradients:
                 accelerator.unscale_gradients(optimizer)
                 grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
                 values = torch.cat([torch.stack(losses).float().mean(dim=0), grad_norm.float()[None]])
-                remember_failure(accelerator, optimizer, values, failed)
+                remember_failure(accelerator, optimizer, values, step, failed)
             optimizer.step()
             optimizer.zero_grad()
     return values
 
 
-def remember_failure(accelerator, optimizer, values: torch.Tensor, failed: torch.Tensor) -> None:
-    """Set `failed` if a value is not finite, and have the fused optimiser skip every step from then on."""
+def remember_failure(accelerator, optimizer, values: torch.Tensor, step: int, failed: torch.Tensor) -> None:
+    """Note in `failed` the first value that is not finite; from then on the fused optimiser skips every step."""
+    bad = (~torch.isfinite(values)).float()
     if accelerator.scaler is not None:  # fp16: a gradient that overflows is expected, and the scaler skips that step
-        values = values[:3]
-    failed.clamp_(min=(~torch.isfinite(values).all()).float())
+        bad[-1] = 0
+    anywhere = bad.max()
+    if accelerator.num_processes > 1:  # a loss may fail on one process alone; all must freeze at the same step
+        anywhere = accelerator.reduce(anywhere, "sum")
+    is_first = (failed[0] == 0) & (anywhere > 0)
+    failed.copy_(torch.where(is_first, torch.cat([bad.new_full((1,), step + 1), bad]), failed))
     if accelerator.scaler is None:
-        optimizer.optimizer.found_inf = failed
+        optimizer.optimizer.found_inf = (failed[0] > 0).float()
 
 
 def device_inputs(
