@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INDEX := $(if $(EXTRA_INDEX_URL),--extra-index-url $(EXTRA_INDEX_URL))
 
-.PHONY: pretrain test test-slow quality style
+.PHONY: pretrain test test-slow soak quality style
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,9 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+soak: $(VENV)/installed
+	$(BIN)/python -m benchmarks.soak
 
 quality: $(VENV)/installed
 	$(BIN)/ruff check .

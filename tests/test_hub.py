@@ -1,5 +1,9 @@
 """Sharing a run through a real server that speaks the Hub's protocol (fake_hub.py)."""
 
+import getpass
+import socket
+from pathlib import Path
+
 import pytest
 import torch
 from fake_hub import FakeHub
@@ -46,6 +50,28 @@ def test_a_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, tmp_path):
     run("-c", LOAD, cwd=tmp_path, PYTHONPATH="", **online(hub, tmp_path / "fresh_home"))
     expected = UMAEModel.from_pretrained(tmp_path / "digits")(torch.ones(1, 3, 8, 8)).pooler_output
     assert torch.equal(torch.load(tmp_path / "features.pt", weights_only=True), expected)
+
+
+def test_no_token_is_written_and_nothing_published_tells_of_the_machine(hub, tmp_path):
+    run("run_pretrain.py", "--output_dir", tmp_path / "first", "--max_train_steps", "1")
+    result = run(
+        "run_pretrain.py", "--output_dir", tmp_path / "digits", "--max_train_steps", "2", "--report_to", "tensorboard",
+        "--model_name_or_path", tmp_path / "first", "--push_to_hub", "--hub_model_id", "tester/digits",
+        **online(hub, tmp_path / "home"),
+    )  # fmt: skip
+    files = [path for path in (tmp_path / "digits").rglob("*") if path.is_file()]
+    assert any("tfevents" in path.name for path in files)
+    for path in files:
+        assert b"hf_test" not in path.read_bytes(), path
+    assert "hf_test" not in result.stdout + result.stderr
+    repo = hub.repos["model", "tester/digits"]
+    traces = {str(tmp_path), str(Path.home()), socket.gethostname(), f"/{getpass.getuser()}"}
+    traces = [trace for trace in traces if len(trace) > 4]  # shorter ones are found anywhere
+    published = set(repo.commits[repo.refs["main"]]) - {".gitattributes"}
+    assert "README.md" in published
+    for name in published:
+        content = (tmp_path / "digits" / name).read_bytes()
+        assert [trace for trace in traces if trace.encode() in content] == [], name
 
 
 def test_a_run_that_could_not_be_pushed_is_refused_before_training(hub, tmp_path):
