@@ -331,19 +331,13 @@ def train(
     Stopped by a signal, it leaves `step-N/` of the step it was at.
     """
     config, processor = model.config, evaluation_processor(model.config.image_height_width)
-    if args.gradient_checkpointing:  # transformers is renaming it
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    if args.torch_compile:
-        compile_layers(model)
-    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = prepare(accelerator, model, args)
     failed = no_failure(accelerator.device)
     window = torch.zeros(len(LOGGED) + 1, device=accelerator.device)  # sums since the last line, and their count
     start = restore(accelerator, folder, model, optimizer, window)
     accelerator.init_trackers("umae", config={name: str(value) for name, value in run["identity"].items()})
-    size = config.image_height_width
-    workers = data_args.dataloader_num_workers
-    loader = make_loader(accelerator, pictures, plan, size, start, schedule.total_steps, workers)
+    steps, workers = range(start, schedule.total_steps), data_args.dataloader_num_workers
+    loader = make_loader(accelerator, pictures, plan, config.image_height_width, steps, workers)
     log = MetricsLog(accelerator, folder, start, plan.pictures_per_step, ideal_seconds(accelerator, config))
     micro_batches = log.waited_for(loader)
     model.train()
@@ -352,9 +346,7 @@ def train(
     clock, seconds_before = time.perf_counter(), run["seconds"]
     for step in log.progress(schedule.total_steps):
         seeding.seed_step(args.seed, step, accelerator.process_index)
-        learning_rate = learning_rate_at(step, schedule.total_steps, schedule.warmup_steps, schedule.learning_rate)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+        learning_rate = set_learning_rate(optimizer, schedule, step)
         batches = [next(micro_batches) for _ in range(plan.accumulation)]
         for batch in batches:
             unreadable |= batch["refusals"]
@@ -387,6 +379,24 @@ def train(
             return
 
 
+def prepare(accelerator: Accelerator, model: UMAEForPreTraining, args: TrainingArguments):
+    """Model and optimiser as the accelerator trains them."""
+    if args.gradient_checkpointing:  # transformers is renaming it
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if args.torch_compile:
+        compile_layers(model)
+    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
+    return accelerator.prepare(model, optimizer)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> float:
+    """Put the optimiser at the rate of a step; returns it."""
+    learning_rate = learning_rate_at(step, schedule.total_steps, schedule.warmup_steps, schedule.learning_rate)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    return learning_rate
+
+
 def agree_to_stop(accelerator: Accelerator, stop: StopRequest, at_border: bool) -> bool:
     """Whether a signal has come, on any process; several ask each other only where they wait for each other anyway."""
     if accelerator.num_processes > 1:
@@ -401,18 +411,17 @@ def make_loader(
     pictures: Pictures,
     plan: Plan,
     size: tuple[int, int],
-    start: int,
-    stop: int,
+    steps: range,
     num_workers: int | None,
 ) -> DataLoader:
-    """This process' micro-batches of the steps from `start` to `stop`."""
+    """This process' micro-batches of some steps."""
     pixels = decode_all(pictures, show_progress=accelerator.is_main_process)
     return training_loader(
         TrainingPictures(pictures, size, plan.seed, pixels),
         plan,
         accelerator.process_index,
-        start,
-        stop,
+        steps.start,
+        steps.stop,
         usual_workers(accelerator.device) if num_workers is None else num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
