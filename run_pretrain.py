@@ -585,7 +585,7 @@ def finish(folder: Path, pictures: Pictures, total_steps: int, run: dict[str, An
         f"{model.config.hidden_size} dimensions)\n"
         f"{speed['pictures_per_second']:,.0f} pictures/s, {speed['mfu']:.0%} of the device's rate at plain matrix "
         f"products (MFU), {speed['data_wait']:.0%} of the time spent waiting for pictures\n"
-        + (f"{len(run['unreadable'])} pictures could not be read and were left out\n" if run["unreadable"] else "")
+        + (f"pictures left out because they cannot be read: {len(run['unreadable'])}\n" if run["unreadable"] else "")
         + f"weights and card in {folder}, pictures in {folder / 'reconstructions.png'}"
     )
 

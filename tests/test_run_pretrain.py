@@ -286,7 +286,7 @@ def test_unreadable_pictures_are_left_out_named_once_and_counted(tmp_path, capsy
     )
     printed = capsys.readouterr()
     assert printed.out.count("left out: 000.jpg: 0 bytes") == printed.out.count("left out: 003.jpg: ") == 1
-    assert "2 pictures could not be read and were left out" in printed.out
+    assert "pictures left out because they cannot be read: 2" in printed.out
     assert set(json.loads((tmp_path / "run" / "run.json").read_text())["unreadable"]) == {"0", "3"}
 
 
