@@ -107,14 +107,13 @@ from tqdm.auto import tqdm
 from transformers import ViTImageProcessorPil
 from transformers.utils.logging import disable_progress_bar
 
-from modeling_umae import UMAELayer
 from umae import UMAEConfig, UMAEForPreTraining, cards, checkpoints, hub, seeding
 from umae.data import Pictures, Plan, TrainingPictures, decode_all, load_pictures, training_loader
 from umae.interruption import StopRequest
 from umae.pictures import reconstruction_strip
 from umae.runs import SPEED, MetricsLog, hold_folder, open_run, write_run
 from umae.schedules import decay_groups, learning_rate_at
-from umae.speed import has_fast_bf16, matmul_rate, training_flops
+from umae.speed import compile_layers, has_fast_bf16, matmul_rate, training_flops
 from umae.training import LOGGED, no_failure, train_step
 from umae.transforms import evaluation_processor
 
@@ -425,13 +424,6 @@ def make_loader(
         usual_workers(accelerator.device) if num_workers is None else num_workers,
         pin_memory=accelerator.device.type == "cuda",
     )
-
-
-def compile_layers(model: UMAEForPreTraining) -> None:
-    """Compile layer by layer: all of a kind share their code, and names of parameters stay as they are."""
-    for module in model.modules():
-        if isinstance(module, UMAELayer):
-            module.compile(dynamic=False)  # encoder and decoder differ in every shape, so let each have its own code
 
 
 def usual_workers(device: torch.device) -> int:

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from benchmarks import measure
-from modeling_umae import UMAEForPreTraining, UMAELayer
+from modeling_umae import UMAEForPreTraining
 from umae import UMAEConfig
 from umae.convert import rename
+from umae.speed import compile_layers
 
 # Fields that differ from the defaults of both configurations (ViT-B/16 on 224 x 224), and pictures of a batch.
 SIZES = {
@@ -102,12 +103,6 @@ def contenders(size: str, device: str) -> dict[str, Contender]:
         found["ours, float16"] = ours(size, torch.float16, device)
         found["ours, bf16, layers compiled"] = ours(size, torch.bfloat16, device)
     return found
-
-
-def compile_layers(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, UMAELayer):
-            module.compile(dynamic=False)
 
 
 def random_batch(size: str, batch_size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:

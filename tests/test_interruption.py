@@ -4,6 +4,8 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import psutil
 import pytest
@@ -40,6 +42,22 @@ def test_the_lock_of_a_process_that_is_gone_is_taken_over(tmp_path, changes):
     hold(tmp_path, **changes)
     with lock(tmp_path):
         assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
+def test_of_many_that_find_a_stale_lock_one_takes_it_over(tmp_path):
+    hold(tmp_path, pid=gone())
+    barrier = Barrier(8)
+
+    def attempt(_) -> bool:
+        barrier.wait()
+        try:
+            lock(tmp_path).__enter__()
+        except ValueError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(attempt, range(8))) == 1
 
 
 def test_a_lock_without_content_is_taken_over(tmp_path):

@@ -11,7 +11,6 @@ from configuration_umae import UMAEConfig
 from modeling_umae import (
     UMAEForImageClassification,
     UMAEForPreTraining,
-    UMAELayer,
     UMAEModel,
     patchify,
     resize_position_table,
@@ -19,6 +18,7 @@ from modeling_umae import (
     uniformity_loss,
     unpatchify,
 )
+from umae.speed import compile_layers
 
 
 def pictures_for(config: UMAEConfig, count: int = 4) -> torch.Tensor:
@@ -221,9 +221,7 @@ def test_compiled_layers_give_the_losses_and_gradients_of_eager_ones(checkpointi
     compiled = copy.deepcopy(eager)
     if checkpointing:
         compiled.gradient_checkpointing_enable()
-    for module in compiled.modules():
-        if isinstance(module, UMAELayer):
-            module.compile(dynamic=False)
+    compile_layers(compiled)
     for _ in range(2):
         pixel_values, noise = pictures_for(eager.config), torch.rand(4, 16)
         losses = [model(pixel_values, noise=noise).loss for model in (eager, compiled)]

@@ -56,19 +56,16 @@ class Pictures:
 
     def read(self, index: int) -> Image.Image:
         """The picture at `index`, RGB. Raises `UnreadablePicture`, which names the file."""
-        return next(self.read_many([index]))
-
-    def read_many(self, indices: list[int]) -> Iterator[Image.Image]:
-        """The pictures at `indices`, opened one by one; their bytes are fetched together."""
-        for source, name in self._sources(indices):
-            yield open_picture(source, name)
+        ((source, name),) = self._sources([index])
+        return open_picture(source, name)
 
     def read_pixels(
         self, indices: list[int], min_side: int | None = None
     ) -> Iterator[torch.Tensor | UnreadablePicture]:
-        """As `read_many`, uint8 (3, height, width), large JPEGs possibly smaller (see `umae.images`).
+        """The pictures at `indices`, uint8 (3, height, width), large JPEGs possibly smaller (see `umae.images`).
 
-        A picture that cannot be read is the refusal itself, which does not end the others.
+        They are opened one by one, their bytes are fetched together. A picture that cannot be read is the refusal
+        itself, which does not end the others.
         """
         for source, name in self._sources(indices):
             try:

@@ -1,10 +1,10 @@
 """What happens to a run from outside: a signal that asks it to stop, a second run on the same folder."""
 
+import fcntl
 import json
 import os
 import signal
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,35 +54,34 @@ def lock(folder: Path) -> Iterator[None]:
     """
     path = folder / LOCK_FILE
     mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": psutil.Process().create_time()}
-    while True:
-        try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
+    with _one_at_a_time(folder):  # else two runs could take over the same lock
+        if path.exists():
             _refuse_unless_stale(path)
-            path.unlink(missing_ok=True)
-        else:
-            break
-    with open(descriptor, "w") as file:
-        file.write(json.dumps(mine) + "\n")
+        path.write_text(json.dumps(mine) + "\n")
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
 
 
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let one process of this machine in after the other; the system lets go of it when a process dies."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _refuse_unless_stale(path: Path) -> None:
     """Raise `ValueError` unless the process that wrote the lock is certain to be gone."""
-    for _ in range(10):  # between its creation and its content lies a moment
-        try:
-            owner = json.loads(path.read_text())
-            pid, host, started = owner["pid"], owner["host"], owner["started"]
-            break
-        except FileNotFoundError:
-            return
-        except (ValueError, KeyError, TypeError):
-            time.sleep(0.1)
-    else:
-        return  # a process was killed in that moment
+    try:
+        owner = json.loads(path.read_text())
+        pid, host, started = owner["pid"], owner["host"], owner["started"]
+    except (ValueError, KeyError, TypeError):
+        return  # its process was killed while it wrote
     if host == socket.gethostname():
         try:
             if psutil.Process(pid).create_time() != started:

@@ -5,6 +5,7 @@ import time
 import torch
 
 from configuration_umae import UMAEConfig
+from modeling_umae import UMAEForPreTraining, UMAELayer
 
 
 def training_flops(config: UMAEConfig) -> int:
@@ -31,6 +32,13 @@ def training_flops(config: UMAEConfig) -> int:
     # The backward pass is two products for each of the forward's, but pixels need no gradient and the uniformity term's
     # one product has one.
     return 3 * forward + 2 * (2 * (visible - 1) * pixels * width) + 2 * (2 * width**2)
+
+
+def compile_layers(model: UMAEForPreTraining) -> None:
+    """Compile layer by layer: all of a kind share their code, and names of parameters stay as they are."""
+    for module in model.modules():
+        if isinstance(module, UMAELayer):
+            module.compile(dynamic=False)  # encoder and decoder differ in every shape, so let each have its own code
 
 
 def has_fast_bf16(device: torch.device) -> bool:
