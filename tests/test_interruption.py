@@ -48,16 +48,17 @@ def test_of_many_that_find_a_stale_lock_one_takes_it_over(tmp_path):
     hold(tmp_path, pid=gone())
     barrier = Barrier(8)
 
-    def attempt(_) -> bool:
+    def attempt(one) -> bool:
         barrier.wait()
         try:
-            lock(tmp_path).__enter__()
+            one.__enter__()
         except ValueError:
             return False
         return True
 
+    locks = [lock(tmp_path) for _ in range(8)]  # kept: one that is collected lets go
     with ThreadPoolExecutor(8) as pool:
-        assert sum(pool.map(attempt, range(8))) == 1
+        assert sum(pool.map(attempt, locks)) == 1
 
 
 def test_a_lock_without_content_is_taken_over(tmp_path):
