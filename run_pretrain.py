@@ -114,7 +114,7 @@ from umae.pictures import reconstruction_strip
 from umae.runs import SPEED, MetricsLog, hold_folder, open_run, write_run
 from umae.schedules import decay_groups, learning_rate_at
 from umae.speed import compile_layers, has_fast_bf16, matmul_rate, training_flops
-from umae.training import LOGGED, no_failure, train_step
+from umae.training import LOGGED, MOST_OVERFLOWS, no_failure, train_step
 from umae.transforms import evaluation_processor
 
 
@@ -332,7 +332,7 @@ def train(
     config, processor = model.config, evaluation_processor(model.config.image_height_width)
     model, optimizer = prepare(accelerator, model, args)
     failed = no_failure(accelerator.device)
-    window = torch.zeros(len(LOGGED) + 1, device=accelerator.device)  # sums since the last line, and their count
+    window = torch.zeros(2, len(LOGGED), device=accelerator.device)  # sums since the last line, and how many of each
     start = restore(accelerator, folder, model, optimizer, window)
     accelerator.init_trackers("umae", config={name: str(value) for name, value in run["identity"].items()})
     steps, workers = range(start, schedule.total_steps), data_args.dataloader_num_workers
@@ -356,7 +356,7 @@ def train(
                 num_patches=config.grid[0] * config.grid[1], seed=args.seed,
                 mean=processor.image_mean, std=processor.image_std,
             )  # fmt: skip
-        window += torch.cat([values, values.new_ones(1)])
+        window += torch.stack([values.nan_to_num(0, 0, 0), values.isfinite()])  # gradients overflow in fp16
 
         done, last = step + 1, step + 1 == schedule.total_steps
         logs, saves = (last or done % steps == 0 for steps in (args.logging_steps, args.checkpointing_steps))
@@ -474,27 +474,34 @@ def explained_out_of_memory(args: TrainingArguments) -> Iterator[None]:
 
 def stop_if_failed(failed: torch.Tensor, pictures: Pictures, seen: dict[int, list[int]]) -> None:
     """End the run before weights are saved that come after a value that was not finite; every process calls it."""
-    step, *flags = (int(value) for value in failed.tolist())
-    if step == 0:
+    step, in_a_row, *flags = (int(value) for value in failed.tolist())
+    mine = {name for name, flag in zip(LOGGED, flags, strict=True) if flag}
+    failures = [failure for failure in gather_object([(step, mine, seen.get(step, []))]) if failure[0]]
+    if not failures:
         return
-    mine = [name for name, flag in zip(LOGGED, flags, strict=True) if flag]
-    names, indices = [], []
-    for some_names, some_indices in gather_object([(mine, seen[step] if mine else [])]):
-        names += [name for name in some_names if name not in names]
-        indices += some_indices
+    # The gradient is everybody's, and so is the uniformity; what is a process' own tells whose pictures it was
+    own = {"reconstruction_loss", "feature_norm"}
+    failures = [failure for failure in failures if failure[1] & own] or failures
+    indices = [index for _, _, some in failures for index in some]
+    found = set().union(*(some for _, some, _ in failures))
+    names = [name for name in LOGGED if name in found - {"grad_norm"}] or ["grad_norm"]
     shown = ", ".join(map(str, indices[:16])) + (f" and {len(indices) - 16} more" if len(indices) > 16 else "")
     raise FloatingPointError(
-        f"{', '.join(names)} was not finite at step {step}, with the pictures {shown} of {pictures.description}; the "
-        f"weights have not changed since, and the last checkpoint is from before. Lower --base_learning_rate, or train "
-        f"with --mixed_precision no"
+        f"{', '.join(names)} was not finite at step {min(step for step, _, _ in failures)}"
+        + (f", the {MOST_OVERFLOWS}th time in a row" if in_a_row >= MOST_OVERFLOWS else "")
+        + f", with the pictures {shown} of {pictures.description}; the weights have not changed since, and the last "
+        f"checkpoint is from before. Lower --base_learning_rate, or train with --mixed_precision no"
     )
 
 
 def means(accelerator: Accelerator, window: torch.Tensor) -> dict[str, float]:
-    """The logged values of the steps in the window, averaged over steps and processes; empties the window."""
-    *sums, count = accelerator.reduce(window, "mean").tolist()
+    """The logged values of the steps in the window, averaged over steps and processes; empties the window.
+
+    A step whose gradient overflowed in fp16 does not count for `grad_norm`, which is None if they all did.
+    """
+    sums, counts = accelerator.reduce(window, "mean").tolist()
     window.zero_()
-    values = {name: total / count for name, total in zip(LOGGED, sums, strict=True)}
+    values = {name: total / count if count else None for name, total, count in zip(LOGGED, sums, counts, strict=True)}
     if values["feature_norm"] < 1e-6:  # the uniformity of nothing is 0, the best value there is
         accelerator.print("\nwarning: the features are zero, so the encoder is dead and their uniformity means nothing")
     uniformity = values["uniformity_loss"]

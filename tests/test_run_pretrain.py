@@ -371,9 +371,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_weight(tmp_path, m
     with pytest.raises(FloatingPointError) as failure:
         run_pretrain.main(["--output_dir", str(tmp_path / "run"), *settings])
     message = str(failure.value)
-    assert message.startswith(
-        "loss, reconstruction_loss, uniformity_loss, feature_norm, grad_norm was not finite at step 6"
-    )
+    assert message.startswith("loss, reconstruction_loss, uniformity_loss, feature_norm was not finite at step 6")
     assert "and 112 more of digits (train); the weights have not changed since" in message  # of 128
     assert [entry.name for entry in (tmp_path / "run").glob("step-*")] == ["step-4"]
     model = umae.UMAEForPreTraining.from_pretrained(tmp_path / "run" / "step-4")
@@ -387,9 +385,16 @@ def forward(self, *arguments, **named):
     output = plain(self, *arguments, **named)
     calls[0] += 1
     if calls[0] == 6 and os.environ["RANK"] == "1":
-        output.reconstruction_loss = output.reconstruction_loss + torch.inf  # the gradients are as they should be
+        output.reconstruction_loss = output.reconstruction_loss + torch.inf  # loss and gradients stay as they are
     return output
 modeling_umae.UMAEForPreTraining.forward = forward
+train_step = run_pretrain.train_step
+def step(accelerator, model, *arguments, **named):
+    values = train_step(accelerator, model, *arguments, **named)
+    with open(f"weights_{os.environ['RANK']}", "a") as file:
+        print(sum(parameter.double().abs().sum().item() for parameter in model.parameters()), file=file)
+    return values
+run_pretrain.train_step = step
 with run_pretrain.one_line_refusals("run_pretrain.py"):
     run_pretrain.main(sys.argv[1:])
 """
@@ -400,9 +405,13 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_all_at_that_step(tmp_path
     result = run(
         "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", tmp_path / "spoiled.py",
         "--output_dir", tmp_path / "run", "--per_device_train_batch_size", "4", "--max_train_steps", "12",
-        "--checkpointing_steps", "4", "--logging_steps", "7", check=False, ACCELERATE_USE_CPU="1", PYTHONPATH=str(ROOT),
+        "--checkpointing_steps", "4", "--logging_steps", "8", cwd=tmp_path, check=False, ACCELERATE_USE_CPU="1",
+        PYTHONPATH=str(ROOT),
     )  # fmt: skip
     assert result.returncode != 0
+    weights, others = ((tmp_path / f"weights_{rank}").read_text().split() for rank in (0, 1))
+    assert weights == others and len(set(weights[:5])) == 5, "steps 1 to 5 train"
+    assert len(weights) == 8 and set(weights[5:]) == {weights[4]}, "the others freeze, on both processes"
     order = seeding.permutation(0, 0, 1438)[5 * 8 + 4 : 6 * 8].tolist()  # the sixth step's part of process 1
     expected = f"reconstruction_loss was not finite at step 6, with the pictures {', '.join(map(str, order))} of digits"
     assert result.stderr.count(expected) == 2  # both processes say it, and end
@@ -434,8 +443,8 @@ def test_features_of_zeros_are_warned_of(capsys):
     accelerator = SimpleNamespace(reduce=lambda window, kind: window, print=print)
     names = list(training.LOGGED)
     for norm, warned in ((0.0, True), (0.5, False)):
-        window = torch.ones(len(names) + 1)
-        window[names.index("feature_norm")] = norm
+        window = torch.ones(2, len(names))
+        window[0, names.index("feature_norm")] = norm
         run_pretrain.means(accelerator, window)
         assert ("the features are zero" in capsys.readouterr().out) == warned
 

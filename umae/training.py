@@ -12,13 +12,15 @@ from umae.transforms import horizontal_flip, normalize
 # What a step returns, in this order.
 LOGGED = ("loss", "reconstruction_loss", "uniformity_loss", "feature_norm", "grad_norm")
 
+MOST_OVERFLOWS = 20  # gradients in a row that are not finite, in fp16, whose scale is then beyond help
+
 
 def no_failure(device: torch.device) -> torch.Tensor:
-    """What `train_step` notes its first failure in: float32, the step's number (0: none) and a flag for each of LOGGED.
+    """What `train_step` notes its first failure in, on this process.
 
-    The step is the same on all processes; the flags are those of this process.
+    float32 (7,): the step's number (0: none), gradients in a row that were not finite, and a flag for each of LOGGED.
     """
-    return torch.zeros(1 + len(LOGGED), device=device)
+    return torch.zeros(2 + len(LOGGED), device=device)
 
 
 def train_step(
@@ -39,8 +41,9 @@ def train_step(
     Args:
         model, optimizer: as prepared by the accelerator; a fused optimiser.
         micro_batches: as `training_loader` yields them, one for each accumulated backward pass.
-        failed: as `no_failure` made it; changed, for good, by the first loss or gradient that is not finite, on
-            whichever process. From then on the optimiser leaves the weights of all processes as they are.
+        failed: as `no_failure` made it; changed, for good, by the first loss or gradient that is not finite. From then
+            on, whichever process it was on, the weights of all of them stay as they are. (In fp16 a gradient may
+            overflow, and leaves out that step; MOST_OVERFLOWS in a row are a failure.)
         step: the optimiser steps before this one.
         num_patches: patches of a picture.
         seed: of the run; flips and masks are keyed by (seed, epoch, index).
@@ -54,11 +57,13 @@ def train_step(
         with accelerator.accumulate(model):
             pixel_values, noise = device_inputs(batch, accelerator.device, num_patches, seed, mean, std)
             output = model(pixel_values, noise=noise)
-            accelerator.backward(output.loss)
             feature_norm = output.features.detach().float().norm(dim=-1).mean()
             losses.append(
                 torch.stack([output.loss.detach(), output.reconstruction_loss, output.uniformity_loss, feature_norm])
             )
+            sound = torch.isfinite(losses[-1]).all() & (failed[0] == 0)
+            # What fails on one process becomes a failure of all, by their common gradient, in this and all later steps
+            accelerator.backward(output.loss * torch.where(sound, 1.0, torch.nan))
             if accelerator.sync_gradients:
                 accelerator.unscale_gradients(optimizer)
                 grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
@@ -72,14 +77,11 @@ def train_step(
 def remember_failure(accelerator, optimizer, values: torch.Tensor, step: int, failed: torch.Tensor) -> None:
     """Note in `failed` the first value that is not finite; from then on the fused optimiser skips every step."""
     bad = (~torch.isfinite(values)).float()
-    if accelerator.scaler is not None:  # fp16: a gradient that overflows is expected, and the scaler skips that step
-        bad[-1] = 0
-    anywhere = bad.max()
-    if accelerator.num_processes > 1:  # a loss may fail on one process alone; all must freeze at the same step
-        anywhere = accelerator.reduce(anywhere, "sum")
-    is_first = (failed[0] == 0) & (anywhere > 0)
-    failed.copy_(torch.where(is_first, torch.cat([bad.new_full((1,), step + 1), bad]), failed))
-    if accelerator.scaler is None:
+    failed[1] = (failed[1] + 1) * bad[-1]
+    bad[-1] = failed[1] >= (1 if accelerator.scaler is None else MOST_OVERFLOWS)
+    now = torch.cat([bad.new_full((1,), step + 1), failed[1:2], bad])
+    failed.copy_(torch.where((failed[0] == 0) & bad.any(), now, failed))
+    if accelerator.scaler is None:  # else the scaler itself skips steps whose gradients are not finite
         optimizer.optimizer.found_inf = (failed[0] > 0).float()
 
 
