@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from processes import ROOT, SHARED, environment, run, torchrun
+from processes import ROOT, SHARED, TIMEOUT, environment, run, torchrun
 from transformers import AutoImageProcessor
 
 import run_pretrain
@@ -93,6 +93,55 @@ def test_a_killed_run_ends_with_the_same_bits(finished, tmp_path, workers):
     assert "continuing from" in resumed.stdout
     assert (mine / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert metrics(mine) == metrics(folder)
+
+
+KILLED = """
+import os, signal, sys, run_pretrain
+from umae import checkpoints
+moment = sys.argv.pop(1)
+module, name = (checkpoints.os, "rename") if moment == "rename" else (checkpoints, moment)
+plain = getattr(module, name)
+def killed(path, *arguments):
+    if "step-8" in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(path, *arguments)
+setattr(module, name, killed)
+if __name__ == "__main__":
+    run_pretrain.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "workers", "left"),
+    [
+        ("write_training_state", "0", {"step-4", "step-8.tmp"}),  # the weights are written, the optimiser is not
+        pytest.param("_fsync", "0", {"step-4", "step-8.tmp"}, marks=pytest.mark.slow),
+        ("rename", "2", {"step-4", "step-8.tmp"}),
+    ],
+)
+def test_a_run_that_is_killed_while_it_saves_ends_with_the_same_bits(finished, tmp_path, moment, workers, left):
+    folder, _ = finished
+    mine = tmp_path / "run"
+    (tmp_path / "killed.py").write_text(KILLED)
+    flags = ("--output_dir", mine, *SHORT, "--dataloader_num_workers", workers)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, (tmp_path / "killed.py", moment, *flags))], cwd=ROOT, env=environment(),
+        start_new_session=True,
+    )  # fmt: skip
+    assert process.wait(TIMEOUT) == -signal.SIGKILL
+    assert {entry.name for entry in mine.glob("step-*")} == left
+    for _ in range(300):  # the loader's workers end, too
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("workers are left over")
+    run("run_pretrain.py", *flags)
+    assert (mine / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert metrics(mine) == metrics(folder)
+    assert {entry.name for entry in mine.glob("step-*")} == {"step-8", "step-12"}
 
 
 def started(folder, *flags) -> subprocess.Popen:
