@@ -82,6 +82,7 @@ class TrainingArguments:
     hub_model_id: str | None = flag(None, "Repository to upload to: `name/model`. [name of output_dir]")
 
 
+BETAS = (0.9, 0.95)  # of AdamW
 DIGITS_RECIPE = Path(__file__).resolve().parent / "recipes" / "digits.yaml"
 
 
@@ -135,7 +136,8 @@ def main(argv: list[str]) -> None:
     if args.push_to_hub and accelerator.is_main_process:
         hub.check_access(repo_id)  # now rather than after hours of training
 
-    run = open_run(accelerator, folder, identity_of(accelerator, pictures, model.config, plan, schedule, args))
+    identity = identity_of(accelerator, pictures, model.config, model_args.model_name_or_path, plan, schedule, args)
+    run = open_run(accelerator, folder, identity)
     if run["finished"]:
         accelerator.print(f"{folder} holds this run, finished; nothing to do")
     else:
@@ -267,6 +269,7 @@ def identity_of(
     accelerator: Accelerator,
     pictures: Pictures,
     config: UMAEConfig,
+    initial_weights: str | None,
     plan: Plan,
     schedule: Schedule,
     args: TrainingArguments,
@@ -276,11 +279,15 @@ def identity_of(
     return {
         "dataset": pictures.description,
         "pictures": len(pictures),
+        "dataset_fingerprint": pictures.fingerprint(),
+        "initial_weights": initial_weights,
         "config": {name: fields[name] for name in UMAEConfig.__annotations__ if name in fields},
         "seed": args.seed,
         "pictures_per_step": plan.pictures_per_step,
         "gradient_accumulation_steps": plan.accumulation,
         **dataclasses.asdict(schedule),
+        "optimizer": "AdamW",
+        "betas": BETAS,
         "weight_decay": args.weight_decay,
         "mixed_precision": accelerator.mixed_precision,
     }
@@ -384,7 +391,7 @@ def prepare(accelerator: Accelerator, model: UMAEForPreTraining, args: TrainingA
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if args.torch_compile:
         compile_layers(model)
-    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=0.0, betas=BETAS, fused=True)
     return accelerator.prepare(model, optimizer)
 
 

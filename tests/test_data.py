@@ -1,5 +1,7 @@
 import io
+import shutil
 from itertools import chain
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -79,6 +81,21 @@ def test_a_flat_folder_has_no_labels(tmp_path):
     pictures = load_pictures(str(tmp_path))
     with pytest.raises(ValueError, match=r"has no labels: its columns are image; name one with --label_column_name"):
         pictures.labels()
+
+
+def test_the_fingerprint_is_of_the_pictures_and_not_of_their_place(folder, tmp_path):
+    before = load_pictures(str(folder)).fingerprint()
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    moved = load_pictures(str(tmp_path / "elsewhere"))
+    assert moved.fingerprint() == before
+    file = Path(moved.dataset[0]["image"]["path"])
+    shutil.copy(moved.dataset[1]["image"]["path"], file)
+    assert load_pictures(str(tmp_path / "elsewhere")).fingerprint() != before
+    file.unlink()
+    assert moved.fingerprint() != before
+    digits = load_pictures("digits")
+    assert digits.fingerprint() == load_pictures("digits").fingerprint()
+    assert digits.fingerprint() != load_pictures("digits", split="test").fingerprint()
 
 
 def test_digits_are_bundled_and_whole():

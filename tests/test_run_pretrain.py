@@ -401,10 +401,51 @@ def test_a_file_is_no_output_folder(tmp_path):
         run_pretrain.main(["--output_dir", str(tmp_path / "run"), *SHORT])
 
 
-def test_another_runs_folder_is_refused_with_the_value_that_differs(finished):
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seed", "1"], "seed 0, not 1"),
+        (["--uniformity_weight", "0.1"], "uniformity_weight 0.01, not 0.1"),
+        (["--per_device_train_batch_size", "64"], "pictures_per_step 128, not 64"),
+        (
+            ["--per_device_train_batch_size", "64", "--gradient_accumulation_steps", "2"],
+            "gradient_accumulation_steps 1, not 2",
+        ),
+        (["--max_train_steps", "13"], "total_steps 12, not 13"),
+        (["--base_learning_rate", "1"], "learning_rate 0.0005, not 0.5"),
+        (["--weight_decay", "0"], "weight_decay 0.05, not 0.0"),
+        (["--mixed_precision", "bf16"], "mixed_precision no, not bf16"),
+        (["--train_split", "test"], r"dataset digits \(train\), not digits \(test\)"),
+    ],
+    ids=str,
+)
+def test_another_runs_folder_is_refused_with_the_value_that_differs(finished, flags, message):
     folder, _ = finished
-    with pytest.raises(ValueError, match="holds a run with seed 0, not 1; use another --output_dir"):
-        run_pretrain.main(["--output_dir", str(folder), *SHORT, "--seed", "1"])
+    way_out = f"; use another --output_dir (and --model_name_or_path {folder} to start from its weights)"
+    with pytest.raises(ValueError, match=f"{folder} holds a run with {message}{re.escape(way_out)}"):
+        run_pretrain.main(["--output_dir", str(folder), *SHORT, *flags])
+
+
+def test_a_run_from_other_weights_is_another(finished):
+    folder, _ = finished
+    with pytest.raises(ValueError, match=f"holds a run with initial_weights None, not {folder}"):
+        run_pretrain.main(["--output_dir", str(folder), *SHORT, "--model_name_or_path", str(folder)])
+
+
+def test_other_pictures_of_the_same_name_and_number_are_another_run(tmp_path):
+    settings = folder_with_bad_pictures(tmp_path / "pictures", 16, bad=0)
+    command = f"{settings} --output_dir {tmp_path / 'run'} --per_device_train_batch_size 8 --max_train_steps 2".split()
+    run_pretrain.main(command)
+    Image.new("RGB", (9, 9)).save(tmp_path / "pictures" / "000.jpg")
+    with pytest.raises(ValueError, match="holds a run with dataset_fingerprint"):
+        run_pretrain.main(command)
+
+
+def test_what_does_not_make_the_run_another_may_change(finished, capsys):
+    folder, _ = finished
+    flags = ["--checkpointing_steps", "5", "--logging_steps", "2", "--checkpoints_total_limit", "1", "--dataloader_num_workers", "1"]
+    run_pretrain.main(["--output_dir", str(folder), *SHORT[:2], *flags, "--report_to", "tensorboard"])
+    assert "finished; nothing to do" in capsys.readouterr().out
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_weight(tmp_path, monkeypatch):

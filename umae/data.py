@@ -4,6 +4,8 @@ The order of the pictures is a pure function of (seed, epoch, step, rank), and a
 that resuming means starting at step N and the number of workers or processes changes nothing.
 """
 
+import contextlib
+import hashlib
 import io
 import os
 from collections.abc import Iterable, Iterator
@@ -80,6 +82,16 @@ class Pictures:
                 yield index, self.read(index)
             except UnreadablePicture:
                 continue
+
+    def fingerprint(self) -> str:
+        """What tells these pictures from others of the same name and number: of the bytes of 16 that lie far apart."""
+        digest = hashlib.sha256()
+        indices = sorted({round(place * (len(self) - 1) / 15) for place in range(16)})
+        for source, _ in self._sources(indices):
+            with contextlib.suppress(OSError):  # a file that cannot be read differs from one that can
+                digest.update(source if isinstance(source, bytes) else Path(source).read_bytes())
+            digest.update(b"\0")
+        return digest.hexdigest()[:16]
 
     def check_readable(self) -> None:
         """Raise `ValueError`, with the first three reasons, if not one picture can be read."""
