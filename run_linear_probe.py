@@ -125,21 +125,21 @@ def find_test_split(splits: list[str]) -> str:
 
 def class_names(train: Pictures, test: Pictures) -> list[str]:
     """The names of the classes, their numbers if they have none. Raises `ValueError` if the splits' labels differ."""
-    highest, highest_test = int(train.labels().max()), int(test.labels().max())
-    names = train.label_names
+    found, highest_test = train.labels().unique().tolist(), int(test.labels().max())
+    highest, names = found[-1], train.label_names
     if names != test.label_names:
         raise ValueError(
             f"{train.description} and {test.description} do not have the same classes: {_listed(names)} and "
             f"{_listed(test.label_names)}"
         )
     names = names or [str(label) for label in range(highest + 1)]
-    if len(names) < 2:
-        raise ValueError(f"{train.description} has the class {names[0]} only; expected at least 2 classes")
     if max(highest, highest_test) >= len(names):
         raise ValueError(
             f"{test.description} has labels up to {highest_test}, {train.description} up to {highest} of {len(names)} "
             f"classes"
         )
+    if len(found) < 2:
+        raise ValueError(f"{train.description} has the class {names[highest]} only; expected at least 2 classes")
     return names
 
 

@@ -1,4 +1,5 @@
 import io
+import re
 import shutil
 from itertools import chain
 from pathlib import Path
@@ -64,7 +65,7 @@ def test_pictures_with_a_metadata_file_are_read_as_datasets_reads_them(tmp_path)
     (tmp_path / "1.png").write_bytes(png(7))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "kind": "cat"}\n')
     pictures = load_pictures(str(tmp_path), label_column="kind")
-    assert pictures.label_names == ["cat"] and pictures.read(0).getpixel((0, 0)) == (7, 0, 0)
+    assert pictures.label_column == "kind" and pictures.read(0).getpixel((0, 0)) == (7, 0, 0)
 
 
 def test_folders_named_after_splits_are_splits(folder):
@@ -113,9 +114,24 @@ def test_parquet_columns_are_found_by_their_types(parquet):
     assert pictures.read(2).getpixel((0, 0)) == (2, 0, 0)
 
 
-def test_string_labels_become_classes(parquet):
-    pictures = load_pictures(str(parquet), label_column="name")
-    assert pictures.label_names == ["0", "1", "2"] and pictures.labels().tolist() == [0, 1, 2, 0, 1, 2]
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        ([f"cat {i}" for i in range(6)], "'cat 0', 'cat 1', 'cat 2', 'cat 3', 'cat 4' and 1 other such values"),
+        ([0, 1, -1, 0, 1, 0], "-1"),
+        ([0, 1, None, 0, 1, 0], "None"),
+        ([0, 1, 0.5, 0, 1, 0], "0.0, 0.5, 1.0"),
+    ],
+    ids=["text", "negative", "missing", "fractions"],
+)
+def test_labels_that_are_no_classes_are_refused_and_pretraining_never_asks(tmp_path, labels, found):
+    rows = {"image": [{"bytes": png(i), "path": None} for i in range(6)], "label": labels}
+    rows = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    rows.to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    pictures = load_pictures(str(tmp_path))
+    assert len(pictures) == 6 and pictures.label_column == "label"
+    with pytest.raises(ValueError, match=re.escape(f"column 'label' holds {found}; expected a class of at least 0")):
+        pictures.labels()
 
 
 @pytest.mark.parametrize(
@@ -143,6 +159,13 @@ def test_an_empty_folder_is_refused(tmp_path):
         load_pictures(str(tmp_path))
 
 
+def test_a_data_set_without_rows_is_refused(tmp_path):
+    rows = datasets.Dataset.from_dict({"image": []}, features=datasets.Features({"image": datasets.Image()}))
+    rows.to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match=r"split 'train': .* no data"):
+        load_pictures(str(tmp_path))
+
+
 def test_two_picture_columns_are_ambiguous(tmp_path):
     features = datasets.Features({"a": datasets.Image(), "b": datasets.Image()})
     row = {"bytes": png(), "path": None}
@@ -150,14 +173,6 @@ def test_two_picture_columns_are_ambiguous(tmp_path):
     with pytest.raises(ValueError, match="2 picture columns among a, b; name the one"):
         load_pictures(str(tmp_path))
     assert load_pictures(str(tmp_path), image_column="b").image_column == "b"
-
-
-def test_missing_labels_are_refused(tmp_path):
-    rows = {"image": [{"bytes": png(), "path": None}] * 2, "label": [0, -1]}
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match="holds -1"):
-        load_pictures(str(tmp_path)).labels()
 
 
 # -------------------------------------------------------------------------------------------------- plan and batches

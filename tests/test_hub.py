@@ -10,6 +10,7 @@ from fake_hub import FakeHub
 from processes import run
 
 from modeling_umae import UMAEModel
+from umae.hub import check_access
 
 LOAD = """
 import torch
@@ -50,6 +51,23 @@ def test_a_run_is_pushed_in_one_commit_and_loads_by_its_name(hub, tmp_path):
     run("-c", LOAD, cwd=tmp_path, PYTHONPATH="", **online(hub, tmp_path / "fresh_home"))
     expected = UMAEModel.from_pretrained(tmp_path / "digits")(torch.ones(1, 3, 8, 8)).pooler_output
     assert torch.equal(torch.load(tmp_path / "features.pt", weights_only=True), expected)
+
+
+def test_a_finished_run_is_pushed_when_asked_for_later(hub, tmp_path):
+    command = ("run_pretrain.py", "--output_dir", tmp_path / "digits", "--max_train_steps", "1")
+    run(*command)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "digits").rglob("*")}
+    pushed = run(*command, "--push_to_hub", "--hub_model_id", "tester/digits", **online(hub, tmp_path / "home"))
+    assert "finished; nothing to do" in pushed.stdout and f"pushed to {hub.url}/tester/digits" in pushed.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "digits").rglob("*")}
+    repo = hub.repos["model", "tester/digits"]
+    assert "model.safetensors" in repo.commits[repo.refs["main"]]
+
+
+@pytest.mark.parametrize("name", ["../../outside", "a/../../b", "/etc/model", "a/b/c", "a b"])
+def test_names_that_are_none_are_refused_and_reach_no_server(name):
+    with pytest.raises(ValueError, match=f"cannot write to {name} on the Hub: (Repo id must|Cannot have)"):
+        check_access(name)
 
 
 def test_no_token_is_written_and_nothing_published_tells_of_the_machine(hub, tmp_path):

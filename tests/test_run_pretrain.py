@@ -395,6 +395,21 @@ def test_a_folder_that_is_no_run_is_not_touched(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("folder", ["/proc/run", "/dev/null/run", "{read_only}/run"])
+def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path, folder):
+    if "read_only" in folder:
+        (tmp_path / "disk").mkdir()
+        mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", tmp_path / "disk"]  # root may write where others may not
+        if subprocess.run(mount, capture_output=True).returncode != 0:
+            pytest.skip("may not mount a file system here")
+    folder = folder.format(read_only=tmp_path / "disk")
+    try:
+        with pytest.raises(ValueError, match=f"cannot write to {folder}: .*; give another --output_dir"):
+            run_pretrain.main(["--output_dir", folder, *SHORT])
+    finally:
+        subprocess.run(["umount", tmp_path / "disk"], capture_output=True)
+
+
 def test_a_file_is_no_output_folder(tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(ValueError, match="is a file; give a new or empty folder"):
@@ -443,8 +458,10 @@ def test_other_pictures_of_the_same_name_and_number_are_another_run(tmp_path):
 
 def test_what_does_not_make_the_run_another_may_change(finished, capsys):
     folder, _ = finished
-    flags = ["--checkpointing_steps", "5", "--logging_steps", "2", "--checkpoints_total_limit", "1", "--dataloader_num_workers", "1"]
-    run_pretrain.main(["--output_dir", str(folder), *SHORT[:2], *flags, "--report_to", "tensorboard"])
+    run_pretrain.main(
+        f"--output_dir {folder} {' '.join(SHORT[:2])} --checkpointing_steps 5 --logging_steps 2 "
+        "--checkpoints_total_limit 1 --dataloader_num_workers 1 --report_to tensorboard".split()
+    )
     assert "finished; nothing to do" in capsys.readouterr().out
 
 

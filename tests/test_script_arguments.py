@@ -1,9 +1,13 @@
+import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from itertools import chain
+from typing import Annotated, Literal, get_args, get_type_hints
 
 import pytest
 from processes import run
 
+import run_linear_probe
+import run_pretrain
 from script_arguments import Between, check_launch, flag, parse_arguments, parse_overrides
 
 
@@ -48,6 +52,39 @@ def test_flags_override_the_recipe_which_overrides_the_defaults(tmp_path):
 def test_wrong_flags_are_refused_with_what_was_meant(argv, message):
     with pytest.raises(ValueError, match=message.replace("?", r"\?")):
         parsed(*argv)
+
+
+SCRIPTS = (
+    (run_pretrain.DataArguments, run_pretrain.ModelArguments, run_pretrain.TrainingArguments),
+    (run_linear_probe.ProbeArguments,),
+)
+REQUIRED = ["--model_name_or_path", "m", "--output_dir", "o"]
+
+
+def numeric_flags() -> list:
+    """(dataclasses of the script, name, type, range) of every flag of the two scripts that takes a number."""
+    found = []
+    for types in SCRIPTS:
+        for name, hint in chain(*(get_type_hints(one, include_extras=True).items() for one in types)):
+            limits = [limit for limit in getattr(hint, "__metadata__", ()) if isinstance(limit, Between)]
+            plain = hint.__origin__ if limits else hint
+            kind = {int, float} & {plain, *get_args(plain)}
+            if kind:
+                found.append(pytest.param(types, name, *kind, limits, id=f"{types[-1].__name__}-{name}"))
+    return found
+
+
+@pytest.mark.parametrize(("types", "name", "kind", "limits"), numeric_flags())
+def test_every_number_has_a_range_and_is_refused_outside_of_it_by_name(types, name, kind, limits, capsys):
+    (limit,) = limits
+    outside = [limit.low - 1] + ([limit.high + 1] if limit.high < math.inf else [])
+    for value in map(kind, outside):
+        with pytest.raises(ValueError, match=rf"--{name} must be at least {limit.low}.*, got {value}"):
+            parse_arguments(types, [*REQUIRED, f"--{name}={value}"])
+    for value in ("nan", "inf", "-inf"):
+        with pytest.raises((ValueError, SystemExit)) as refusal:
+            parse_arguments(types, [*REQUIRED, f"--{name}={value}"])
+        assert f"--{name}" in str(refusal.value) + capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [["--num_train_epochs", "many"], ["--pooling", "max"]], ids=str)

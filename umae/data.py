@@ -127,18 +127,19 @@ class Pictures:
         return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
     def labels(self) -> torch.Tensor:
-        """int64 (N,). Raises `ValueError` if there are none, or some are missing or negative."""
+        """int64 (N,). Raises `ValueError` if there are none, or some are missing, negative or text."""
         if self.label_column is None:
             raise ValueError(
                 f"{self.description} has no labels: its columns are {', '.join(self.dataset.column_names)}; "
                 f"name one with --label_column_name, or give a folder with one sub-folder for each class"
             )
         labels = self.dataset[self.label_column][:]
-        if any(not isinstance(label, int) or label < 0 for label in labels):
-            wrong = next(label for label in labels if not isinstance(label, int) or label < 0)
+        wrong = sorted({repr(label) for label in labels if not isinstance(label, int) or label < 0})
+        if wrong:
             raise ValueError(
-                f"{self.description}: column {self.label_column!r} holds {wrong!r}, expected a class of at least 0 in "
-                f"every row"
+                f"{self.description}: column {self.label_column!r} holds {', '.join(wrong[:5])}"
+                + (f" and {len(wrong) - 5} other such values" if len(wrong) > 5 else "")
+                + "; expected a class of at least 0 in every row (for text see `class_encode_column` of `datasets`)"
             )
         return torch.tensor(labels, dtype=torch.int64)
 
@@ -194,8 +195,8 @@ def _load(name: str, config_name: str | None, split: str) -> datasets.Dataset:
             f"{name}: no pictures could be loaded ({error}); expected a folder with pictures "
             f"({', '.join(PICTURE_ENDINGS)}) or parquet files, or a name on the Hub"
         ) from error
-    except ValueError as error:  # an unknown split or configuration: the message lists those that exist
-        raise ValueError(f"{name}: {error}") from error
+    except ValueError as error:  # an unknown or empty split or configuration: the message lists those that exist
+        raise ValueError(f"{name}, split {split!r}: {error}") from error
 
 
 def _holds_pictures(folder: Path) -> bool:
@@ -296,8 +297,6 @@ def _prepare(
         raise ValueError(f"{description} holds no pictures")
     rows = rows.select_columns([column for column in (image_column, label_column) if column])
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    if label_column and features[label_column] == datasets.Value("string"):
-        rows = rows.class_encode_column(label_column)
     return Pictures(rows, image_column, label_column, description, folder)
 
 
