@@ -1,20 +1,25 @@
 """The configuration of a U-MAE model: typed fields and their validation, nothing else."""
 
-import math
-
 from transformers import PreTrainedConfig
 
 POOLINGS = ("cls", "mean")
 
-_SIZES = (
-    "hidden_size", "num_attention_heads", "intermediate_size", "num_channels",
-    "decoder_hidden_size", "decoder_num_attention_heads", "decoder_intermediate_size",
-)  # fmt: skip
-_COUNTS = ("num_hidden_layers", "decoder_num_hidden_layers")
 _SIDES = ("image_size", "patch_size")
 _PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "mask_ratio")
 _WEIGHTS = ("uniformity_weight", "initializer_range", "layer_norm_eps")
 _FLAGS = ("qkv_bias", "norm_pix_loss")
+
+# The most are far beyond any ViT so far (22 billion weights, 48 layers): a file that asks for more is refused before it
+# gets any memory.
+MOST_PATCHES, MOST_WEIGHTS, LARGEST_SIZE = 2**20, 10**11, 2**18
+_WHOLE_NUMBERS = {  # least and most
+    **dict.fromkeys(
+        ("hidden_size", "num_attention_heads", "intermediate_size", "num_channels",
+         "decoder_hidden_size", "decoder_num_attention_heads", "decoder_intermediate_size"), (1, LARGEST_SIZE),
+    ),
+    **dict.fromkeys(("num_hidden_layers", "decoder_num_hidden_layers"), (0, 1000)),
+    "num_labels": (0, LARGEST_SIZE),
+}  # fmt: skip
 
 
 def _is_int(value) -> bool:
@@ -22,7 +27,7 @@ def _is_int(value) -> bool:
 
 
 def _is_finite(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 class UMAEConfig(PreTrainedConfig):
@@ -90,6 +95,16 @@ class UMAEConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.check_combinations()
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        for name in ("attn_implementation", "_attn_implementation"):
+            if "/" in str(config_dict.get(name)):  # transformers would fetch and run it
+                raise ValueError(
+                    f"config.json asks for code of the Hub, {name} {config_dict[name]!r:.80}; if you trust it, remove "
+                    f"the line and give attn_implementation to from_pretrained"
+                )
+        return super().from_dict(config_dict, **kwargs)
+
     def __setattr__(self, name, value):
         _check_field(name, value)
         super().__setattr__(name, value)
@@ -133,11 +148,33 @@ class UMAEConfig(PreTrainedConfig):
             width, parts = getattr(self, size), getattr(self, heads)
             if width % parts:
                 raise ValueError(f"{heads} {parts} does not divide {size} {width}; choose {size} as a multiple of it")
+        self._check_total()
         rows, columns = self.grid
         if self.num_hidden_patches == rows * columns:
             raise ValueError(
                 f"mask_ratio {self.mask_ratio} keeps no patch of {rows * columns}; "
                 f"use one below {1 - 1 / (rows * columns):.4g} or a smaller patch_size"
+            )
+
+    def _check_total(self) -> None:
+        """Raise `ValueError` where fields, sound by themselves, together ask for more memory than any machine has."""
+        (rows, columns), (height, width) = self.grid, self.patch_height_width
+        if rows * columns > MOST_PATCHES:
+            raise ValueError(
+                f"image_size {self.image_size} with patch_size {self.patch_size} is {rows * columns} patches; the most "
+                f"are {MOST_PATCHES}"
+            )
+        weights = sum(
+            size * (rows * columns + height * width * self.num_channels + layers * (4 * size + 2 * inner))
+            for size, layers, inner in (
+                (self.hidden_size, self.num_hidden_layers, self.intermediate_size),
+                (self.decoder_hidden_size, self.decoder_num_hidden_layers, self.decoder_intermediate_size),
+            )
+        )
+        if weights > MOST_WEIGHTS:
+            raise ValueError(
+                f"hidden_size {self.hidden_size}, num_hidden_layers {self.num_hidden_layers} and the other sizes make "
+                f"{weights:.1e} weights; the most are {MOST_WEIGHTS:.0e}"
             )
 
 
@@ -147,27 +184,30 @@ def _pair(size) -> tuple[int, int]:
 
 def _check_field(name: str, value) -> None:
     """Raise `ValueError` if `value` has no meaning for the field `name` by itself."""
-    if name in _SIZES and not (_is_int(value) and value >= 1):
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if name in _WHOLE_NUMBERS:
+        least, most = _WHOLE_NUMBERS[name]
+        if not (_is_int(value) and least <= value <= most):
+            raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r:.80}")
     if name in ("hidden_size", "decoder_hidden_size") and value % 4:
         raise ValueError(
             f"{name} must be a multiple of 4 (sine and cosine of row and column fill it), got {value}; "
             f"use {max(value // 4, 1) * 4}"
         )
-    if name in _COUNTS and not (_is_int(value) and value >= 0):
-        raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
     if name in _SIDES:
         sides = value if isinstance(value, (list, tuple)) and len(value) == 2 else (value,)
-        if not all(_is_int(side) and side >= 1 for side in sides):
-            raise ValueError(f"{name} must be a whole number of pixels or a pair (height, width), got {value!r}")
+        if not all(_is_int(side) and 1 <= side <= LARGEST_SIZE for side in sides):
+            raise ValueError(
+                f"{name} must be a whole number of pixels, 1 to {LARGEST_SIZE}, or a pair (height, width), "
+                f"got {value!r:.80}"
+            )
     if name in _PROBABILITIES and not (_is_finite(value) and 0 <= value < 1):
-        raise ValueError(f"{name} must lie in [0, 1), got {value!r}")
+        raise ValueError(f"{name} must lie in [0, 1), got {value!r:.80}")
     if name in _WEIGHTS and not (_is_finite(value) and value >= 0):
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}")
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r:.80}")
     if name in _FLAGS and not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {value!r}")
+        raise ValueError(f"{name} must be true or false, got {value!r:.80}")
     if name == "pooling" and value not in POOLINGS:
-        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {value!r}")
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {value!r:.80}")
 
 
 __all__ = ["UMAEConfig"]

@@ -109,6 +109,7 @@ from transformers import ViTImageProcessorPil
 from transformers.utils.logging import disable_progress_bar
 
 from umae import UMAEConfig, UMAEForPreTraining, cards, checkpoints, hub, seeding
+from umae.convert import model_type
 from umae.data import Pictures, Plan, TrainingPictures, decode_all, load_pictures, training_loader
 from umae.interruption import StopRequest
 from umae.pictures import reconstruction_strip
@@ -209,12 +210,10 @@ def make_model(accelerator: Accelerator, args: ModelArguments) -> UMAEForPreTrai
 
 def load_weights(accelerator: Accelerator, name_or_path: str, **arguments: Any) -> UMAEForPreTraining:
     """Start from a run folder or a published MAE; only a decoder may be missing, and that is said."""
-    try:
-        model, loading = UMAEForPreTraining.from_pretrained(
-            name_or_path, dtype=torch.float32, output_loading_info=True, **arguments
-        )
-    except OSError as error:  # transformers' way of saying that there is no such model
-        raise ValueError(f"--model_name_or_path {name_or_path}: {error}") from error
+    model_type(name_or_path)
+    model, loading = UMAEForPreTraining.from_pretrained(
+        name_or_path, dtype=torch.float32, output_loading_info=True, **arguments
+    )
     fresh = loading["missing_keys"]
     wrong = [*loading["unexpected_keys"], *(key for key, *_ in loading["mismatched_keys"])]
     wrong += [key for key in fresh if not key.startswith(("decoder.", "vit.fc_norm."))]

@@ -1,8 +1,14 @@
+import json
+import resource
+
 import pytest
+from golden_models import fresh_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
-from configuration_umae import UMAEConfig
+from modeling_umae import UMAEModel
+from umae import UMAEConfig
 
 
 @pytest.mark.parametrize(
@@ -13,7 +19,7 @@ from configuration_umae import UMAEConfig
         ({"mask_ratio": float("nan")}, "mask_ratio"),
         ({"image_size": 30, "patch_size": 7}, "patch_size 7 does not divide image_size 30 .*use image_size 28"),
         ({"image_size": (32, 30), "patch_size": 8}, r"patch_size 8 does not divide image_size 30 \(width\)"),
-        ({"image_size": [32, 32, 3]}, "image_size must be a whole number of pixels or a pair"),
+        ({"image_size": [32, 32, 3]}, "image_size must be a whole number of pixels, 1 to 262144, or a pair"),
         ({"image_size": 0}, "image_size"),
         ({"patch_size": 4.0}, "patch_size"),
         ({"uniformity_weight": -0.01}, "uniformity_weight"),
@@ -24,6 +30,13 @@ from configuration_umae import UMAEConfig
         ({"hidden_size": 64, "num_attention_heads": 5}, "num_attention_heads 5 does not divide hidden_size 64"),
         ({"num_attention_heads": True}, "num_attention_heads"),
         ({"num_hidden_layers": -1}, "num_hidden_layers"),
+        ({"hidden_size": 10**9}, "hidden_size must be a whole number from 1 to 262144, got 1000000000"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers must be a whole number from 0 to 1000, got 1000000"),
+        ({"num_labels": 10**9}, "num_labels must be a whole number from 0 to 262144"),
+        ({"hidden_size": 2**16, "num_attention_heads": 16}, r"make 2\.1e\+11 weights; the most are 1e\+11"),
+        ({"image_size": 2**18, "patch_size": 1}, "68719476736 patches; the most are 1048576"),
+        ({"num_channels": 2**18, "patch_size": 2**10, "image_size": 2**11}, "weights; the most are"),
+        ({"uniformity_weight": 10**400}, "uniformity_weight must be a finite number"),
         ({"pooling": "max"}, "pooling must be one of cls, mean"),
         ({"norm_pix_loss": "yes"}, "norm_pix_loss"),
         ({"image_size": 8, "patch_size": 4, "mask_ratio": 0.8}, "mask_ratio 0.8 keeps no patch of 4"),
@@ -52,6 +65,53 @@ def test_configuration_survives_json(tmp_path):
     config.save_pretrained(tmp_path)
     loaded = UMAEConfig.from_pretrained(tmp_path)
     assert loaded.grid == (8, 8) and loaded.pooling == "mean" and loaded.uniformity_weight == 0.5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 10**9}, "hidden_size"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
+        ({"num_labels": 10**9}, "num_labels"),
+        ({"hidden_size": "768"}, "hidden_size must be a whole number from 1 to 262144, got '768'"),
+        ({"image_size": json.loads("[" * 100 + "]" * 100)}, r"image_size must be .* got \[\["),
+        ({"_attn_implementation": "somebody/code"}, "asks for code of the Hub, _attn_implementation 'somebody/code'"),
+        ({"attn_implementation": "somebody/code"}, "asks for code of the Hub, attn_implementation 'somebody/code'"),
+    ],
+    ids=["wide", "deep", "classes", "text", "nested", "code", "code of the older name"],
+)
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForPreTraining, AutoModelForImageClassification])
+def test_a_hostile_file_is_refused_before_memory_is_asked_for(tmp_path, changes, message, auto_class):
+    UMAEModel(fresh_config()).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, **changes}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=message):
+        auto_class.from_pretrained(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kilobytes"
+
+
+FIELDS = sorted(UMAEConfig.__annotations__)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(0, 64) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(fields=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
+def test_any_values_are_refused_by_a_fields_name_or_make_a_model_of_bounded_size(fields):
+    try:
+        config = UMAEConfig(**fields)
+    except ValueError as error:
+        assert any(name in str(error) for name in FIELDS)
+        return
+    rows, columns = config.grid
+    assert 1 <= rows * columns <= 2**20 and 0 <= config.num_hidden_patches < rows * columns
+    assert config.hidden_size % config.num_attention_heads == 0 and 0 <= config.mask_ratio < 1
+    again = UMAEConfig.from_dict(json.loads(config.to_json_string()))
+    assert again.to_dict() == config.to_dict()
 
 
 @settings(max_examples=100, deadline=None)

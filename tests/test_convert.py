@@ -1,11 +1,18 @@
+import argparse
+import json
+import os
+import pickle
 import re
 
 import golden_inputs
 import pytest
 import torch
-from golden_models import fresh_config, our_weights
+from golden_models import batch, fresh_config, our_weights, pretraining_model
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForPreTraining,
     ResNetConfig,
     ResNetModel,
     ViTConfig,
@@ -17,7 +24,15 @@ from transformers import (
 )
 
 from modeling_umae import UMAEForImageClassification, UMAEForPreTraining, UMAEModel
-from umae.convert import encoder_from_pretrained, from_original, rename, set_pooling
+from umae import convert
+from umae.convert import (
+    encoder_from_pretrained,
+    from_original,
+    model_from_original,
+    read_weights,
+    rename,
+    set_pooling,
+)
 
 PIXELS = torch.linspace(-2, 2, 3 * 3 * 16 * 16).reshape(3, 3, 16, 16).sin()
 SIZES = {
@@ -153,3 +168,196 @@ def test_weights_in_the_originals_names_load_with_no_wrong_value(setup, pooling)
     expected = our_weights(setup, pooling)
     assert all(torch.equal(ours.pop(name), tensor) for name, tensor in expected.items())
     assert set(ours) <= {"fc.weight", "fc.bias", "vit.fc_norm.weight", "vit.fc_norm.bias"}
+
+
+# ------------------------------------------------------------------------------------------- files of the original code
+
+
+def original_file(path, setup=golden_inputs.SETUPS["golden"], decoder: bool = True, **content):
+    """A checkpoint as the original code saves it: its names, its settings, and what else training needs."""
+    values = golden_inputs.with_position_tables(setup, golden_inputs.weights(setup))
+    tensors = {name: torch.tensor(v) for name, v in golden_inputs.to_original(values).items()}
+    tensors |= {"fc_norm.weight": torch.ones(setup.hidden_size), "fc_norm.bias": torch.zeros(setup.hidden_size)}
+    if not decoder:
+        tensors = {name: v for name, v in tensors.items() if not name.startswith(("decoder", "mask_token", "fc"))}
+    settings = argparse.Namespace(
+        mask_ratio=0.6, norm_pix_loss=True, lamb=0.08, reg="spectral", world_size=8, output_dir="/somebody/s"
+    )
+    whole = {"model": tensors, "args": settings, "epoch": 3, "optimizer": {"state": {}}, **content}
+    torch.save({name: value for name, value in whole.items() if value is not None}, path)
+    return path
+
+
+HEADS = ["--num_attention_heads", "3", "--decoder_num_attention_heads", "4"]
+
+
+def test_a_file_of_the_original_becomes_a_model_with_its_outputs_and_settings(tmp_path, capsys):
+    convert.main([str(original_file(tmp_path / "checkpoint-3.pth")), str(tmp_path / "out"), *HEADS])
+    model = AutoModelForPreTraining.from_pretrained(tmp_path / "out")
+    assert isinstance(model, UMAEForPreTraining) and f"{tmp_path}/out: UMAEForPreTraining" in capsys.readouterr().out
+    config = model.config
+    assert (config.mask_ratio, config.norm_pix_loss, config.pooling) == (0.6, True, "cls")
+    assert config.uniformity_weight == 0.01, "0.08 of 8 processes"
+    pixel_values, noise = batch()
+    expected = pretraining_model().eval()
+    with torch.no_grad():
+        found, wanted = (one(pixel_values, noise=noise, mask_ratio=0.75) for one in (model, expected))
+    assert torch.equal(found.logits, wanted.logits) and torch.equal(found.features, wanted.features)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert processor.crop_size == {"height": 32, "width": 32}
+
+
+def test_a_file_without_decoder_becomes_an_encoder(tmp_path):
+    source = original_file(tmp_path / "encoder.pth", decoder=False, args=None, optimizer=None, epoch=None)
+    convert.main([str(source), str(tmp_path / "out"), *HEADS])
+    model = AutoModel.from_pretrained(tmp_path / "out")
+    assert isinstance(model, UMAEModel)
+    pixel_values, _ = batch()
+    assert torch.equal(features(model, pixel_values), features(pretraining_model().vit, pixel_values))
+
+
+def test_a_trained_norm_of_the_mean_makes_it_the_pooling(tmp_path):
+    path = original_file(tmp_path / "mean.pth")
+    tensors, settings = read_weights(path)
+    tensors["fc_norm.bias"] += 0.5
+    model = model_from_original(tensors, settings, 3, 4)
+    assert model.config.pooling == "mean" and torch.equal(model.vit.fc_norm.bias, torch.full((48,), 0.5))
+
+
+def test_safetensors_in_the_originals_names_are_read_too(tmp_path):
+    tensors, _ = read_weights(original_file(tmp_path / "mae.pth"))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "mae.safetensors")
+    again, settings = read_weights(tmp_path / "mae.safetensors")
+    assert settings == {} and all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+
+
+def test_heads_of_another_width_have_to_be_named(tmp_path):
+    path = original_file(tmp_path / "mae.pth")
+    with pytest.raises(SystemExit, match=r"width 48 is none of the published ones \(768, 1024, 1280\); give --num_att"):
+        convert.main([str(path), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.system, ("touch was_run",)
+
+
+def pickle_with(path, protocol: int) -> None:
+    path.write_bytes(pickle.dumps({"model": Hostile()}, protocol=protocol))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: torch.save({"model": {}, "args": Hostile()}, path),
+        lambda path: torch.save({"model": {}, "args": Hostile()}, path, pickle_protocol=4),
+        lambda path: torch.save({"model": {}, "args": Hostile()}, path, _use_new_zipfile_serialization=False),
+        lambda path: pickle_with(path, 2),
+        lambda path: pickle_with(path, 4),
+    ],
+    ids=["zip", "zip, protocol 4", "older torch", "plain", "plain, protocol 4"],
+)
+def test_a_pickle_that_would_run_code_is_refused_by_what_it_asks_for(tmp_path, monkeypatch, write):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "evil.pth")
+    with pytest.raises(SystemExit, match=r"evil.pth was not opened: .*asks for posix\.system, which could run code"):
+        convert.main(["evil.pth", "out"])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["evil.pth"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot be read: EOFError"),
+        (b"<html>not found</html>", "is no checkpoint: neither safetensors nor written by torch.save"),
+        (b"PK\x03\x04 half a zip", "cannot be read"),
+    ],
+    ids=["empty", "html", "cut"],
+)
+def test_what_is_no_checkpoint_is_refused(tmp_path, content, message):
+    (tmp_path / "file.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_weights(tmp_path / "file.pth")
+    with pytest.raises(ValueError, match="cannot be read: FileNotFoundError"):
+        read_weights(tmp_path / "nothing.pth")
+    (tmp_path / "file.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read: SafetensorError"):
+        read_weights(tmp_path / "file.safetensors")
+
+
+ONE = torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({f"../../{i}/x": ONE for i in range(7)}, r"keys that are no names of tensors: ../../0/x, .*4/x and 2 more"),
+        ({7: ONE}, "keys that are no names of tensors: 7"),
+        ({"norm.weight": [1.0]}, "values that are no tensors: norm.weight"),
+        ({"norm.weight": torch.eye(2).to_sparse()}, "values that are no tensors: norm.weight"),
+        ({"norm.weight": torch.full((48,), torch.nan)}, "tensors with NaN or infinite values: norm.weight"),
+        ({"norm.weight": torch.ones(0)}, "tensors that are empty: norm.weight"),
+        ({"norm.weight": ONE.expand(10**6, 10**6)}, "tensors that are larger than what is stored: norm.weight"),
+        ({"norm.weight": None}, r"missing: vit\.layernorm\.weight"),
+        ({f"norm{i}.weight": ONE for i in range(7)}, r"left over: norm0.weight, .*norm4.weight and 2 more"),
+        ({"norm.weight": torch.ones(49)}, r"of another shape: vit\.layernorm\.weight"),
+        ({"blocks.0.attn.qkv.weight": torch.tensor(1.0)}, "missing: .*key.weight.*left over: .*attn.qkv.weight"),
+        ({"patch_embed.proj.weight": None}, "found no patch_embed.proj.weight of 4 dimensions among blocks.0.attn"),
+        ({"pos_embed": torch.ones(48)}, "found no pos_embed of 3 dimensions"),
+        ({f"blocks.{i}.x": ONE for i in range(2000)}, "num_hidden_layers must be .* from 0 to 1000, got 2000"),
+    ],
+    ids=str,
+)
+def test_files_that_do_not_hold_such_a_model_are_refused_with_the_first_five(tmp_path, changes, message):
+    tensors, settings = read_weights(original_file(tmp_path / "mae.pth"))
+    changed = {name: value for name, value in {**tensors, **changes}.items() if value is not None}
+    torch.save({"model": changed, "args": argparse.Namespace(**settings)}, tmp_path / "bad.pth")
+    with pytest.raises(SystemExit, match=message):
+        convert.main([str(tmp_path / "bad.pth"), str(tmp_path / "out"), *HEADS])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("settings", [{"lamb": "0.1"}, {"lamb": 1.0, "world_size": 0}, {"mask_ratio": "x"}], ids=str)
+def test_settings_that_make_no_sense_are_refused(tmp_path, settings):
+    path = original_file(tmp_path / "mae.pth", args=argparse.Namespace(**settings))
+    with pytest.raises(ValueError, match=r"lamb|mask_ratio"):
+        model_from_original(*read_weights(path), 3, 4)
+
+
+def test_an_existing_target_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(SystemExit, match="out exists, and is left as it is"):
+        convert.main([str(original_file(tmp_path / "mae.pth")), str(tmp_path / "out"), *HEADS])
+    assert not list((tmp_path / "out").iterdir())
+
+
+# ------------------------------------------------------------------------------------------------- hostile folders
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"model_type": "umae", "x": ' + "[" * 200_000 + "]" * 200_000 + "}", "config.json holds no plain names"),
+        ("[1]", "config.json holds a list"),
+        ("3", "config.json holds no plain names"),
+        ("{", "there is no model"),
+        ('{"model_type": ["umae"]}', r"is a model of type \['umae'\]"),
+    ],
+    ids=["deep", "list", "number", "cut", "type"],
+)
+def test_a_config_that_is_none_is_refused(tmp_path, config, message):
+    saved(UMAEModel(fresh_config()), tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=message):
+        encoder_from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "..", "a/b.safetensors"])
+def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path, name):
+    saved(UMAEModel(fresh_config()), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "other.safetensors")
+    index = {"metadata": {}, "weight_map": {"layernorm.weight": name}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"index.json names files outside of its folder: {name}"):
+        encoder_from_pretrained(tmp_path / "model")

@@ -1,4 +1,5 @@
 import io
+import math
 import re
 import shutil
 from itertools import chain
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import SHARED
+from processes import SHARED, run
 
 from umae import data, seeding
 from umae.data import Plan, TrainingPictures, decode_all, load_pictures, split_names, training_loader
+from umae.images import MAX_PIXELS
 
 
 def png(value: int = 0, size: tuple[int, int] = (6, 5)) -> bytes:
@@ -292,3 +294,28 @@ def test_real_pictures_become_batches():
     (batch,) = training_loader(TrainingPictures(pictures, (224, 224), seed=0), plan, 0, 0, 1)
     assert batch["pixel_values"].shape == (8, 3, 224, 224)
     assert batch["pixel_values"].float().std(dim=(1, 2, 3)).min() > 5  # none of them is blank
+
+
+LOAD_LARGE = """
+import resource, sys, torch
+from umae.data import TrainingPictures, load_pictures
+pictures = load_pictures(sys.argv[1])
+order = torch.arange(len(pictures)).repeat(2)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+batch = TrainingPictures(pictures, (32, 32), seed=0)[0, order]
+print(len(pictures), len(batch["refusals"]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_memory_is_bounded_by_one_picture_however_many_are_as_large_as_may_be(tmp_path):
+    side = math.isqrt(MAX_PIXELS)
+    for name, mode, size, colour in (
+        ("a.png", "RGB", (side, side), (9, 99, 199)), ("b.png", "RGBA", (side, side), (9, 99, 199, 99)),
+        ("c.jpg", "RGB", (side, side), (9, 99, 199)), ("far_over.png", "1", (40_000, 20_000), 1),
+        ("far_over.jpg", "L", (20_000, 10_000), 99), ("over.png", "1", (side + 1, side + 1), 1),
+    ):  # fmt: skip
+        Image.new(mode, size, colour).save(tmp_path / name, compress_level=1)
+    result = run("-c", LOAD_LARGE, tmp_path)
+    count, refused, kilobytes = map(int, result.stdout.split())
+    assert (count, refused) == (6, 3)
+    assert kilobytes * 1024 < 13 * MAX_PIXELS, "three copies of 4 bytes a pixel, where an alpha channel is filled in"

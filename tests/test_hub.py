@@ -1,12 +1,14 @@
 """Sharing a run through a real server that speaks the Hub's protocol (fake_hub.py)."""
 
 import getpass
+import json
 import socket
 from pathlib import Path
 
 import pytest
 import torch
-from fake_hub import FakeHub
+from fake_hub import Blob, FakeHub, Repo
+from golden_models import fresh_config
 from processes import run
 
 from modeling_umae import UMAEModel
@@ -68,6 +70,30 @@ def test_a_finished_run_is_pushed_when_asked_for_later(hub, tmp_path):
 def test_names_that_are_none_are_refused_and_reach_no_server(name):
     with pytest.raises(ValueError, match=f"cannot write to {name} on the Hub: (Repo id must|Cannot have)"):
         check_access(name)
+
+
+LOAD_HOSTILE = """
+from transformers import AutoModel
+import umae
+AutoModel.from_pretrained("tester/hostile")
+"""
+
+
+@pytest.mark.parametrize("name", ["../../../../../../evil.safetensors", "/evil.safetensors"])
+def test_an_index_on_the_hub_writes_nothing_outside_of_the_cache(hub, tmp_path, name):
+    UMAEModel(fresh_config()).save_pretrained(tmp_path / "model")
+    files = {path.name: Blob(path.read_bytes(), False) for path in (tmp_path / "model").iterdir()}
+    files |= {name: files.pop("model.safetensors")}
+    index = {"metadata": {}, "weight_map": {"layernorm.weight": name}}
+    files["model.safetensors.index.json"] = Blob(json.dumps(index).encode(), False)
+    hub.repos["model", "tester/hostile"] = repo = Repo("tester/hostile", private=False)
+    repo.add("main", files, "hostile")
+    home = tmp_path / "home"
+    result = run("-c", LOAD_HOSTILE, cwd=tmp_path, check=False, **online(hub, home))
+    assert result.returncode != 0
+    written = {path for path in tmp_path.rglob("*") if path.is_file() and "evil" in path.name}
+    assert all(home / "hub" / "models--tester--hostile" in path.parents for path in written), result.stderr
+    assert not Path("/evil.safetensors").exists()
 
 
 def test_no_token_is_written_and_nothing_published_tells_of_the_machine(hub, tmp_path):

@@ -4,6 +4,8 @@ import golden_inputs
 import pytest
 import torch
 from golden_models import SETUP, batch, fresh_config, our_weights, pretraining_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -12,7 +14,9 @@ from modeling_umae import (
     UMAEForImageClassification,
     UMAEForPreTraining,
     UMAEModel,
+    gather_patches,
     patchify,
+    random_masking,
     resize_position_table,
     sincos_position_table,
     uniformity_loss,
@@ -160,6 +164,28 @@ def test_what_training_leaves_out_changes_no_loss_and_no_gradient(changes):
         assert output.loss.item() == pytest.approx(model(pixel_values, noise=noise).loss.item(), rel=1e-12)
     for name, short in gradients[0].items():
         assert torch.allclose(short, gradients[1][name], rtol=1e-9, atol=1e-13), name
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    batch=st.integers(1, 4),
+    patches=st.integers(1, 60),
+    ratio=st.floats(0, 0.99),
+    seed=st.integers(0, 2**31),
+    ties=st.booleans(),
+)
+def test_the_patches_of_the_smallest_noise_are_seen_and_all_others_hidden(batch, patches, ratio, seed, ties):
+    visible = int(patches * (1 - ratio))
+    noise = torch.rand(batch, patches, generator=torch.Generator().manual_seed(seed))
+    noise = (noise * 4).round() if ties else noise
+    ids_keep, mask, ids_restore = random_masking(noise, ratio)
+    assert ids_keep.shape == (batch, visible) and mask.shape == ids_restore.shape == (batch, patches)
+    assert torch.equal(ids_restore.sort(dim=1).values, torch.arange(patches).expand(batch, -1)), "a permutation"
+    assert torch.equal(mask, torch.ones(batch, patches).scatter(1, ids_keep, 0.0)), "0 where seen, 1 where hidden"
+    for row in range(batch):
+        seen, hidden = noise[row][mask[row] == 0], noise[row][mask[row] == 1]
+        assert len(seen) == visible and (len(seen) == 0 or len(hidden) == 0 or seen.max() <= hidden.min())
+    assert torch.equal(gather_patches(noise[..., None], ids_keep)[..., 0], noise.sort(dim=1).values[:, :visible])
 
 
 def test_patches_and_pictures_are_inverse():

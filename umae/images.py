@@ -90,7 +90,7 @@ def _plain_jpeg(source: bytes | str | os.PathLike, min_side: int | None) -> torc
             image.draft(None, (min_side, min_side))
         pixels = simplejpeg.decode_jpeg(encoded, min_height=image.height, min_width=image.width)
         return torch.from_numpy(pixels).permute(2, 0, 1)
-    except (OSError, SyntaxError, ValueError):
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
 
 
