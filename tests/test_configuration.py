@@ -92,15 +92,19 @@ def test_a_hostile_file_is_refused_before_memory_is_asked_for(tmp_path, changes,
 
 
 FIELDS = sorted(UMAEConfig.__annotations__)
+POWERS = st.integers(0, 18).map(lambda power: 2**power)  # sizes that divide each other
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.integers(0, 64) | st.floats() | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers() | POWERS | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=4,
 )
 
 
-@settings(max_examples=300, deadline=None)
-@given(fields=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4))
+@settings(max_examples=500, deadline=None)
+@given(
+    fields=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4)
+    | st.dictionaries(st.sampled_from(("image_size", "patch_size", "hidden_size", "num_hidden_layers")), POWERS)
+)
 def test_any_values_are_refused_by_a_fields_name_or_make_a_model_of_bounded_size(fields):
     try:
         config = UMAEConfig(**fields)
@@ -108,6 +112,7 @@ def test_any_values_are_refused_by_a_fields_name_or_make_a_model_of_bounded_size
         assert any(name in str(error) for name in FIELDS)
         return
     rows, columns = config.grid
+    assert config.hidden_size**2 * 4 * config.num_hidden_layers <= 1e11
     assert 1 <= rows * columns <= 2**20 and 0 <= config.num_hidden_patches < rows * columns
     assert config.hidden_size % config.num_attention_heads == 0 and 0 <= config.mask_ratio < 1
     again = UMAEConfig.from_dict(json.loads(config.to_json_string()))
