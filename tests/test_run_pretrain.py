@@ -177,6 +177,26 @@ def test_a_signal_ends_the_run_after_its_step_and_the_next_start_goes_on(tmp_pat
     process.communicate()
 
 
+@pytest.mark.slow
+def test_a_signal_to_the_launcher_ends_two_processes_after_the_same_step(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
+    process = subprocess.Popen(
+        [sys.executable, *launcher, "run_pretrain.py", "--output_dir", str(tmp_path / "run"), *LONG], cwd=ROOT,
+        env=environment(ACCELERATE_USE_CPU="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("run/step-?")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=40)
+    (step,) = re.findall(r"stopped by a signal after step (\d+); the same command goes on", printed)
+    assert process.returncode != 0 and (tmp_path / "run" / f"step-{step}" / "checksums.json").exists()
+    assert not (tmp_path / "run" / "run.lock").exists()
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
 def test_a_stopped_run_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
     folder, _ = finished
     steps = iter(range(100))
