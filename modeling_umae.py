@@ -62,7 +62,9 @@ def reconstruction_loss(
     return loss.mean() if mask is None else (loss * mask).sum() / mask.sum()
 
 
-def uniformity_loss(features: torch.Tensor, across_processes: bool = True) -> torch.Tensor:
+def uniformity_loss(
+    features: torch.Tensor, across_processes: bool = True, second_moment: torch.Tensor | None = None
+) -> torch.Tensor:
     r"""Mean squared cosine of all pairs of features (the U-MAE term of Zhang, Wang & Wang, 2022).
 
     With the rows of `features` L2-normalised, `S = F F^T` over the global batch of N pictures, it is the mean of
@@ -78,19 +80,38 @@ def uniformity_loss(features: torch.Tensor, across_processes: bool = True) -> to
     Args:
         features: (batch, hidden_size). Half precisions are computed in float32; a row of zeros contributes 0.
         across_processes: whether the batch is that of all processes (every one must then call this) or the local one.
+        second_moment: (hidden_size, hidden_size), optional; `feature_second_moment` of a whole batch of which
+            `features` are one of several equal parts, on this process or others. The value is then the whole batch's,
+            and the mean of the parts' gradients is its gradient: exact for gradient accumulation.
 
     Returns:
         A scalar, float32 (float64 for float64 features), the same on every process.
     """
-    features = features.to(torch.promote_types(features.dtype, torch.float32))
     with torch.autocast(features.device.type, enabled=False):
-        features = F.normalize(features, dim=-1)
-        gram = _Gram.apply(features)  # (D, D)
-        count = torch.full((), features.shape[0], dtype=features.dtype, device=features.device)
+        if second_moment is not None:
+            product = (feature_second_moment(features) * second_moment).sum()
+            return second_moment.square().sum() + 2 * (product - product.detach())
+        gram = _gram_of_directions(features)
+        count = torch.full((), features.shape[0], dtype=gram.dtype, device=features.device)
         if across_processes and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             total = _SumOverProcesses.apply(torch.cat([gram.flatten(), count[None]]))  # one all-reduce for both
             gram, count = total[:-1], total[-1].detach()
         return gram.square().sum() / count**2
+
+
+def feature_second_moment(features: torch.Tensor) -> torch.Tensor:
+    """The mean of `f f^T` over L2-normalised features: (batch, D) -> (D, D), at least float32.
+
+    Its squared norm is the uniformity of these features; that of a batch in several equal parts is the mean of theirs.
+    """
+    return _gram_of_directions(features) / features.shape[0]
+
+
+def _gram_of_directions(features: torch.Tensor) -> torch.Tensor:
+    """(batch, D) -> (D, D), the sum of `f f^T` over L2-normalised features, at least float32."""
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    with torch.autocast(features.device.type, enabled=False):
+        return _Gram.apply(F.normalize(features, dim=-1))
 
 
 class _Gram(torch.autograd.Function):
@@ -126,10 +147,13 @@ class _SumOverProcesses(torch.autograd.Function):
 @contextmanager
 def _full_precision_matmul():
     """Turn TensorFloat-32 off for a while; torch.compile fixes the precision when it traces, so there it has no say."""
+    if torch.compiler.is_compiling():
+        yield
+        return
     backend = torch.backends.cuda.matmul
     # torch 2.9 renamed the switch, and from then on reading the old one can raise
     name, full = ("fp32_precision", "ieee") if hasattr(backend, "fp32_precision") else ("allow_tf32", False)
-    if torch.compiler.is_compiling() or (before := getattr(backend, name)) == full:
+    if (before := getattr(backend, name)) == full:
         yield
         return
     setattr(backend, name, full)
@@ -598,6 +622,8 @@ class UMAEForPreTraining(UMAEPreTrainedModel):
         mask_ratio: float | None = None,
         interpolate_pos_encoding: bool = False,
         output_logits: bool | None = None,
+        second_moment: torch.Tensor | None = None,
+        features_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UMAEForPreTrainingOutput:
         """Mask, encode, decode, score.
@@ -608,6 +634,9 @@ class UMAEForPreTraining(UMAEPreTrainedModel):
             mask_ratio: share of patches to hide, optional; the configuration's by default.
             interpolate_pos_encoding: accept pictures of another size than `config.image_size`.
             output_logits: whether to return `logits` and `ids_restore`; by default in evaluation mode only.
+            second_moment: (hidden_size, hidden_size), optional, for an exact uniformity term under gradient
+                accumulation, see `uniformity_loss`: the mean of `feature_second_moment` over all micro-batches.
+            features_only: return `features` alone, without decoding; what `second_moment` is computed from.
 
         In training mode the uniformity term is that of the batch of all processes, and every one must take part; in
         evaluation mode it is that of the local batch.
@@ -630,6 +659,9 @@ class UMAEForPreTraining(UMAEPreTrainedModel):
             return_dict=True,
             **kwargs,
         )
+        features = self.uniformity_features(encoded)
+        if features_only:
+            return UMAEForPreTrainingOutput(features=features)
         target = patchify(pixel_values, self.config.patch_height_width)
         if output_logits:
             logits, mask = self.decoder(encoded.last_hidden_state, encoded.ids_restore, grid), encoded.mask
@@ -638,8 +670,7 @@ class UMAEForPreTraining(UMAEPreTrainedModel):
             logits, mask = self.decoder.predict_hidden(encoded.last_hidden_state, ids_shuffle, grid), None
             target = gather_patches(target, ids_shuffle[:, -logits.shape[1] :])
         reconstruction = reconstruction_loss(logits, target, mask, self.config.norm_pix_loss)
-        features = self.uniformity_features(encoded)
-        uniformity = uniformity_loss(features, across_processes=self.training)
+        uniformity = uniformity_loss(features, across_processes=self.training, second_moment=second_moment)
 
         return UMAEForPreTrainingOutput(
             loss=reconstruction + self.config.uniformity_weight * uniformity,
@@ -707,6 +738,7 @@ __all__ = [
     "UMAEForPreTraining",
     "UMAEModel",
     "UMAEPreTrainedModel",
+    "feature_second_moment",
     "patchify",
     "reconstruction_loss",
     "uniformity_loss",

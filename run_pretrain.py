@@ -61,6 +61,7 @@ class TrainingArguments:
     )
     per_device_train_batch_size: Annotated[int, Between(1)] = flag(64, "Pictures of a forward pass on each process.")
     gradient_accumulation_steps: Annotated[int, Between(1)] = flag(1, "Forward passes for each optimiser step.")
+    exact_uniformity: bool = flag(False, "Uniformity of all accumulated passes together, for one more encoder pass.")
     base_learning_rate: Annotated[float, Between(0)] = flag(
         1.5e-4, "Learning rate for 256 pictures a step; scaled by the effective batch."
     )
@@ -284,6 +285,7 @@ def identity_of(
         "seed": args.seed,
         "pictures_per_step": plan.pictures_per_step,
         "gradient_accumulation_steps": plan.accumulation,
+        "exact_uniformity": args.exact_uniformity,
         **dataclasses.asdict(schedule),
         "optimizer": "AdamW",
         "betas": BETAS,
@@ -296,7 +298,8 @@ def announce(accelerator: Accelerator, run: dict[str, Any], model: UMAEForPreTra
     """Print what is about to be done, before it is done."""
     identity, config = run["identity"], model.config
     (height, width), patches = config.image_height_width, config.grid[0] * config.grid[1]
-    features = plan.batch_size * plan.processes
+    exact = identity["exact_uniformity"]
+    features, parts = (plan.pictures_per_step, 1) if exact else (plan.batch_size * plan.processes, plan.accumulation)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     lines = {
         "pictures": f"{plan.pictures:,} from {identity['dataset']}",
@@ -308,7 +311,7 @@ def announce(accelerator: Accelerator, run: dict[str, Any], model: UMAEForPreTra
         f"process{'es' if plan.processes > 1 else ''} x {plan.accumulation} accumulated",
         "learning rate": f"{identity['learning_rate']:.3g} at its peak",
         "uniformity": f"weight {config.uniformity_weight:g}, mean over the {config.pooling} features of {features} "
-        f"pictures" + (f", then over {plan.accumulation} micro-batches" if plan.accumulation > 1 else ""),
+        f"pictures" + (f", then over {parts} micro-batches" if parts > 1 else ""),
         "precision": f"{identity['mixed_precision']} on {run['hardware']}",
     }
     for name, text in lines.items():
@@ -350,7 +353,6 @@ def train(
     seen: dict[int, list[int]] = {}  # pictures of every step since the last look at `failed`
     clock, seconds_before = time.perf_counter(), run["seconds"]
     for step in log.progress(schedule.total_steps):
-        seeding.seed_step(args.seed, step, accelerator.process_index)
         learning_rate = set_learning_rate(optimizer, schedule, step)
         batches = [next(micro_batches) for _ in range(plan.accumulation)]
         for batch in batches:
@@ -360,7 +362,7 @@ def train(
             values = train_step(
                 accelerator, model, optimizer, batches, failed, step=step,
                 num_patches=config.grid[0] * config.grid[1], seed=args.seed,
-                mean=processor.image_mean, std=processor.image_std,
+                mean=processor.image_mean, std=processor.image_std, exact_uniformity=args.exact_uniformity,
             )  # fmt: skip
         window += torch.stack([values.nan_to_num(0, 0, 0), values.isfinite()])  # gradients overflow in fp16
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from modeling_umae import UMAEForPreTraining, UMAELayer, UMAEModel, uniformity_loss
+from modeling_umae import UMAEForPreTraining, UMAELayer, UMAEModel, feature_second_moment, uniformity_loss
 
 COUNT = 12
 PARTS = {  # pictures of every process
@@ -39,8 +40,8 @@ class Loss(nn.Module):
         super().__init__()
         self.model = UMAEForPreTraining(config)
 
-    def forward(self, pixel_values, noise):
-        return self.model(pixel_values, noise=noise).loss
+    def forward(self, pixel_values, noise, **kwargs):
+        return self.model(pixel_values, noise=noise, **kwargs).loss
 
 
 def replicated(module: nn.Module) -> nn.Module:
@@ -79,6 +80,30 @@ def errors_of(objective, parts: list[int], dtype: torch.dtype, wrap=replicated) 
     return abs(found_value / value - 1), ((found - expected).norm() / expected.norm()).item()
 
 
+def error_of_accumulation(micro_batches: int, dtype: torch.dtype) -> float:
+    """Relative error of the gradient accumulated over equal parts of a batch, by the exact term."""
+    torch.manual_seed(0)
+    alone = Loss(fresh_config(uniformity_weight=0.5)).to(dtype)
+    parts = dist.get_world_size() * micro_batches
+    pixel_values, noise = torch.randn(3 * parts, 3, 16, 16, dtype=dtype), torch.rand(3 * parts, 16)
+    _, expected = value_and_gradient(alone.eval(), pixel_values, noise)
+    together = replicated(alone.train())
+    mine = [
+        (pixel_values[part::parts], noise[part::parts])
+        for part in range(dist.get_rank() * micro_batches, (dist.get_rank() + 1) * micro_batches)
+    ]
+    with torch.no_grad():
+        outputs = [together.module.model(*part, features_only=True) for part in mine]
+        whole = sum(feature_second_moment(output.features) for output in outputs) / parts
+    dist.all_reduce(whole)
+    together.zero_grad()
+    for i, part in enumerate(mine):
+        with nullcontext() if i == micro_batches - 1 else together.no_sync():
+            (together(*part, second_moment=whole) / micro_batches).backward()
+    found = torch.cat([parameter.grad.flatten().double() for parameter in together.parameters()])
+    return ((found - expected).norm() / expected.norm()).item()
+
+
 def main(report: str) -> None:
     dist.init_process_group("gloo")
     errors = {}
@@ -89,6 +114,9 @@ def main(report: str) -> None:
                 value, errors[f"{name} gradient"] = errors_of(objective, parts, dtype)
                 if objective is Term:  # the loss as a whole also holds the local reconstruction
                     errors[f"{name} value"] = value
+        accumulation = {1: 4, 2: 2, 4: 2}[dist.get_world_size()]
+        name = f"Loss accumulated exactly {str(dtype).removeprefix('torch.')} gradient"
+        errors[name] = error_of_accumulation(accumulation, dtype)
         if dist.get_world_size() == 2:
             for objective, parts in ((Loss, [6, 6]), (Term, [9, 3])):
                 _, error = errors_of(objective, parts, dtype, sharded)

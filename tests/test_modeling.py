@@ -14,6 +14,7 @@ from modeling_umae import (
     UMAEForImageClassification,
     UMAEForPreTraining,
     UMAEModel,
+    feature_second_moment,
     gather_patches,
     patchify,
     random_masking,
@@ -259,6 +260,32 @@ def test_compiled_layers_give_the_losses_and_gradients_of_eager_ones(checkpointi
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_forward_pass_is_one_graph(pooling, training):
+    model = UMAEForPreTraining(fresh_config(pooling=pooling)).train(training)
+    pixel_values, noise = pictures_for(model.config), torch.rand(4, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)  # a graph break is an error
+    compiled(pixel_values, noise=noise).loss.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model(pixel_values, noise=noise).loss.backward()
+    assert all(torch.equal(parameter.grad, g) for parameter, g in zip(model.parameters(), gradients, strict=True))
+
+
+def test_a_batch_in_equal_parts_has_the_uniformity_and_the_gradient_of_the_whole():
+    features = torch.randn(12, 5, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(uniformity_loss(features), features)
+    parts = features.split(3)
+    whole = sum(feature_second_moment(part.detach()) for part in parts) / 4
+    values = [uniformity_loss(part, second_moment=whole) for part in parts]
+    (found,) = torch.autograd.grad(sum(values) / 4, features)
+    for value in values:
+        assert value.item() == pytest.approx(uniformity_loss(features).item(), rel=1e-12)
+    assert torch.allclose(found, expected, rtol=1e-10, atol=0)
 
 
 def test_without_weight_the_gradients_are_those_of_vitmae_bit_for_bit():

@@ -256,12 +256,41 @@ def test_compiled_and_checkpointed_layers_train_the_same(finished, tmp_path):
     assert umae.UMAEForPreTraining.from_pretrained(tmp_path / "run")
 
 
-def test_two_processes_at_the_same_global_batch_train_the_same(finished, tmp_path):
-    folder, _ = finished
-    torchrun(2, "run_pretrain.py", "--output_dir", tmp_path / "run", *SHORT, "--per_device_train_batch_size", 64)
-    for mine, expected in zip(metrics(tmp_path / "run"), metrics(folder), strict=True):
-        for name in ("reconstruction_loss", "uniformity_loss", "grad_norm"):
-            assert mine[name] == pytest.approx(expected[name], rel=1e-4), name
+def assert_same_curve(mine, expected, names=("reconstruction_loss", "uniformity_loss", "grad_norm")) -> None:
+    assert len(mine) == len(expected)
+    for one, other in zip(mine, expected, strict=True):
+        for name in names:
+            assert one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)
+
+
+TWENTY = ("--max_train_steps", "20", "--logging_steps", "1", "--checkpointing_steps", "20")
+
+
+@pytest.fixture(scope="module")
+def twenty_steps(tmp_path_factory):
+    """The curve of a run on one process, every step of it."""
+    folder = tmp_path_factory.mktemp("twenty") / "run"
+    run("run_pretrain.py", "--output_dir", folder, *TWENTY)
+    return metrics(folder)
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_any_number_of_processes_at_the_same_global_batch_train_the_same(twenty_steps, tmp_path, processes):
+    batch = ("--per_device_train_batch_size", 128 // processes)
+    torchrun(processes, "run_pretrain.py", "--output_dir", tmp_path / "run", *TWENTY, *batch)
+    assert_same_curve(metrics(tmp_path / "run"), twenty_steps)
+
+
+def test_accumulated_exactly_a_batch_trains_as_it_does_at_once(twenty_steps, tmp_path):
+    batch = ("--per_device_train_batch_size", "32", "--gradient_accumulation_steps", "4")
+    exact = run("run_pretrain.py", "--output_dir", tmp_path / "run", *TWENTY, *batch, "--exact_uniformity")
+    assert "mean over the cls features of 128 pictures\n" in exact.stdout
+    assert_same_curve(metrics(tmp_path / "run"), twenty_steps)
+    default = run("run_pretrain.py", "--output_dir", tmp_path / "default", *TWENTY, *batch)
+    assert "mean over the cls features of 32 pictures, then over 4 micro-batches" in default.stdout
+    assert_same_curve(metrics(tmp_path / "default"), twenty_steps, ["reconstruction_loss"])
+    with pytest.raises(AssertionError):
+        assert_same_curve(metrics(tmp_path / "default"), twenty_steps, ["uniformity_loss"])
 
 
 def test_a_launch_of_independent_copies_is_refused(tmp_path):

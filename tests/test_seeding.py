@@ -1,3 +1,5 @@
+from itertools import product
+
 import golden_inputs
 import numpy as np
 import torch
@@ -43,12 +45,11 @@ def test_order_is_a_permutation_of_its_own_in_every_epoch():
     assert torch.equal(orders[0], seeding.permutation(0, 0, 100))
 
 
-def test_steps_and_ranks_seed_torch_differently():
+def test_every_forward_pass_seeds_torch_differently():
     drawn = set()
-    for step in (0, 1):
-        for rank in (0, 1):
-            seeding.seed_step(0, step, rank)
-            drawn.add(torch.rand(()).item())
-    assert len(drawn) == 4
-    seeding.seed_step(0, 0, 0)
+    for place in product(range(3), repeat=3):
+        seeding.seed_forward(0, *place)
+        drawn.add(torch.rand(()).item())
+    assert len(drawn) == 27
+    seeding.seed_forward(0, 0, 0, 0)
     assert torch.rand(()).item() in drawn

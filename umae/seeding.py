@@ -1,4 +1,5 @@
-"""Every random number as a pure function of where it is used: (seed, purpose, epoch, index) or (seed, step, rank).
+"""Every random number as a pure function of where it is used: (seed, purpose, epoch, index), or (seed, step,
+micro-batch, rank) for torch's own.
 
 Nothing here has a state, so a resumed run, another number of workers or another number of processes draws the same
 crops, flips and masks for the same picture in the same epoch.
@@ -48,6 +49,6 @@ def permutation(seed: int, epoch: int, count: int) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(_key(seed, ORDER, epoch).item()))
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Set torch's own generators (dropout, drop path) for one optimiser step on one process."""
-    torch.manual_seed(_key(seed, STEP, step, rank).item())
+def seed_forward(seed: int, step: int, micro_batch: int, rank: int) -> None:
+    """Set torch's own generators (dropout, drop path) for one forward pass of an optimiser step on one process."""
+    torch.manual_seed(_key(seed, STEP, step, micro_batch, rank).item())

@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from modeling_umae import feature_second_moment
 from umae import seeding
 from umae.transforms import horizontal_flip, normalize
 
@@ -35,6 +36,7 @@ def train_step(
     seed: int,
     mean: Sequence[float],
     std: Sequence[float],
+    exact_uniformity: bool = False,
 ) -> torch.Tensor:
     """Forward and backward over the micro-batches, then one step of the optimiser. Never waits for the device.
 
@@ -48,15 +50,29 @@ def train_step(
         num_patches: patches of a picture.
         seed: of the run; flips and masks are keyed by (seed, epoch, index).
         mean, std: of the pictures' normalisation, one number for each channel.
+        exact_uniformity: the uniformity term is that of all micro-batches together, for one more pass through the
+            encoder, rather than the mean of theirs.
 
     Returns:
         float32 (5,) on the device: the values named in `LOGGED`, averaged over the micro-batches of this process.
     """
-    losses = []
-    for batch in micro_batches:
+
+    def forward(micro_batch: int, **kwargs):
+        """Twice the same crops, masks and dropout where a micro-batch is seen twice."""
+        seeding.seed_forward(seed, step, micro_batch, accelerator.process_index)
+        batch = micro_batches[micro_batch]
+        pixel_values, noise = device_inputs(batch, accelerator.device, num_patches, seed, mean, std)
+        return model(pixel_values, noise=noise, **kwargs)
+
+    losses, second_moment = [], None
+    if exact_uniformity and len(micro_batches) > 1:
+        with torch.no_grad():
+            passes = (forward(i, features_only=True) for i in range(len(micro_batches)))
+            second_moment = sum(feature_second_moment(output.features) for output in passes) / len(micro_batches)
+            second_moment = accelerator.reduce(second_moment, "mean")
+    for i in range(len(micro_batches)):
         with accelerator.accumulate(model):
-            pixel_values, noise = device_inputs(batch, accelerator.device, num_patches, seed, mean, std)
-            output = model(pixel_values, noise=noise)
+            output = forward(i, second_moment=second_moment)
             feature_norm = output.features.detach().float().norm(dim=-1).mean()
             losses.append(
                 torch.stack([output.loss.detach(), output.reconstruction_loss, output.uniformity_loss, feature_norm])
