@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -84,6 +85,7 @@ class TrainingArguments:
 
 
 BETAS = (0.9, 0.95)  # of AdamW
+PATIENCE = timedelta(minutes=30)  # with a process that does not answer; one that has died is noticed at once
 DIGITS_RECIPE = Path(__file__).resolve().parent / "recipes" / "digits.yaml"
 
 
@@ -103,7 +105,13 @@ if __name__ == "__main__":  # --help and slips of the pen are answered before th
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    broadcast_object_list,
+    gather_object,
+    parse_flag_from_env,
+    set_seed,
+)
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessorPil
@@ -173,8 +181,9 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
             raise ValueError(
                 f"--report_to {name}: not installed or not known; here are {', '.join(available) or 'none'}"
             )
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE).device
     asked = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if args.mixed_precision is None and asked == "no" and has_fast_bf16(PartialState().device):
+    if args.mixed_precision is None and asked == "no" and has_fast_bf16(device):
         asked = "bf16"
     return Accelerator(
         mixed_precision=asked,

@@ -19,6 +19,7 @@ from transformers import AutoImageProcessor
 import run_pretrain
 import umae
 from umae import seeding, training
+from umae.checkpoints import newest_whole
 from umae.runs import SPEED
 
 SHORT = ("--max_train_steps", "12", "--checkpointing_steps", "4", "--logging_steps", "3")
@@ -279,6 +280,54 @@ def test_any_number_of_processes_at_the_same_global_batch_train_the_same(twenty_
     batch = ("--per_device_train_batch_size", 128 // processes)
     torchrun(processes, "run_pretrain.py", "--output_dir", tmp_path / "run", *TWENTY, *batch)
     assert_same_curve(metrics(tmp_path / "run"), twenty_steps)
+
+
+def test_another_number_of_processes_goes_on_with_the_same_run(finished, tmp_path):
+    folder, _ = finished
+    mine = tmp_path / "run"
+    shutil.copytree(folder, mine)
+    record = json.loads((mine / "run.json").read_text())
+    (mine / "run.json").write_text(json.dumps({**record, "finished": False}))
+    shutil.rmtree(mine / "step-12")
+    command = ("run_pretrain.py", "--output_dir", mine, *SHORT)
+    refused = torchrun(2, *command, check=False)
+    assert refused.returncode != 0
+    assert "holds a run with pictures_per_step 128, not 256; use another --output_dir" in refused.stderr
+    resumed = torchrun(2, *command, "--per_device_train_batch_size", 64)
+    assert f"continuing from {mine}/step-8" in resumed.stdout
+    assert_same_curve(metrics(mine), metrics(folder))
+
+
+DYING = """
+import os, signal, sys, datetime, run_pretrain
+how, when = sys.argv.pop(1), 6
+run_pretrain.PATIENCE = datetime.timedelta(seconds=15)
+train_step = run_pretrain.train_step
+def dying(*arguments, step, **named):
+    if step == when and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
+    return train_step(*arguments, step=step, **named)
+run_pretrain.train_step = dying
+if __name__ == "__main__":
+    run_pretrain.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "seconds", "named"),
+    [
+        ("dies", 45, r"rank +: 1 \(local_rank: 1\)\n +exitcode +: -9"),
+        pytest.param("stops", 100, "Timed out waiting 15000ms", marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_that_dies_or_stops_ends_the_others_and_spoils_nothing(tmp_path, how, seconds, named):
+    (tmp_path / "dying.py").write_text(DYING)
+    flags = ("--output_dir", tmp_path / "run", *SHORT, "--per_device_train_batch_size", 64)
+    start = time.monotonic()
+    result = torchrun(2, tmp_path / "dying.py", how, *flags, check=False)
+    assert result.returncode != 0 and time.monotonic() - start < seconds
+    assert re.search(named, result.stderr), result.stderr[-3000:]
+    assert newest_whole(tmp_path / "run") == (tmp_path / "run" / "step-4", [])
 
 
 def test_accumulated_exactly_a_batch_trains_as_it_does_at_once(twenty_steps, tmp_path):
