@@ -531,7 +531,7 @@ def restore(accelerator: Accelerator, folder: Path, model, optimizer, window: to
     if newest is None:
         return 0
     saved = UMAEForPreTraining.from_pretrained(newest)
-    accelerator.unwrap_model(model).load_state_dict(saved.state_dict())
+    checkpoints.restore_model(model, saved.state_dict())
     tensors, state = checkpoints.read_training_state(newest)
     window.copy_(tensors.pop("window"))
     checkpoints.restore_optimizer(model, optimizer.optimizer, tensors)
@@ -551,12 +551,17 @@ def newest_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
                 f"{checkpoint} is damaged: its files are not those that were written; put aside as {checkpoint}.damaged"
             )
             checkpoint.rename(f"{checkpoint}.damaged")
-    return broadcast_object_list(found)[0]
+    newest = broadcast_object_list(found)[0]
+    if newest is not None and not newest.is_dir():
+        raise ValueError(
+            f"process {accelerator.process_index} does not see {newest}; --output_dir must lie where all do"
+        )
+    return newest
 
 
 def save(accelerator, folder: Path, step: int, keep: int, model, optimizer, processor, window, run: dict) -> None:
     """Write `step-N/`; every process takes part, the main one writes."""
-    state_dict = accelerator.get_state_dict(model)
+    state_dict = checkpoints.model_tensors(model)
     tensors = checkpoints.optimizer_tensors(model, optimizer.optimizer)
     window.copy_(accelerator.reduce(window, "mean"))  # what every process goes on with, resumed or not
     state = {"step": step, "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from golden_models import fresh_config
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -13,6 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_umae import UMAEForPreTraining, UMAELayer, UMAEModel, feature_second_moment, uniformity_loss
+from umae import checkpoints
+from umae.training import no_failure, train_step
 
 COUNT = 12
 PARTS = {  # pictures of every process
@@ -104,6 +107,37 @@ def error_of_accumulation(micro_batches: int, dtype: torch.dtype) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
+def main_process_has(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    found = [tensors]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def weights_after_three_steps(wrap) -> torch.Tensor:
+    """Before the last step all that a checkpoint holds is saved, and restored into a new optimiser."""
+    torch.manual_seed(0)
+    accelerator, failed = Accelerator(cpu=True), no_failure(torch.device("cpu"))
+    model = wrap(UMAEForPreTraining(fresh_config(uniformity_weight=0.5)))
+    pictures = torch.arange(8 * 3 * 16 * 16).view(8, 3, 16, 16).to(torch.uint8)
+    index = torch.arange(8)[4 * dist.get_rank() :][:4]
+    batch = {"pixel_values": pictures[index], "index": index, "epoch": 0}
+    optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True))
+    for step in range(3):
+        if step == 2:
+            weights = main_process_has(checkpoints.model_tensors(model))
+            state = main_process_has(checkpoints.optimizer_tensors(model, optimizer.optimizer))
+            optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True))
+            checkpoints.restore_model(model, weights)
+            checkpoints.restore_optimizer(model, optimizer.optimizer, state)
+        train_step(
+            accelerator, model, optimizer, [batch], failed, step=step, num_patches=16, seed=0, mean=(0.5,) * 3,
+            std=(0.5,) * 3,
+        )  # fmt: skip
+    assert failed[0] == 0
+    weights = main_process_has(checkpoints.model_tensors(model))
+    return torch.cat([tensor.flatten() for _, tensor in sorted(weights.items())])
+
+
 def main(report: str) -> None:
     dist.init_process_group("gloo")
     errors = {}
@@ -121,6 +155,9 @@ def main(report: str) -> None:
             for objective, parts in ((Loss, [6, 6]), (Term, [9, 3])):
                 _, error = errors_of(objective, parts, dtype, sharded)
                 errors[f"{objective.__name__} sharded {str(dtype).removeprefix('torch.')} gradient"] = error
+    if dist.get_world_size() == 2:
+        expected, found = weights_after_three_steps(replicated), weights_after_three_steps(sharded)
+        errors["three steps sharded float32 weights"] = ((found - expected).norm() / expected.norm()).item()
     if dist.get_rank() == 0:  # alone, in evaluation mode: must not wait for the others
         UMAEForPreTraining(fresh_config()).eval()(torch.randn(2, 3, 16, 16))
         with open(report, "w") as file:

@@ -19,7 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 
@@ -138,6 +140,19 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights on the CPU, by name, whole whatever engine has wrapped or sharded the model.
+
+    Every process calls it; the main one receives the tensors, the others nothing.
+    """
+    return get_model_state_dict(model, options=_WHOLE_ON_CPU)
+
+
+def restore_model(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Put back what `model_tensors` returned; every process has the tensors."""
+    set_model_state_dict(model, tensors, options=_WHOLE)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from modeling_umae import feature_second_moment
 from umae import seeding
@@ -83,6 +84,7 @@ def train_step(
             if accelerator.sync_gradients:
                 accelerator.unscale_gradients(optimizer)
                 grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+                grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm  # under FSDP2
                 values = torch.cat([torch.stack(losses).float().mean(dim=0), grad_norm.float()[None]])
                 remember_failure(accelerator, optimizer, values, step, failed)
             optimizer.step()
