@@ -377,7 +377,7 @@ def train(
 
         done, last = step + 1, step + 1 == schedule.total_steps
         logs, saves = (last or done % steps == 0 for steps in (args.logging_steps, args.checkpointing_steps))
-        stopped = not last and agree_to_stop(accelerator, stop, at_border=logs or saves)
+        stopped = stop.has_come(accelerator, done) and not last
         if logs:
             stop_if_failed(failed, pictures, seen)
             seen.clear()
@@ -411,15 +411,6 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, schedule: Schedule, step
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     return learning_rate
-
-
-def agree_to_stop(accelerator: Accelerator, stop: StopRequest, at_border: bool) -> bool:
-    """Whether a signal has come, on any process; several ask each other only where they wait for each other anyway."""
-    if accelerator.num_processes > 1:
-        if not at_border:
-            return False
-        stop.signal = int(accelerator.gather(torch.tensor([stop.signal], device=accelerator.device)).max())
-    return stop.signal > 0
 
 
 def make_loader(

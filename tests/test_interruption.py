@@ -5,10 +5,12 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from threading import Barrier
 
 import psutil
 import pytest
+import torch
 
 from umae.interruption import LOCK_FILE, StopRequest, lock
 
@@ -84,3 +86,33 @@ def test_the_first_signal_is_remembered_and_the_second_one_acts(number):
         assert stop.signal == number
         assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(number) == before
+
+
+class Process:
+    """One of two processes, as far as a StopRequest knows: what the other one sees is given."""
+
+    num_processes, device = 2, "cpu"
+
+    def __init__(self):
+        self.looks, self.others = [], (0.0, 1e9)
+
+    def gather(self, mine):
+        self.looks.append(mine[0].tolist())
+        return torch.cat([mine, torch.tensor([self.others])])
+
+
+def test_several_processes_look_together_about_every_two_seconds(monkeypatch):
+    clock = iter(range(10_000))  # a step takes a tenth of a second, so does a look
+    monkeypatch.setattr("umae.interruption.time.perf_counter", lambda: next(clock) / 10)
+    process, stop = Process(), StopRequest()
+    looked = []
+    for step in range(1, 200):
+        before = len(process.looks)
+        next(clock)
+        assert not stop.has_come(process, step)
+        if len(process.looks) > before:
+            looked.append(step)
+    assert looked[0] == 1 and len(looked) < 20, looked
+    assert all(10 <= later - earlier <= 25 for earlier, later in pairwise(looked[3:])), looked
+    process.others = (15.0, 3.0)  # the other one has got a signal, and makes 3 steps in that time
+    assert any(stop.has_come(process, step) for step in range(200, 230)) and stop.signal == 15

@@ -5,13 +5,16 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from PIL import Image
 from processes import ROOT, SHARED, TIMEOUT, environment, run, torchrun
 from transformers import AutoImageProcessor
@@ -280,6 +283,69 @@ def test_any_number_of_processes_at_the_same_global_batch_train_the_same(twenty_
     batch = ("--per_device_train_batch_size", 128 // processes)
     torchrun(processes, "run_pretrain.py", "--output_dir", tmp_path / "run", *TWENTY, *batch)
     assert_same_curve(metrics(tmp_path / "run"), twenty_steps)
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one_process_does(twenty_steps, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1")
+    script = ("run_pretrain.py", "--output_dir", str(tmp_path / "run"), *TWENTY, "--per_device_train_batch_size", "64")
+    machines = [
+        subprocess.Popen(
+            [sys.executable, *launcher, "--master_port", port, "--node_rank", str(rank), *script], cwd=ROOT,
+            env=environment(ACCELERATE_USE_CPU="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    printed = [machine.communicate(timeout=TIMEOUT)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], printed
+    assert "128 = 64 per device x 2 processes x 1" in printed[0] and "finished in" not in printed[1]
+    assert_same_curve(metrics(tmp_path / "run"), twenty_steps)
+
+
+SLURM = {  # what a job on one machine has, as far as the script asks
+    "srun": 'exec "$@"',
+    "scontrol": 'if [ "$1" = requeue ]; then echo "$2" >> requeued; else echo 127.0.0.1; fi',
+}
+
+
+@pytest.mark.slow
+def test_the_slurm_script_goes_back_into_the_queue_until_the_run_is_finished(tmp_path):
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    for name, text in SLURM.items():
+        (bin_folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (bin_folder / name).chmod(0o755)
+    (tmp_path / "run_pretrain.py").symlink_to(ROOT / "run_pretrain.py")
+    path = f"{bin_folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "here", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+    env = environment(PATH=path, ACCELERATE_USE_CPU="1", SLURM_GPUS_ON_NODE="2", **job)
+    steps = ("--max_train_steps", "300", "--checkpointing_steps", "4", "--logging_steps", "100")
+    command = ["bash", str(ROOT / "recipes" / "slurm.sh"), "--output_dir", str(tmp_path / "run"), *steps]
+    where = {"cwd": tmp_path, "env": env, "text": True}
+    first = subprocess.Popen(command, **where, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("run/step-?")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    first.send_signal(signal.SIGTERM)
+    printed, _ = first.communicate(timeout=60)
+    assert first.returncode == 0 and (tmp_path / "requeued").read_text() == "7\n", printed
+    assert "stopped by a signal after step" in printed
+    second = subprocess.run(command, **where, capture_output=True, timeout=TIMEOUT)
+    assert second.returncode == 0 and "continuing from" in second.stdout, second.stdout + second.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["finished"]
+    assert (tmp_path / "requeued").read_text() == "7\n"
+    refused = subprocess.run([*command, "--seed", "1"], **where, capture_output=True, timeout=TIMEOUT)
+    assert refused.returncode != 0 and (tmp_path / "requeued").read_text() == "7\n", "a failure is not tried again"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+def test_accelerate_knows_every_line_of_the_configurations(file):
+    config = load_config_from_file(str(file))
+    assert config.num_processes == {"one_gpu": 1, "two_machines": 16}.get(file.stem, 8)
+    assert (config.distributed_type == "NO") == (file.stem == "one_gpu")
 
 
 def test_another_number_of_processes_goes_on_with_the_same_run(finished, tmp_path):

@@ -5,14 +5,18 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import torch
+from accelerate import Accelerator
 
 LOCK_FILE = "run.lock"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SECONDS = 2.0  # between two looks that several processes take together
 
 
 class StopRequest:
@@ -24,6 +28,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal = 0
+        self._looked_at, self._looked, self._next_look = time.perf_counter(), 0, 0  # the time, this step, the next
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
@@ -32,6 +37,20 @@ class StopRequest:
     def __exit__(self, *error) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def has_come(self, accelerator: Accelerator, step: int) -> bool:
+        """Whether a signal has come, to any process; every process asks after every step.
+
+        Several processes wait for each other only once in about SECONDS, at steps that they agree upon.
+        """
+        if accelerator.num_processes > 1:
+            if step < self._next_look:
+                return False
+            steps = (step - self._looked) * SECONDS / (time.perf_counter() - self._looked_at)
+            everyones = accelerator.gather(torch.tensor([[float(self.signal), steps]], device=accelerator.device))
+            self.signal, steps = int(everyones[:, 0].max()), int(everyones[:, 1].min())
+            self._looked_at, self._looked, self._next_look = time.perf_counter(), step, step + max(1, steps)
+        return self.signal > 0
 
     def _remember(self, number: int, frame) -> None:
         self.signal = number
