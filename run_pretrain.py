@@ -12,11 +12,10 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,6 +32,7 @@ class DataArguments:
     max_unreadable_share: Annotated[float, Between(0, 1)] = flag(
         0.01, "Share of the pictures that may be unreadable, and are left out."
     )
+    streaming: bool = flag(False, "Read the shards of the data set as they come, instead of downloading it first.")
     dataloader_num_workers: Annotated[int | None, Between(0)] = flag(
         None, "Processes that read pictures, for each of training. [a core each beside a GPU]"
     )
@@ -112,7 +112,6 @@ from accelerate.utils import (
     parse_flag_from_env,
     set_seed,
 )
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessorPil
 from transformers.utils.logging import disable_progress_bar
@@ -125,6 +124,7 @@ from umae.pictures import reconstruction_strip
 from umae.runs import SPEED, MetricsLog, hold_folder, open_run, write_run
 from umae.schedules import decay_groups, learning_rate_at
 from umae.speed import compile_layers, has_fast_bf16, matmul_rate, training_flops
+from umae.streaming import START, Cursor, Stream, load_stream, streaming_loader
 from umae.training import LOGGED, MOST_OVERFLOWS, no_failure, train_step
 from umae.transforms import evaluation_processor
 
@@ -139,6 +139,7 @@ def main(argv: list[str]) -> None:
     pictures = load_data(accelerator, data_args)
     pictures.check_readable()
     model = make_model(accelerator, model_args)
+    workers = num_workers(accelerator, pictures, data_args.dataloader_num_workers)
     plan = make_plan(accelerator, pictures, args)
     schedule = make_schedule(plan, args)
     folder = Path(args.output_dir)
@@ -147,13 +148,20 @@ def main(argv: list[str]) -> None:
         hub.check_access(repo_id)  # now rather than after hours of training
 
     identity = identity_of(accelerator, pictures, model.config, model_args.model_name_or_path, plan, schedule, args)
+    if isinstance(pictures, Stream):  # there, what a process reads depends on how many readers there are
+        identity |= {
+            "shards": pictures.num_shards,
+            "processes": accelerator.num_processes,
+            "dataloader_num_workers": workers,
+        }
     run = open_run(accelerator, folder, identity)
     if run["finished"]:
         accelerator.print(f"{folder} holds this run, finished; nothing to do")
     else:
         with hold_folder(accelerator, folder, run), StopRequest() as stop:
             announce(accelerator, run, model, plan)
-            train(accelerator, model, pictures, plan, schedule, folder, run, args, data_args, stop)
+            share = data_args.max_unreadable_share
+            train(accelerator, model, pictures, plan, schedule, folder, run, args, share, workers, stop)
             if accelerator.is_main_process and not stop.signal:
                 finish(folder, pictures, schedule.total_steps, run, args.seed)
         if stop.signal:
@@ -194,9 +202,11 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
     )
 
 
-def load_data(accelerator: Accelerator, args: DataArguments) -> Pictures:
+def load_data(accelerator: Accelerator, args: DataArguments) -> Pictures | Stream:
     columns = (args.image_column_name, args.label_column_name)
     with accelerator.main_process_first():  # the others find the main process' cache
+        if args.streaming:
+            return load_stream(args.dataset_name, args.dataset_config_name, args.train_split, args.image_column_name)
         return load_pictures(args.dataset_name, args.dataset_config_name, args.train_split, *columns)
 
 
@@ -237,9 +247,27 @@ def load_weights(accelerator: Accelerator, name_or_path: str, **arguments: Any) 
     return model
 
 
-def make_plan(accelerator: Accelerator, pictures: Pictures, args: TrainingArguments) -> Plan:
+def num_workers(accelerator: Accelerator, pictures: Pictures | Stream, asked: int | None) -> int:
+    """Loader processes beside each of training; a stream must have a shard for each of them."""
+    usual = usual_workers(accelerator.device)
+    if not isinstance(pictures, Stream):
+        return usual if asked is None else asked
+    processes, shards = accelerator.num_processes, pictures.num_shards
+    workers = min(usual, shards // processes) if asked is None else asked
+    if shards < processes * max(1, workers):
+        raise ValueError(
+            f"{pictures.description} comes in {shards} shards, fewer than {processes} processes x {max(1, workers)} "
+            f"readers; lower --dataloader_num_workers or the number of processes, or leave out --streaming"
+        )
+    return workers
+
+
+def make_plan(accelerator: Accelerator, pictures: Pictures | Stream, args: TrainingArguments) -> Plan:
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    if pictures.num_pictures is None and args.max_train_steps is None:
+        raise ValueError(f"{pictures.description} does not say how many pictures it holds; give --max_train_steps")
     plan = Plan(
-        pictures=len(pictures),
+        pictures=pictures.num_pictures or args.max_train_steps * per_step,  # then the whole run is one epoch
         batch_size=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         processes=accelerator.num_processes,
@@ -247,7 +275,7 @@ def make_plan(accelerator: Accelerator, pictures: Pictures, args: TrainingArgume
     )
     if plan.steps_per_epoch == 0:
         raise ValueError(
-            f"{pictures.description} holds {len(pictures)} pictures, fewer than one step of {plan.pictures_per_step} "
+            f"{pictures.description} holds {plan.pictures} pictures, fewer than one step of {plan.pictures_per_step} "
             f"({plan.batch_size} per device x {plan.processes} processes x {plan.accumulation} accumulated); lower "
             f"--per_device_train_batch_size"
         )
@@ -276,7 +304,7 @@ def make_schedule(plan: Plan, args: TrainingArguments) -> Schedule:
 
 def identity_of(
     accelerator: Accelerator,
-    pictures: Pictures,
+    pictures: Pictures | Stream,
     config: UMAEConfig,
     initial_weights: str | None,
     plan: Plan,
@@ -287,7 +315,8 @@ def identity_of(
     fields = config.to_dict()
     return {
         "dataset": pictures.description,
-        "pictures": len(pictures),
+        "pictures": pictures.num_pictures,
+        "streaming": isinstance(pictures, Stream),
         "dataset_fingerprint": pictures.fingerprint(),
         "initial_weights": initial_weights,
         "config": {name: fields[name] for name in UMAEConfig.__annotations__ if name in fields},
@@ -311,7 +340,9 @@ def announce(accelerator: Accelerator, run: dict[str, Any], model: UMAEForPreTra
     features, parts = (plan.pictures_per_step, 1) if exact else (plan.batch_size * plan.processes, plan.accumulation)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     lines = {
-        "pictures": f"{plan.pictures:,} from {identity['dataset']}",
+        "pictures": (f"{identity['pictures']:,} from " if identity["pictures"] else "")
+        + identity["dataset"]
+        + (f", streamed from {identity['shards']} shards" if identity["streaming"] else ""),
         "input": f"{height} x {width} pixels, {patches} patches, {patches - config.num_hidden_patches} of them visible",
         "model": f"{millions:.1f} million parameters with decoder, from {config.name_or_path or 'scratch'}",
         "steps": f"{identity['total_steps']:,} ({identity['total_steps'] / plan.steps_per_epoch:.4g} epochs), "
@@ -334,13 +365,14 @@ def announce(accelerator: Accelerator, run: dict[str, Any], model: UMAEForPreTra
 def train(
     accelerator: Accelerator,
     model: UMAEForPreTraining,
-    pictures: Pictures,
+    pictures: Pictures | Stream,
     plan: Plan,
     schedule: Schedule,
     folder: Path,
     run: dict[str, Any],
     args: TrainingArguments,
-    data_args: DataArguments,
+    max_unreadable_share: float,
+    workers: int,
     stop: StopRequest,
 ) -> None:
     """From the newest checkpoint, if there is one, to the last step; leaves `step-N/` of the last step behind.
@@ -351,10 +383,11 @@ def train(
     model, optimizer = prepare(accelerator, model, args)
     failed = no_failure(accelerator.device)
     window = torch.zeros(2, len(LOGGED), device=accelerator.device)  # sums since the last line, and how many of each
-    start = restore(accelerator, folder, model, optimizer, window)
+    start, cursors = restore(accelerator, folder, model, optimizer, window)
+    cursors = cursors or [START] * max(1, workers)
     accelerator.init_trackers("umae", config={name: str(value) for name, value in run["identity"].items()})
-    steps, workers = range(start, schedule.total_steps), data_args.dataloader_num_workers
-    loader = make_loader(accelerator, pictures, plan, config.image_height_width, steps, workers)
+    steps = range(start, schedule.total_steps)
+    loader = make_loader(accelerator, pictures, plan, config.image_height_width, steps, workers, cursors)
     log = MetricsLog(accelerator, folder, start, plan.pictures_per_step, ideal_seconds(accelerator, config))
     micro_batches = log.waited_for(loader)
     model.train()
@@ -381,7 +414,7 @@ def train(
         if logs:
             stop_if_failed(failed, pictures, seen)
             seen.clear()
-            report_unreadable(accelerator, pictures, unreadable, run, data_args.max_unreadable_share)
+            report_unreadable(accelerator, plan.pictures, unreadable, run, max_unreadable_share)
             log.write(
                 done,
                 {"epoch": done / plan.steps_per_epoch, **means(accelerator, window), "learning_rate": learning_rate},
@@ -389,7 +422,8 @@ def train(
         if saves or stopped:
             stop_if_failed(failed, pictures, seen)
             run["seconds"] = seconds_before + time.perf_counter() - clock
-            save(accelerator, folder, done, args.checkpoints_total_limit, model, optimizer, processor, window, run)
+            keep = args.checkpoints_total_limit
+            save(accelerator, folder, done, keep, model, optimizer, processor, window, run, cursors)
         if stopped:
             accelerator.print(f"\nstopped by a signal after step {done}; the same command goes on from there")
             return
@@ -415,23 +449,20 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, schedule: Schedule, step
 
 def make_loader(
     accelerator: Accelerator,
-    pictures: Pictures,
+    pictures: Pictures | Stream,
     plan: Plan,
     size: tuple[int, int],
     steps: range,
-    num_workers: int | None,
-) -> DataLoader:
-    """This process' micro-batches of some steps."""
+    workers: int,
+    cursors: list[Cursor],
+) -> Iterable[dict]:
+    """This process' micro-batches of some steps; of a stream from `cursors` on, which follow what is taken."""
+    rank, on_gpu = accelerator.process_index, accelerator.device.type == "cuda"
+    if isinstance(pictures, Stream):
+        return streaming_loader(pictures, size, plan, rank, steps, cursors, workers, pin_memory=on_gpu)
     pixels = decode_all(pictures, show_progress=accelerator.is_main_process)
-    return training_loader(
-        TrainingPictures(pictures, size, plan.seed, pixels),
-        plan,
-        accelerator.process_index,
-        steps.start,
-        steps.stop,
-        usual_workers(accelerator.device) if num_workers is None else num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    cropped = TrainingPictures(pictures, size, plan.seed, pixels)
+    return training_loader(cropped, plan, rank, steps.start, steps.stop, workers, pin_memory=on_gpu)
 
 
 def usual_workers(device: torch.device) -> int:
@@ -449,7 +480,7 @@ def ideal_seconds(accelerator: Accelerator, config: UMAEConfig) -> float:
 
 
 def report_unreadable(
-    accelerator: Accelerator, pictures: Pictures, found: dict[int, str], run: dict[str, Any], max_share: float
+    accelerator: Accelerator, num_pictures: int, found: dict[int, str], run: dict[str, Any], max_share: float
 ) -> None:
     """Name every unreadable picture once, and end a run that leaves out too many; every process calls it."""
     known = run["unreadable"]
@@ -459,9 +490,9 @@ def report_unreadable(
             if accelerator.is_main_process:
                 tqdm.write(f"left out: {reason}")
     found.clear()
-    if len(known) > max_share * len(pictures):
+    if len(known) > max_share * num_pictures:
         raise ValueError(
-            f"{len(known)} of {len(pictures)} pictures cannot be read, more than --max_unreadable_share {max_share:g} "
+            f"{len(known)} of {num_pictures} pictures cannot be read, more than --max_unreadable_share {max_share:g} "
             f"allows: {'; '.join(list(known.values())[:3])}. Mend or remove them, or allow more"
         )
 
@@ -480,7 +511,7 @@ def explained_out_of_memory(args: TrainingArguments) -> Iterator[None]:
         ) from error
 
 
-def stop_if_failed(failed: torch.Tensor, pictures: Pictures, seen: dict[int, list[int]]) -> None:
+def stop_if_failed(failed: torch.Tensor, pictures: Pictures | Stream, seen: dict[int, list[int]]) -> None:
     """End the run before weights are saved that come after a value that was not finite; every process calls it."""
     step, in_a_row, *flags = (int(value) for value in failed.tolist())
     mine = {name for name, flag in zip(LOGGED, flags, strict=True) if flag}
@@ -493,7 +524,8 @@ def stop_if_failed(failed: torch.Tensor, pictures: Pictures, seen: dict[int, lis
     indices = [index for _, _, some in failures for index in some]
     found = set().union(*(some for _, some, _ in failures))
     names = [name for name in LOGGED if name in found - {"grad_norm"}] or ["grad_norm"]
-    shown = ", ".join(map(str, indices[:16])) + (f" and {len(indices) - 16} more" if len(indices) > 16 else "")
+    shown = ", ".join(map(pictures.place, indices[:16]))
+    shown += f" and {len(indices) - 16} more" if len(indices) > 16 else ""
     raise FloatingPointError(
         f"{', '.join(names)} was not finite at step {min(step for step, _, _ in failures)}"
         + (f", the {MOST_OVERFLOWS}th time in a row" if in_a_row >= MOST_OVERFLOWS else "")
@@ -516,11 +548,12 @@ def means(accelerator: Accelerator, window: torch.Tensor) -> dict[str, float]:
     return {**values, "participation_ratio": 1 / uniformity if uniformity else 0.0}
 
 
-def restore(accelerator: Accelerator, folder: Path, model, optimizer, window: torch.Tensor) -> int:
-    """Put the newest checkpoint back into model, optimiser and window; returns the step to go on from."""
+def restore(accelerator: Accelerator, folder: Path, model, optimizer, window: torch.Tensor) -> tuple[int, list[Cursor]]:
+    """Put the newest checkpoint back into model, optimiser and window; returns the step to go on from, and where this
+    process' readers of a stream stand."""
     newest = newest_checkpoint(accelerator, folder)
     if newest is None:
-        return 0
+        return 0, []
     saved = UMAEForPreTraining.from_pretrained(newest)
     checkpoints.restore_model(model, saved.state_dict())
     tensors, state = checkpoints.read_training_state(newest)
@@ -529,7 +562,8 @@ def restore(accelerator: Accelerator, folder: Path, model, optimizer, window: to
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     accelerator.print(f"continuing from {newest}")
-    return state["step"]
+    mine = state["cursors"][accelerator.process_index] if state["cursors"] else []
+    return state["step"], [Cursor(*cursor) for cursor in mine]
 
 
 def newest_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
@@ -550,12 +584,15 @@ def newest_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
     return newest
 
 
-def save(accelerator, folder: Path, step: int, keep: int, model, optimizer, processor, window, run: dict) -> None:
+def save(
+    accelerator, folder: Path, step: int, keep: int, model, optimizer, processor, window, run: dict, cursors: list
+) -> None:
     """Write `step-N/`; every process takes part, the main one writes."""
     state_dict = checkpoints.model_tensors(model)
     tensors = checkpoints.optimizer_tensors(model, optimizer.optimizer)
     window.copy_(accelerator.reduce(window, "mean"))  # what every process goes on with, resumed or not
     state = {"step": step, "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
+    state["cursors"] = gather_object([cursors]) if run["identity"]["streaming"] else []
 
     def write(target: Path) -> None:
         accelerator.unwrap_model(model).save_pretrained(target, state_dict=state_dict)
@@ -573,16 +610,15 @@ def save(accelerator, folder: Path, step: int, keep: int, model, optimizer, proc
 # What stands at the end
 
 
-def finish(folder: Path, pictures: Pictures, total_steps: int, run: dict[str, Any], seed: int) -> None:
+def finish(folder: Path, pictures: Pictures | Stream, total_steps: int, run: dict[str, Any], seed: int) -> None:
     """Put the last checkpoint's model at the top of the run folder, with a picture and a card."""
     for file in (folder / f"step-{total_steps}").iterdir():
         if file.name not in checkpoints.ONLY_FOR_TRAINING:
             checkpoints.copy_file(file, folder / file.name)
     model = UMAEForPreTraining.from_pretrained(folder)
     processor = ViTImageProcessorPil.from_pretrained(folder)
-    order = seeding.permutation(seed, 0, len(pictures)).tolist()
-    shown, images = zip(*islice(pictures.readable(order), 8), strict=True)
-    pixel_values = processor(images=list(images), return_tensors="pt")["pixel_values"]
+    shown, images = pictures.sample(seed, 8)
+    pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
     noise = seeding.uniform(seed, seeding.MASK, 0, torch.tensor(shown), model.config.grid[0] * model.config.grid[1])
     strip = reconstruction_strip(model, pixel_values, noise, processor.image_mean, processor.image_std)
     strip.save(folder / "reconstructions.png")

@@ -2,23 +2,32 @@
 
     python -m benchmarks.uniformity
 
-Both are the mean squared cosine of all pairs of N features of width D = 768. Time and memory are measured up to
-N = 16,384; shares of a ViT-B step and bytes on the wire follow by arithmetic, and are marked as such.
+Both are the mean squared cosine of all pairs of N features of width D = 768, shared by a number of processes: D x D
+needs the sum of their matrices, N x N all of their features. What one process computes is measured, N x N up to 16,384;
+what it receives is measured on 2 and 4 processes. All else follows by arithmetic, and is printed in italics.
 """
 
+import json
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
 from benchmarks import measure, step
 from modeling_umae import uniformity_loss
 
 WIDTH = 768
-COUNTS = (256, 1024, 4096, 16384)
-LOCAL = 128  # pictures of a process
-WORLDS = (1, 8, 32, 64, 512)  # numbers of processes
+# Processes and the pictures of all of them together
+CASES = (
+    (1, 256), (1, 4096), (1, 65536), (2, 256), (4, 512), (8, 1024), (32, 4096), (128, 16384), (512, 65536),
+)  # fmt: skip
+LARGEST_SQUARE = 16384  # N x N of more takes minutes and 87 GB
 STEP_BATCH = 8  # pictures of the ViT-B step that is timed
+WIRE_RUNS = 20
 
 
 def n_by_n(features: torch.Tensor) -> torch.Tensor:
@@ -36,11 +45,12 @@ def forward_backward(form, features: torch.Tensor) -> None:
 
 
 def measured(args) -> dict[tuple[str, int], tuple[float, int]]:
-    """(form, N) -> seconds of a forward and backward pass, peak bytes."""
+    """(form, N) -> seconds of a forward and backward pass in one process, peak bytes."""
     found = {}
-    for count in (LOCAL, *COUNTS):
+    for count in sorted({total // world for world, total in CASES} | {total for _, total in CASES}):
         features = torch.randn(count, WIDTH, device=args.device, requires_grad=True)
-        runs = {name: partial(forward_backward, form, features) for name, form in FORMS.items()}
+        forms = {name: form for name, form in FORMS.items() if name == "D x D" or count <= LARGEST_SQUARE}
+        runs = {name: partial(forward_backward, form, features) for name, form in forms.items()}
         seconds = measure.interleave(runs, args.repetitions, args.device)
         for name, run in runs.items():
             found[name, count] = seconds[name], measure.peak_bytes(run, args.device)
@@ -58,74 +68,115 @@ def vit_base_step(args) -> tuple[float, float]:
     return flops, seconds["step"] / STEP_BATCH
 
 
-def time_and_memory(found) -> str:
-    rows = []
-    for count in (LOCAL, *COUNTS):
-        seconds, peaks = zip(*(found[name, count] for name in FORMS), strict=True)
-        rows.append([f"{count:,}", *(f"{1000 * s:,.1f}" for s in seconds), *(f"{peak / 1e6:,.1f}" for peak in peaks)])
-    quadratic = found["N x N", COUNTS[-1]][1] * (65536 / COUNTS[-1]) ** 2
-    rows.append(["65,536 (arithmetic)", "", "", "", f"{quadratic / 1e6:,.0f}"])
-    header = ("N", *(f"{name}, ms" for name in FORMS), *(f"{name}, peak MB" for name in FORMS))
-    return measure.table(header, rows)
+def percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 1 else f"{share:.0%}".replace("%", " %")
 
 
 def share_of_flops(picture_flops: float) -> str:
     """Two products of 2 N D^2 each, against three of 2 N^2 D (either factor has a gradient)."""
     rows = []
-    for world in WORLDS:
-        total, whole = world * LOCAL, LOCAL * picture_flops
-        rows.append([world, f"{total:,}", percent(4 * LOCAL * WIDTH**2 / whole), percent(6 * total**2 * WIDTH / whole)])
+    for world, total in CASES:
+        local = total // world
+        whole = local * picture_flops
+        rows.append([world, f"{total:,}", percent(4 * local * WIDTH**2 / whole), percent(6 * total**2 * WIDTH / whole)])
     return measure.table(("processes", "N", "D x D", "N x N"), rows)
 
 
-def share_of_time(found, picture_seconds: float) -> str:
-    rows = []
-    for world, local in ((1, 4096), (32, LOCAL)):
-        whole = local * picture_seconds
-        d_by_d, n_by_n = found["D x D", local][0], found["N x N", world * local][0]
-        rows.append([f"{world} x {local:,}", percent(d_by_d / whole), percent(n_by_n / whole)])
-    return measure.table(("processes x pictures", "D x D", "N x N"), rows)
+# ----------------------------------------------------------------------------------------------------------------------
+# Bytes on the wire
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.2g} %" if share < 1 else f"{share:.0%}".replace("%", " %")
-
-
-def wire(world: int) -> list[str]:
-    """A ring: all-reduce sends everything twice but for its own part, all-gather receives the others' rows once."""
+def received(world: int, total: int) -> tuple[float, float]:
+    """Bytes for D x D and N x N, by rings: all-reduce sends all but the own part twice, all-gather the others' once."""
     others = (world - 1) / world
-    reduced, gathered = 2 * others * (WIDTH**2 + 1) * 4, others * world * LOCAL * WIDTH * 4
-    return [f"{world}", f"{world * LOCAL:,}", f"{reduced / 1e6:.2f}", f"{gathered / 1e6:.2f}"]
+    return 2 * others * (WIDTH**2 + 1) * 4, others * total * WIDTH * 4
+
+
+def received_here(world: int, total: int) -> tuple[float, float]:
+    """The same, counted at the loopback device while so many processes of this machine compute the term."""
+    launch = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(world), "-m", "benchmarks.uniformity")
+    command = [sys.executable, "-m", *launch, str(total // world)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    return tuple(json.loads(found.stdout.splitlines()[-1]))
+
+
+def loopback_bytes() -> int:
+    (line,) = (line for line in Path("/proc/net/dev").read_text().splitlines() if line.strip().startswith("lo:"))
+    return int(line.split()[1])
+
+
+def count_bytes(local: int) -> None:
+    """One of several processes; the first one prints what each of them receives for D x D and for N x N."""
+    dist.init_process_group("gloo")
+    features = torch.randn(local, WIDTH, requires_grad=True)
+    everyones = [torch.empty(local, WIDTH) for _ in range(dist.get_world_size())]
+
+    def gathered() -> None:
+        dist.all_gather(everyones, features.detach())
+
+    counts = []
+    for run in (partial(forward_backward, uniformity_loss, features), gathered):
+        run()
+        dist.barrier()
+        before = loopback_bytes()
+        for _ in range(WIRE_RUNS):
+            run()
+        dist.barrier()
+        counts.append((loopback_bytes() - before) / WIRE_RUNS / dist.get_world_size())
+    if dist.get_rank() == 0:
+        print(json.dumps(counts))
+    dist.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def costs(found, wire: dict[int, tuple[float, float]], picture_seconds: float) -> str:
+    """One row for each of CASES; what was not measured in italics."""
+    rows = []
+    for world, total in CASES:
+        local, factor = total // world, max(1, total / LARGEST_SQUARE) ** 2
+        ours, square = found["D x D", local], found["N x N", min(total, LARGEST_SQUARE)]
+        mark = "*" if factor > 1 else ""
+        bytes_mark = "" if world in wire or world == 1 else "*"
+        of_step = (seconds / (local * picture_seconds) for seconds in (ours[0], square[0] * factor))
+        rows.append([
+            world, f"{total:,}",
+            f"{1000 * ours[0]:,.1f}", f"{mark}{1000 * square[0] * factor:,.1f}{mark}",
+            f"{ours[1] / 1e6:,.1f}", f"{mark}{square[1] * factor / 1e6:,.1f}{mark}",
+            *(f"{bytes_mark}{count / 1e6:,.2f}{bytes_mark}" for count in wire.get(world, received(world, total))),
+            *(f"*{percent(share)}*" for share in of_step),
+        ])  # fmt: skip
+    names = [f"{form}, {unit}" for unit in ("ms", "peak MB", "received MB", "of a step") for form in FORMS]
+    return measure.table(("processes", "N", *names), rows)
 
 
 def main() -> None:
     args = measure.start(measure.parser(__doc__))
     picture_flops, picture_seconds = vit_base_step(args)
-    found = measured(args)
-    on_the_wire = measure.table(
-        ("processes", "N", "all-reduce of D x D + 1, MB", "all-gather of N x D, MB"), [wire(world) for world in WORLDS]
-    )
+    wire = {world: received_here(world, total) for world, total in CASES if world in (2, 4)}
     measure.report(
         "uniformity",
         "The uniformity term",
         args.device,
-        "## Measured: forward and backward pass in one process\n\n"
-        f"{time_and_memory(found)}\n\n"
-        f"Features of width {WIDTH}, float32. Peak: what the passes allocate on top of the features.",
-        f"## Arithmetic: share of a ViT-B step's FLOPs, {LOCAL} pictures a process\n\n"
+        f"{costs(measured(args), wire, picture_seconds)}\n\n"
+        f"Features of width {WIDTH}, float32. Measured in one process: forward and backward pass of D x D on its own "
+        "rows, of N x N on all\nN; peak: what they allocate on top of the features. Received: by each process, counted "
+        "at the loopback device on 2 and 4 processes\n(with what TCP adds), for 1 there is nothing; the backward pass "
+        "of D x D sends nothing. In italics, by arithmetic: N x N beyond\n"
+        f"{LARGEST_SQUARE:,} grows with its square; bytes of ring algorithms; shares of a ViT-B step of "
+        f"{1000 * picture_seconds:.1f} ms a picture, measured at\nbatch {STEP_BATCH} in bf16 and scaled by pictures "
+        "of a process. Time on the wire is left out.",
+        "## Arithmetic: share of a ViT-B step's FLOPs\n\n"
         f"{share_of_flops(picture_flops)}\n\n"
-        f"The step: {picture_flops / 1e9:.1f} GFLOP a picture, counted. D x D: 4 x {LOCAL} x D^2.\n"
+        f"The step: {picture_flops / 1e9:.1f} GFLOP a picture, counted. D x D: 4 x n x D^2 on a process' n pictures,\n"
         "N x N, every process computing the whole matrix: 6 x N^2 x D.",
-        "## Arithmetic from measured times: share of a ViT-B step's time, global batch 4,096\n\n"
-        f"{share_of_time(found, picture_seconds)}\n\n"
-        f"The step: {1000 * picture_seconds:.1f} ms a picture, measured at batch {STEP_BATCH} in bf16 and scaled by "
-        "their number.\nA process computes D x D of its own rows, N x N of all 4,096; communication left out.",
-        "## Arithmetic: received by every process in a step, float32\n\n"
-        f"{on_the_wire}\n\n"
-        f"{LOCAL} pictures a process, ring algorithms, forward pass only. The backward pass of D x D sends nothing.",
         repetitions=args.repetitions,
     )
 
 
 if __name__ == "__main__":
-    main()
+    if dist.is_torchelastic_launched():
+        count_bytes(int(sys.argv[1]))
+    else:
+        main()

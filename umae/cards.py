@@ -56,7 +56,9 @@ def model_card(folder: Path) -> str:
     )
     identity = run["identity"]
     facts = {
-        "Data": f"{identity['dataset']}, {identity['pictures']:,} pictures, no labels used",
+        "Data": f"{identity['dataset']}, "
+        + (f"{identity['pictures']:,} pictures" if identity["pictures"] else "streamed")
+        + ", no labels used",
         "Picture and patch": f"{config['image_size']} and {config['patch_size']} pixels",
         "Encoder": f"{config['num_hidden_layers']} layers of width {config['hidden_size']}",
         "Decoder": f"{config['decoder_num_hidden_layers']} layers of width {config['decoder_hidden_size']}",

@@ -8,9 +8,10 @@ import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -56,6 +57,10 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def num_pictures(self) -> int:
+        return len(self)
+
     def read(self, index: int) -> Image.Image:
         """The picture at `index`, RGB. Raises `UnreadablePicture`, which names the file."""
         ((source, name),) = self._sources([index])
@@ -75,13 +80,20 @@ class Pictures:
             except UnreadablePicture as error:
                 yield error
 
-    def readable(self, indices: Iterable[int]) -> Iterator[tuple[int, Image.Image]]:
-        """Those of the pictures at `indices` that can be read, and their indices."""
-        for index in indices:
-            try:
-                yield index, self.read(index)
-            except UnreadablePicture:
-                continue
+    def sample(self, seed: int, count: int) -> tuple[list[int], list[Image.Image]]:
+        """Some pictures that can be read, the same ones for the same seed, and their indices."""
+        indices, images = [], []
+        for index in seeding.permutation(seed, 0, len(self)).tolist():
+            with contextlib.suppress(UnreadablePicture):
+                images.append(self.read(index))
+                indices.append(index)
+            if len(images) == count:
+                break
+        return indices, images
+
+    def place(self, index: int) -> str:
+        """An index as people read it."""
+        return str(index)
 
     def fingerprint(self) -> str:
         """What tells these pictures from others of the same name and number: of the bytes of 16 that lie far apart."""
@@ -170,10 +182,18 @@ def load_pictures(
     if folder.is_dir() and _holds_pictures(folder):
         rows = _pick(_picture_folder(folder), split, name)
         return _prepare(rows, image_column, label_column, f"folder {folder.resolve().name} ({split})", folder)
-    if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise ValueError(f"there is no folder {name}; give an existing folder, a name on the Hub, or `digits`")
-    description = f"{folder.resolve().name if folder.is_dir() else name} ({split})"
-    return _prepare(_load(name, config_name, split), image_column, label_column, description)
+    rows = load_split(name, config_name, split)
+    return _prepare(rows, image_column, label_column, describe(name, split))
+
+
+def describe(name: str, split: str) -> str:
+    """What to call a data set in print: its name on the Hub, or of its folder without the path."""
+    return f"{Path(name).resolve().name if Path(name).is_dir() else name} ({split})"
+
+
+def comes_in_files(name: str) -> bool:
+    """Whether a data set is read picture by picture: the digits, a folder of pictures."""
+    return name == "digits" or (Path(name).is_dir() and _holds_pictures(Path(name)))
 
 
 def split_names(name: str, config_name: str | None = None) -> list[str]:
@@ -185,9 +205,13 @@ def split_names(name: str, config_name: str | None = None) -> list[str]:
     return datasets.get_dataset_split_names(name, config_name)
 
 
-def _load(name: str, config_name: str | None, split: str) -> datasets.Dataset:
+def load_split(name: str, config_name: str | None, split: str, streaming: bool = False):
+    """`datasets.load_dataset`, whose errors become a `ValueError` that says what there is."""
+    folder = Path(name)
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise ValueError(f"there is no folder {name}; give an existing folder, a name on the Hub, or `digits`")
     try:
-        return datasets.load_dataset(name, config_name, split=split)
+        return datasets.load_dataset(name, config_name, split=split, streaming=streaming)
     except datasets.exceptions.DatasetNotFoundError as error:
         raise ValueError(f"there is neither a folder nor a data set on the Hub called {name!r} ({error})") from error
     except (datasets.data_files.EmptyDatasetError, ConnectionError, FileNotFoundError) as error:
@@ -278,17 +302,9 @@ def _prepare(
 ) -> Pictures:
     """Find the columns and leave the pictures encoded."""
     features = rows.features
-    for column in filter(None, (image_column, label_column)):
-        if column not in features:
-            raise ValueError(f"{description} has no column {column!r}; it has {', '.join(features)}")
-    if image_column is None:
-        candidates = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-        if len(candidates) != 1:
-            found = f"{len(candidates)} picture columns" if candidates else "no picture column"
-            raise ValueError(
-                f"{description} has {found} among {', '.join(features)}; name the one to use with --image_column_name"
-            )
-        image_column = candidates[0]
+    if label_column is not None and label_column not in features:
+        raise ValueError(f"{description} has no column {label_column!r}; it has {', '.join(features)}")
+    image_column = find_image_column(features, image_column, description)
     if label_column is None:
         typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         candidates = typed if len(typed) == 1 else [name for name in ("label", "labels") if name in features]
@@ -298,6 +314,21 @@ def _prepare(
     rows = rows.select_columns([column for column in (image_column, label_column) if column])
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
     return Pictures(rows, image_column, label_column, description, folder)
+
+
+def find_image_column(features: Mapping[str, Any], given: str | None, description: str) -> str:
+    """The column that was given, or else the only one of pictures; raises `ValueError` with those that exist."""
+    if given is not None:
+        if given not in features:
+            raise ValueError(f"{description} has no column {given!r}; it has {', '.join(features)}")
+        return given
+    candidates = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if len(candidates) != 1:
+        found = f"{len(candidates)} picture columns" if candidates else "no picture column"
+        raise ValueError(
+            f"{description} has {found} among {', '.join(features)}; name the one to use with --image_column_name"
+        )
+    return candidates[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -408,10 +439,9 @@ class TrainingPictures(torch.utils.data.Dataset):
         for place, pixels in enumerate(self._read(shown.copy())):
             if isinstance(pixels, UnreadablePicture):
                 shown[place], pixels = self._next_readable(epoch, shown[place], pixels, refusals)
-                numbers[place] = seeding.uniform(
-                    self.seed, seeding.CROP, epoch, torch.tensor([shown[place]]), CROP_NUMBERS
-                )
-            crops.append(random_resized_crop(pixels, numbers[place], self.size))
+                crops.append(random_crop(pixels, self.seed, epoch, shown[place], self.size))
+            else:
+                crops.append(random_resized_crop(pixels, numbers[place], self.size))
         return {
             "pixel_values": torch.stack(crops),
             "index": torch.tensor(shown),
@@ -436,6 +466,12 @@ class TrainingPictures(torch.utils.data.Dataset):
             index = order[place]
             (pixels,) = self._read([index])
         return index, pixels
+
+
+def random_crop(pixels: torch.Tensor, seed: int, epoch: int, index: int, size: tuple[int, int]) -> torch.Tensor:
+    """The crop of one picture, keyed by (seed, epoch, index): uint8 (3, height, width) -> (3, *size)."""
+    (numbers,) = seeding.uniform(seed, seeding.CROP, epoch, torch.tensor([index]), CROP_NUMBERS)
+    return random_resized_crop(pixels, numbers, size)
 
 
 def training_loader(

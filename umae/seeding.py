@@ -28,10 +28,11 @@ def _key(*parts: int | torch.Tensor) -> torch.Tensor:
     return key
 
 
-def uniform(seed: int, purpose: int, epoch: int, index: torch.Tensor, count: int) -> torch.Tensor:
+def uniform(seed: int, purpose: int, epoch: int | torch.Tensor, index: torch.Tensor, count: int) -> torch.Tensor:
     """Uniform numbers that belong to pictures, the same bits on every device.
 
     Args:
+        epoch: one for all, or int64 (batch,).
         index: int64 (batch,), the pictures' positions in the data set.
         count: how many numbers each picture needs.
 
@@ -44,9 +45,9 @@ def uniform(seed: int, purpose: int, epoch: int, index: torch.Tensor, count: int
     return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
 
-def permutation(seed: int, epoch: int, count: int) -> torch.Tensor:
-    """The order of an epoch: int64 (count,), a permutation of range(count)."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(_key(seed, ORDER, epoch).item()))
+def permutation(seed: int, epoch: int, count: int, *part: int) -> torch.Tensor:
+    """The order of an epoch, or of a part of it: int64 (count,), a permutation of range(count)."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(_key(seed, ORDER, epoch, *part).item()))
 
 
 def seed_forward(seed: int, step: int, micro_batch: int, rank: int) -> None:

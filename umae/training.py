@@ -108,6 +108,7 @@ def device_inputs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A micro-batch of uint8 crops -> flipped and normalised float32 pictures, and the noise that masks them."""
     index, epoch = batch["index"].to(device, non_blocking=True), batch["epoch"]
+    epoch = epoch.to(device, non_blocking=True) if isinstance(epoch, torch.Tensor) else epoch
     pixel_values = normalize(batch["pixel_values"].to(device, non_blocking=True), mean, std)
     flip = seeding.uniform(seed, seeding.FLIP, epoch, index, 1)[:, 0] < 0.5
     return horizontal_flip(pixel_values, flip), seeding.uniform(seed, seeding.MASK, epoch, index, num_patches)
