@@ -52,7 +52,9 @@ def replicated(module: nn.Module) -> nn.Module:
 
 
 def sharded(module: nn.Module) -> nn.Module:
-    """As FSDP2 wraps: every layer, then the rest."""
+    """As FSDP2 wraps, every layer, then the rest; under gradient checkpointing as well."""
+    model = getattr(module, "model", getattr(module, "vit", module))
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # transformers renames it
     for layer in module.modules():
         if isinstance(layer, UMAELayer):
             fully_shard(layer)
