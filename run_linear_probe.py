@@ -46,6 +46,7 @@ from transformers import BaseImageProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_umae import UMAEForImageClassification, UMAEModel
+from umae.cards import probe_card
 from umae.checkpoints import write_text
 from umae.collapse import effective_rank, uniformity
 from umae.convert import encoder_from_pretrained, set_pooling
@@ -90,6 +91,7 @@ def main(argv: list[str]) -> None:
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / REPORT, json.dumps(report, indent=2) + "\n")
         save_classifier(output, set_pooling(encoder, pooling), heads[pooling], names, processor)
+        write_text(output / "README.md", probe_card(output))
         print_table(report, output)
     accelerator.end_training()
 

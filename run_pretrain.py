@@ -80,11 +80,13 @@ class TrainingArguments:
     )
     report_to: str = flag("none", "Trackers, separated by commas: tensorboard, wandb, trackio.")
     seed: Annotated[int, Between(0, 2**32 - 1)] = flag(0, "Of weights, order, crops, flips and masks.")
-    push_to_hub: bool = flag(False, "Upload the finished run folder to the Hub.")
+    push_to_hub: bool = flag(False, "Upload every checkpoint, as a revision `step-N`, and the finished run to the Hub.")
     hub_model_id: str | None = flag(None, "Repository to upload to: `name/model`. [name of output_dir]")
+    hub_private_repo: bool = flag(False, "If the repository has to be made, make it private.")
 
 
 BETAS = (0.9, 0.95)  # of AdamW
+SHOWN_FEATURES = 512  # pictures whose features' spectrum is drawn
 PATIENCE = timedelta(minutes=30)  # with a process that does not answer; one that has died is noticed at once
 DIGITS_RECIPE = Path(__file__).resolve().parent / "recipes" / "digits.yaml"
 
@@ -120,7 +122,7 @@ from umae import UMAEConfig, UMAEForPreTraining, cards, checkpoints, hub, seedin
 from umae.convert import model_type
 from umae.data import Pictures, Plan, TrainingPictures, decode_all, load_pictures, training_loader
 from umae.interruption import StopRequest
-from umae.pictures import reconstruction_strip
+from umae.pictures import reconstruction_strip, spectrum, training_curve
 from umae.runs import SPEED, MetricsLog, hold_folder, open_run, write_run
 from umae.schedules import decay_groups, learning_rate_at
 from umae.speed import compile_layers, has_fast_bf16, matmul_rate, training_flops
@@ -143,9 +145,10 @@ def main(argv: list[str]) -> None:
     plan = make_plan(accelerator, pictures, args)
     schedule = make_schedule(plan, args)
     folder = Path(args.output_dir)
-    repo_id = args.hub_model_id or folder.resolve().name
-    if args.push_to_hub and accelerator.is_main_process:
-        hub.check_access(repo_id)  # now rather than after hours of training
+    push = None
+    if args.push_to_hub and accelerator.is_main_process:  # rights are asked for now rather than after hours of training
+        repo_id = hub.check_access(args.hub_model_id or folder.resolve().name, args.hub_private_repo)
+        push = hub.BackgroundPush(repo_id, tell=tqdm.write)
 
     identity = identity_of(accelerator, pictures, model.config, model_args.model_name_or_path, plan, schedule, args)
     if isinstance(pictures, Stream):  # there, what a process reads depends on how many readers there are
@@ -161,15 +164,25 @@ def main(argv: list[str]) -> None:
         with hold_folder(accelerator, folder, run), StopRequest() as stop:
             announce(accelerator, run, model, plan)
             share = data_args.max_unreadable_share
-            train(accelerator, model, pictures, plan, schedule, folder, run, args, share, workers, stop)
+            train(accelerator, model, pictures, plan, schedule, folder, run, args, share, workers, stop, push)
             if accelerator.is_main_process and not stop.signal:
-                finish(folder, pictures, schedule.total_steps, run, args.seed)
+                finish(accelerator, folder, pictures, schedule.total_steps, run, args.seed)
         if stop.signal:
             close(accelerator)
             raise SystemExit(128 + stop.signal)
-    if args.push_to_hub and accelerator.is_main_process:
-        print("pushed to", hub.push_folder(folder, repo_id))
     close(accelerator)
+    if push is not None:
+        push_finished(folder, push)
+
+
+def push_finished(folder: Path, push: hub.BackgroundPush) -> None:
+    push.wait()
+    try:
+        print("pushed to", hub.push(hub.published(folder), push.repo_id, "Upload U-MAE model"))
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} is finished and whole, but {error}. To try again: `python -m umae.hub {folder} {push.repo_id}`"
+        ) from error
 
 
 def close(accelerator: Accelerator) -> None:
@@ -374,6 +387,7 @@ def train(
     max_unreadable_share: float,
     workers: int,
     stop: StopRequest,
+    push: hub.BackgroundPush | None,
 ) -> None:
     """From the newest checkpoint, if there is one, to the last step; leaves `step-N/` of the last step behind.
 
@@ -424,6 +438,8 @@ def train(
             run["seconds"] = seconds_before + time.perf_counter() - clock
             keep = args.checkpoints_total_limit
             save(accelerator, folder, done, keep, model, optimizer, processor, window, run, cursors)
+            if push is not None and not last:
+                push.start(published_checkpoint(folder, done), f"Step {done}", f"step-{done}")
         if stopped:
             accelerator.print(f"\nstopped by a signal after step {done}; the same command goes on from there")
             return
@@ -606,22 +622,26 @@ def save(
     accelerator.wait_for_everyone()
 
 
+def published_checkpoint(folder: Path, step: int) -> dict[str, Path | bytes]:
+    """What of a checkpoint others can use, with a card."""
+    checkpoint = folder / f"step-{step}"
+    files = {path.name: path for path in checkpoint.iterdir() if path.name not in checkpoints.ONLY_FOR_TRAINING}
+    return {**files, "README.md": cards.model_card(folder, checkpoint).encode()}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What stands at the end
 
 
-def finish(folder: Path, pictures: Pictures | Stream, total_steps: int, run: dict[str, Any], seed: int) -> None:
-    """Put the last checkpoint's model at the top of the run folder, with a picture and a card."""
+def finish(
+    accelerator: Accelerator, folder: Path, pictures: Pictures | Stream, total_steps: int, run: dict, seed: int
+) -> None:
+    """Put the last checkpoint's model at the top of the run folder, with pictures of what it learned and a card."""
     for file in (folder / f"step-{total_steps}").iterdir():
         if file.name not in checkpoints.ONLY_FOR_TRAINING:
             checkpoints.copy_file(file, folder / file.name)
-    model = UMAEForPreTraining.from_pretrained(folder)
-    processor = ViTImageProcessorPil.from_pretrained(folder)
-    shown, images = pictures.sample(seed, 8)
-    pixel_values = processor(images=images, return_tensors="pt")["pixel_values"]
-    noise = seeding.uniform(seed, seeding.MASK, 0, torch.tensor(shown), model.config.grid[0] * model.config.grid[1])
-    strip = reconstruction_strip(model, pixel_values, noise, processor.image_mean, processor.image_std)
-    strip.save(folder / "reconstructions.png")
+    model = UMAEForPreTraining.from_pretrained(folder).to(accelerator.device)
+    draw(folder, model, pictures, seed)
     checkpoints.write_text(folder / "README.md", cards.model_card(folder))
     run["finished"] = True
     write_run(folder, run)
@@ -636,6 +656,24 @@ def finish(folder: Path, pictures: Pictures | Stream, total_steps: int, run: dic
         + (f"pictures left out because they cannot be read: {len(run['unreadable'])}\n" if run["unreadable"] else "")
         + f"weights and card in {folder}, pictures in {folder / 'reconstructions.png'}"
     )
+
+
+@torch.inference_mode()
+def draw(folder: Path, model: UMAEForPreTraining, pictures: Pictures | Stream, seed: int) -> None:
+    """Reconstructions, the spectrum of the features, and the curve of training, as pictures."""
+    processor = ViTImageProcessorPil.from_pretrained(folder)
+    sample = [
+        (index, processor(images=image, return_tensors="pt")["pixel_values"])
+        for index, image in pictures.sample(seed, SHOWN_FEATURES)
+    ]
+    pixel_values = torch.cat([pixels for _, pixels in sample]).to(model.device)
+    features = torch.cat([model.vit(some).pooler_output for some in pixel_values.split(64)])
+    spectrum(features).save(folder / "spectrum.png")
+    shown = torch.tensor([index for index, _ in sample[:8]], device=model.device)
+    noise = seeding.uniform(seed, seeding.MASK, 0, shown, model.config.grid[0] * model.config.grid[1])
+    strip = reconstruction_strip(model, pixel_values[:8], noise, processor.image_mean, processor.image_std)
+    strip.save(folder / "reconstructions.png")
+    training_curve(cards.read_metrics(folder)).save(folder / "curve.png")
 
 
 if __name__ == "__main__":

@@ -47,8 +47,9 @@ def test_a_run_says_what_it_will_do_and_leaves_a_whole_folder(finished):
     for text in ("1,438 from digits (train)", "effective batch  128", "weight 0.01, mean over the cls features of 128"):
         assert text in printed
     assert {entry.name for entry in folder.iterdir()} == {
-        "README.md", "config.json", "configuration_umae.py", "metrics.jsonl", "model.safetensors", "modeling_umae.py",
-        "preprocessor_config.json", "reconstructions.png", "run.json", "step-8", "step-12",
+        "README.md", "config.json", "configuration_umae.py", "curve.png", "metrics.jsonl", "model.safetensors",
+        "modeling_umae.py", "preprocessor_config.json", "reconstructions.png", "run.json", "spectrum.png", "step-8",
+        "step-12",
     }  # fmt: skip
     assert [line["step"] for line in metrics(folder)] == [3, 6, 9, 12]
     for line in metrics(folder):
@@ -56,7 +57,11 @@ def test_a_run_says_what_it_will_do_and_leaves_a_whole_folder(finished):
         assert line["loss"] == pytest.approx(line["reconstruction_loss"] + 0.01 * line["uniformity_loss"], rel=1e-5)
     width, height = Image.open(folder / "reconstructions.png").size
     assert width > 400 and height > 200
+    for name in ("curve.png", "spectrum.png"):
+        with Image.open(folder / name) as picture:
+            assert picture.width > 400 and len(set(picture.convert("L").tobytes())) > 20, "something is drawn"
     card = (folder / "README.md").read_text()
+    assert "spectrum.png" in card and "| Steps | 12, each of 128 pictures, seed 0 |" in card
     assert "1,438 pictures" in card and str(folder.parent) not in card
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
 _CITATION = """\
 ```bibtex
@@ -38,22 +38,26 @@ with torch.no_grad():
 ```"""
 
 
+_CLASSIFY = """\
+```python
+from PIL import Image
+from transformers import pipeline
+
+classify = pipeline("image-classification", model=".", trust_remote_code=True)  # this folder, or its name on the Hub
+print(classify(Image.open("picture.jpg")))
+```"""
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def model_card(folder: Path) -> str:
-    """The text of `README.md` for a run folder: what it is, how to use it, how it was made."""
+def model_card(folder: Path, checkpoint: Path | None = None) -> str:
+    """The text of `README.md` for a run folder, or a checkpoint in it: what it is, how to use it, how it was made."""
     run = json.loads((folder / "run.json").read_text())
-    config = json.loads((folder / "config.json").read_text())
-    last = read_metrics(folder)[-1]
-    data = ModelCardData(
-        license="apache-2.0",
-        library_name="transformers",
-        pipeline_tag="image-feature-extraction",
-        tags=["umae", "masked-autoencoder", "self-supervised"],
-    )
+    config = json.loads(((checkpoint or folder) / "config.json").read_text())
+    lines = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
     identity = run["identity"]
     facts = {
         "Data": f"{identity['dataset']}, "
@@ -64,16 +68,25 @@ def model_card(folder: Path) -> str:
         "Decoder": f"{config['decoder_num_hidden_layers']} layers of width {config['decoder_hidden_size']}",
         "Mask ratio": config["mask_ratio"],
         "Uniformity weight": f"{config['uniformity_weight']} on the {config['pooling']} feature",
-        "Steps": f"{identity['total_steps']:,} of {identity['pictures_per_step']:,} pictures, seed {identity['seed']}",
+        "Steps": (f"{checkpoint.name.removeprefix('step-')} of " if checkpoint else "")
+        + f"{identity['total_steps']:,}, each of {identity['pictures_per_step']:,} pictures, seed {identity['seed']}",
         "Peak learning rate": f"{identity['learning_rate']:.3g}",
         "Hardware and time": f"{run['hardware']}, {duration(run['seconds'])}",
         "Versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
-        "Reconstruction loss": f"{last['reconstruction_loss']:.4f}",
-        "Uniformity": f"{last['uniformity_loss']:.4f}, i.e. features that fill {last['participation_ratio']:.1f} "
-        f"of {config['hidden_size']} dimensions",
     }
-    rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.items())
-    use = _USE.replace("{hidden_size}", str(config["hidden_size"]))
+    if lines:
+        facts |= {
+            "Reconstruction loss": f"{lines[-1]['reconstruction_loss']:.4f}",
+            "Uniformity": f"{lines[-1]['uniformity_loss']:.4f}, i.e. features that fill "
+            f"{lines[-1]['participation_ratio']:.1f} of {config['hidden_size']} dimensions",
+        }
+    pictures = {
+        "reconstructions.png": "Original, visible and reconstructed pictures",
+        "curve.png": "Reconstruction loss and dimensions filled, over the steps",
+        "spectrum.png": "Singular values of the features",
+    }
+    shown = [f"![{text}]({name})" for name, text in pictures.items() if checkpoint is None and (folder / name).exists()]
+    data = _card_data("image-feature-extraction", [], folder.resolve().name)
     return f"""---
 {data.to_yaml()}
 ---
@@ -85,22 +98,88 @@ collapsing into a few dimensions.
 
 ## Use
 
-{use}
+{_USE.replace("{hidden_size}", str(config["hidden_size"]))}
 
 ## Training
 
-| | |
-| --- | --- |
-{rows}
+{_table(facts)}
 
 The losses are means over the last logged window of training. `metrics.jsonl` holds the whole curve.
 
-![Original, visible and reconstructed pictures](reconstructions.png)
+{(chr(10) * 2).join(shown)}
 
 ## Citation
 
 {_CITATION}
 """
+
+
+def probe_card(folder: Path) -> str:
+    """The text of `README.md` for the folder of a linear probe: a classifier, and what its features are worth."""
+    report = json.loads((folder / "linear_probe.json").read_text())
+    protocol = report["protocol"]
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=protocol["test"]["data"].rpartition(" (")[0],
+            dataset_name=protocol["test"]["data"],
+            metric_type="accuracy",
+            metric_name=f"{name}, {feature} features",
+            metric_value=report[feature][key],
+        )
+        for feature in ("cls", "mean")
+        for key, name in {"top1": "linear probe top-1", "top5": "linear probe top-5", "knn_top1": "k-NN top-1"}.items()
+        if report[feature][key] is not None
+    ]
+    facts = {
+        "Encoder": protocol["model"],
+        "Heads trained on": f"{protocol['train']['data']}, {protocol['train']['pictures']:,} pictures",
+        "Judged on": f"{protocol['test']['data']}, {protocol['test']['pictures']:,} pictures",
+        "Classes": protocol["classes"],
+        "This classifier's feature": protocol["classifier_pooling"],
+        **{f"{result.metric_name}, %": result.metric_value for result in results},
+        **{f"Effective rank, {feature} features": report[feature]["effective_rank"] for feature in ("cls", "mean")},
+        "Seed": protocol["seed"],
+        "Versions": ", ".join(f"{name} {version}" for name, version in protocol["versions"].items()),
+    }
+    data = _card_data("image-classification", results, protocol["model"])
+    return f"""---
+{data.to_yaml()}
+---
+
+# Linear probe of a frozen encoder
+
+## Use
+
+{_CLASSIFY}
+
+## Results
+
+{_table(facts)}
+
+`linear_probe.json` holds the whole protocol.
+
+## Citation
+
+{_CITATION}
+"""
+
+
+def _card_data(task: str, results: list[EvalResult], name: str) -> ModelCardData:
+    """What the Hub reads, as YAML; names are quoted there."""
+    return ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["umae", "masked-autoencoder", "self-supervised"],
+        eval_results=results or None,
+        model_name=name if results else None,
+    )
+
+
+def _table(facts: dict[str, Any]) -> str:
+    rows = (f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items())
+    return "\n".join(["| | |", "| --- | --- |", *rows])
 
 
 def duration(seconds: float) -> str:

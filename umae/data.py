@@ -8,8 +8,9 @@ import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,16 +81,14 @@ class Pictures:
             except UnreadablePicture as error:
                 yield error
 
-    def sample(self, seed: int, count: int) -> tuple[list[int], list[Image.Image]]:
-        """Some pictures that can be read, the same ones for the same seed, and their indices."""
-        indices, images = [], []
-        for index in seeding.permutation(seed, 0, len(self)).tolist():
+    def sample(self, seed: int, count: int) -> Iterator[tuple[int, Image.Image]]:
+        """The indices of some pictures that can be read, and the pictures; the same ones for the same seed."""
+        return islice(self._readable(seeding.permutation(seed, 0, len(self)).tolist()), count)
+
+    def _readable(self, indices: Iterable[int]) -> Iterator[tuple[int, Image.Image]]:
+        for index in indices:
             with contextlib.suppress(UnreadablePicture):
-                images.append(self.read(index))
-                indices.append(index)
-            if len(images) == count:
-                break
-        return indices, images
+                yield index, self.read(index)
 
     def place(self, index: int) -> str:
         """An index as people read it."""

@@ -1,31 +1,144 @@
-"""Share a run folder on the Hugging Face Hub. Who one is there, huggingface_hub knows; no token passes through here."""
+"""Share a folder on the Hugging Face Hub. Who one is there, huggingface_hub knows; no token passes through here.
 
+python -m umae.hub runs/mine name/model
+"""
+
+import argparse
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-# Checkpoints of a run in progress, its optimiser, and local logs stay at home.
-STAYS_HOME = ["step-*", "*.tmp", "*.tmp/*", "logs/*", "run.json", "run.lock", ".*"]
+# Checkpoints of a run in progress, its optimiser, its lock and local logs stay at home.
+STAYS_HOME = ("step-*", "*.tmp", "logs", "run.json", "run.lock", ".*", "__pycache__")
+WAITS = (1, 4, 16, 60)  # seconds before another attempt, where the Hub is down, slow or asks for patience
+TIMEOUT = 60  # seconds without a byte
+
+_TransportError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")  # httpx's or httpx2's
+_REFUSALS = (LocalTokenNotFoundError, HFValidationError, _TransportError, OSError)
 
 
-def check_access(repo_id: str) -> None:
+def check_access(repo_id: str, private: bool = False) -> str:
     """Create the model repository, or see that it is there; called before training, not after.
+
+    Returns:
+        The repository's whole name: `name/model`.
 
     Raises:
         ValueError: nobody is logged in, or may not write there, or the Hub does not answer.
     """
     try:
-        HfApi().create_repo(repo_id, exist_ok=True)
-    except (LocalTokenNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
+        return _patiently(HfApi().create_repo, repo_id, private=private or None, exist_ok=True).repo_id
+    except _REFUSALS as error:
         raise ValueError(f"cannot write to {repo_id} on the Hub: {error}. Log in with `hf auth login`") from error
 
 
-def push_folder(folder: Path, repo_id: str) -> str:
-    """Upload a run folder in one commit; returns the repository's address."""
+def push(files: Mapping[str, Path | bytes], repo_id: str, message: str, tag: str | None = None) -> str:
+    """Put files into a repository that exists, in one commit: all of them become visible, or none.
+
+    Args:
+        files: what they are called there, and a path or the content.
+        tag: a name for the state after this commit, for `from_pretrained(..., revision=tag)`.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        ValueError: the Hub refuses, or has not answered in all attempts.
+    """
     api = HfApi()
-    api.create_repo(repo_id, exist_ok=True)
-    api.upload_folder(
-        repo_id=repo_id, folder_path=folder, ignore_patterns=STAYS_HOME, commit_message="Upload U-MAE model"
-    )
+    contents = {name: str(file) if isinstance(file, Path) else file for name, file in files.items()}
+    operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
+    try:
+        commit = _patiently(api.create_commit, repo_id, operations, commit_message=message)
+        if tag is not None:
+            _patiently(api.create_tag, repo_id, tag=tag, revision=commit.oid, exist_ok=True)
+    except _REFUSALS as error:
+        raise ValueError(f"cannot push to {repo_id}: {error}") from error
     return f"{api.endpoint}/{repo_id}"
+
+
+def published(folder: Path) -> dict[str, Path]:
+    """What of a run's or a probe's folder is for others, by name.
+
+    Raises:
+        ValueError: the folder holds no finished model.
+    """
+    if not (folder / "model.safetensors").exists():
+        raise ValueError(f"{folder} holds no model.safetensors; give the folder of a finished run")
+    paths = sorted(path for path in folder.iterdir() if not any(path.match(pattern) for pattern in STAYS_HOME))
+    return {path.name: path for path in paths if path.is_file()}
+
+
+def _patiently(call: Callable, *args, **kwargs) -> Any:
+    """`call`, again and again where the Hub is down or busy; huggingface_hub repeats some of its requests only."""
+    get_session().timeout = TIMEOUT  # by default there is none
+    for wait in (*WAITS, None):
+        try:
+            return call(*args, **kwargs)
+        except (_TransportError, OSError) as error:
+            response = getattr(error, "response", None)
+            status = getattr(response, "status_code", None)
+            if wait is None or (status is not None and status < 500 and status not in (408, 429)):
+                raise
+            asked = response.headers.get("Retry-After", "") if status is not None else ""
+            time.sleep(max(wait, min(int(asked), 300)) if asked.isdecimal() else wait)
+
+
+class BackgroundPush:
+    """Pushes while training goes on: one at a time, what comes meanwhile is left out, and a failure is only told."""
+
+    def __init__(self, repo_id: str, tell: Callable[[str], None]):
+        self.repo_id, self.tell, self.thread = repo_id, tell, None
+
+    def start(self, files: Mapping[str, Path | bytes], message: str, tag: str) -> None:
+        """Push, unless the push before is still under way."""
+        if self.thread is not None and self.thread.is_alive():
+            return
+        self.thread = threading.Thread(target=self._push, args=(files, message, tag), daemon=True)
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until the push that is under way, if any, has ended."""
+        if self.thread is not None:
+            self.thread.join()
+
+    def _push(self, files: Mapping[str, Path | bytes], message: str, tag: str) -> None:
+        try:
+            push(files, self.repo_id, message, tag)
+        except ValueError as error:
+            self.tell(f"{tag} is not on the Hub ({error}); training goes on")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python -m umae.hub
+
+
+def main(argv: Sequence[str]) -> None:
+    """Put the folder of a finished run, or of a probe, on the Hugging Face Hub. Log in first: `hf auth login`."""
+    parser = argparse.ArgumentParser(prog="python -m umae.hub", description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("folder", type=Path, help="folder of a finished run, or of a probe")
+    parser.add_argument("repo_id", help="repository to push to: `name/model`")
+    parser.add_argument("--private", action="store_true", help="a repository that is made is private")
+    parser.add_argument("--dry_run", action="store_true", help="list the files and show the card; nothing is sent")
+    arguments = parser.parse_args(argv)
+    try:
+        files = published(arguments.folder)
+        for name, path in files.items():
+            print(f"{path.stat().st_size / 1e6:10.2f} MB  {name}")
+        if arguments.dry_run:
+            print(f"\n{files['README.md'].read_text() if 'README.md' in files else 'no card'}")
+            return
+        repo_id = check_access(arguments.repo_id, arguments.private)
+        print("pushed to", push(files, repo_id, "Upload U-MAE model"))
+    except ValueError as error:
+        raise SystemExit(f"umae.hub: {error}") from error
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from modeling_umae import UMAEForPreTraining, patchify, unpatchify
+from umae.collapse import effective_rank, singular_values
 
 
 @torch.no_grad()
@@ -42,6 +44,37 @@ def reconstruction_strip(
     return _tile({name: _to_pixels(unpatchify(row, patch, grid), mean, std) for name, row in rows.items()})
 
 
+def spectrum(features: torch.Tensor) -> Image.Image:
+    """How evenly features (N, D) fill their dimensions: the singular values of their matrix, on a log scale."""
+    values = singular_values(features)
+    figure = Figure(figsize=(6, 3.2), layout="constrained", dpi=100)
+    axis = figure.subplots()
+    axis.plot(range(1, len(values) + 1), [value / (values[0] or 1.0) for value in values], linewidth=2)
+    axis.set(yscale="log", ylim=(1e-4, 1.5), xlabel="singular value", ylabel="share of the largest")
+    axis.set_title(
+        f"features of {len(features)} pictures: effective rank {effective_rank(features):.1f} of {features.shape[1]}",
+        fontsize=10,
+    )
+    axis.grid(alpha=0.3)
+    return _rendered(figure)
+
+
+def training_curve(lines: Sequence[dict[str, Any]]) -> Image.Image:
+    """Reconstruction, and the dimensions that the features fill, over the steps of `metrics.jsonl`."""
+    steps = [line["step"] for line in lines]
+    figure = Figure(figsize=(8, 2.8), layout="constrained", dpi=100)
+    for axis, (name, title) in zip(
+        figure.subplots(1, 2),
+        {"reconstruction_loss": "reconstruction loss", "participation_ratio": "dimensions filled"}.items(),
+        strict=True,
+    ):
+        axis.plot(steps, [line[name] for line in lines], linewidth=2, marker="." if len(steps) < 20 else None)
+        axis.set(xlabel="step")
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+    return _rendered(figure)
+
+
 def _to_pixels(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Undo the normalisation: (pictures, channels, height, width) -> uint8 (pictures, height, width, channels)."""
     mean, std = (torch.tensor(values, device=pixel_values.device)[:, None, None] for values in (mean, std))
@@ -58,6 +91,10 @@ def _tile(rows: dict[str, np.ndarray]) -> Image.Image:
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
         line[0].set_ylabel(name, fontsize=10)
+    return _rendered(figure)
+
+
+def _rendered(figure: Figure) -> Image.Image:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")

@@ -130,10 +130,9 @@ class Stream:
                 f"{'; '.join(refusals[:3])}"
             )
 
-    def sample(self, seed: int, count: int) -> tuple[list[int], list[Image.Image]]:
-        """Some pictures that can be read, the same ones for the same seed, and their indices."""
-        indices, images = zip(*islice(self._readable(self.walk(seed), []), count), strict=True)
-        return list(indices), list(images)
+    def sample(self, seed: int, count: int) -> Iterator[tuple[int, Image.Image]]:
+        """The indices of some pictures that can be read, and the pictures; the same ones for the same seed."""
+        return islice(self._readable(self.walk(seed), []), count)
 
     def fingerprint(self) -> str:
         """What tells these pictures from others of the same name: of the first ones, and the number of shards."""
