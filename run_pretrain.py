@@ -40,7 +40,7 @@ class DataArguments:
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str | None = flag(None, "Weights to start from: a run folder or a Hub id (U-MAE or MAE).")
+    model_name_or_path: str | None = flag(None, "Weights to start from: a folder, Hub id or file of U-MAE, MAE or ViT.")
     config_overrides: str | None = flag(None, "Fields of UMAEConfig: `hidden_size=192,num_hidden_layers=12`.")
     image_size: Annotated[int | None, Between(1)] = flag(None, "Side of the square crops, in pixels. [224]")
     patch_size: Annotated[int | None, Between(1)] = flag(None, "Side of a patch, in pixels; divides image_size. [16]")
@@ -119,7 +119,7 @@ from transformers import ViTImageProcessorPil
 from transformers.utils.logging import disable_progress_bar
 
 from umae import UMAEConfig, UMAEForPreTraining, cards, checkpoints, hub, seeding
-from umae.convert import model_type
+from umae.convert import load_exactly, read_model
 from umae.data import Pictures, Plan, TrainingPictures, decode_all, load_pictures, training_loader
 from umae.interruption import StopRequest
 from umae.pictures import reconstruction_strip, spectrum, training_curve
@@ -235,26 +235,24 @@ def make_model(accelerator: Accelerator, args: ModelArguments) -> UMAEForPreTrai
     if args.model_name_or_path is None:
         model = UMAEForPreTraining._from_config(UMAEConfig(**overrides), attn_implementation=attention)
     else:
-        model = load_weights(accelerator, args.model_name_or_path, attn_implementation=attention, **overrides)
+        model = load_weights(accelerator, args.model_name_or_path, attention, overrides)
     if model.config.num_hidden_patches == 0:
         raise ValueError(f"--mask_ratio {model.config.mask_ratio:g} hides no patch; raise it, 0.75 is usual")
     return model
 
 
-def load_weights(accelerator: Accelerator, name_or_path: str, **arguments: Any) -> UMAEForPreTraining:
-    """Start from a run folder or a published MAE; only a decoder may be missing, and that is said."""
-    model_type(name_or_path)
-    model, loading = UMAEForPreTraining.from_pretrained(
-        name_or_path, dtype=torch.float32, output_loading_info=True, **arguments
-    )
-    fresh = loading["missing_keys"]
-    wrong = [*loading["unexpected_keys"], *(key for key, *_ in loading["mismatched_keys"])]
-    wrong += [key for key in fresh if not key.startswith(("decoder.", "vit.fc_norm."))]
-    if wrong:
-        raise ValueError(
-            f"{name_or_path} does not fit: {len(wrong)} tensors are missing or left over, such as "
-            f"{', '.join(sorted(wrong)[:5])}; give a U-MAE or MAE checkpoint, and leave its sizes as they are"
-        )
+def load_weights(
+    accelerator: Accelerator, name_or_path: str, attention: str, overrides: dict[str, Any]
+) -> UMAEForPreTraining:
+    """Start from a run folder or any published MAE; only a decoder may be missing, and that is said."""
+    config, tensors = read_model(name_or_path)
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    config.name_or_path = name_or_path
+    model = UMAEForPreTraining._from_config(config, attn_implementation=attention, dtype=torch.float32)
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("classifier.")}
+    fresh = [key for key in model.state_dict() if key not in tensors]
+    load_exactly(model, tensors, name_or_path, may_be_fresh=("decoder.", "vit.fc_norm."))
     if fresh:
         accelerator.print(f"{name_or_path} lacks {len(fresh)} tensors, such as {min(fresh)}; they start fresh")
     return model

@@ -1,5 +1,6 @@
 """Our models with the weights of golden_inputs.py, and the values that the original code computed for them."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -47,3 +48,18 @@ def fresh_config(**changes) -> UMAEConfig:
         "decoder_num_attention_heads": 2, "decoder_intermediate_size": 32,
     }  # fmt: skip
     return UMAEConfig(**{**small, **changes})
+
+
+def original_file(path, setup=SETUP, decoder: bool = True, **content):
+    """A checkpoint as the original code saves it: its names, its settings, and what else training needs."""
+    values = golden_inputs.with_position_tables(setup, golden_inputs.weights(setup))
+    tensors = {name: torch.tensor(v) for name, v in golden_inputs.to_original(values).items()}
+    tensors |= {"fc_norm.weight": torch.ones(setup.hidden_size), "fc_norm.bias": torch.zeros(setup.hidden_size)}
+    if not decoder:
+        tensors = {name: v for name, v in tensors.items() if not name.startswith(("decoder", "mask_token", "fc"))}
+    settings = argparse.Namespace(
+        mask_ratio=0.6, norm_pix_loss=True, lamb=0.08, reg="spectral", world_size=8, output_dir="/somebody/s"
+    )
+    whole = {"model": tensors, "args": settings, "epoch": 3, "optimizer": {"state": {}}, **content}
+    torch.save({name: value for name, value in whole.items() if value is not None}, path)
+    return path

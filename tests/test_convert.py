@@ -7,11 +7,12 @@ import re
 import golden_inputs
 import pytest
 import torch
-from golden_models import batch, fresh_config, our_weights, pretraining_model
+from golden_models import batch, fresh_config, original_file, our_weights, pretraining_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
     AutoModel,
+    AutoModelForImageClassification,
     AutoModelForPreTraining,
     ResNetConfig,
     ResNetModel,
@@ -28,10 +29,13 @@ from umae import convert
 from umae.convert import (
     encoder_from_pretrained,
     from_original,
-    model_from_original,
+    load_exactly,
+    original_config,
+    read_model,
     read_weights,
     rename,
     set_pooling,
+    to_original,
 )
 
 PIXELS = torch.linspace(-2, 2, 3 * 3 * 16 * 16).reshape(3, 3, 16, 16).sin()
@@ -173,21 +177,6 @@ def test_weights_in_the_originals_names_load_with_no_wrong_value(setup, pooling)
 # ------------------------------------------------------------------------------------------- files of the original code
 
 
-def original_file(path, setup=golden_inputs.SETUPS["golden"], decoder: bool = True, **content):
-    """A checkpoint as the original code saves it: its names, its settings, and what else training needs."""
-    values = golden_inputs.with_position_tables(setup, golden_inputs.weights(setup))
-    tensors = {name: torch.tensor(v) for name, v in golden_inputs.to_original(values).items()}
-    tensors |= {"fc_norm.weight": torch.ones(setup.hidden_size), "fc_norm.bias": torch.zeros(setup.hidden_size)}
-    if not decoder:
-        tensors = {name: v for name, v in tensors.items() if not name.startswith(("decoder", "mask_token", "fc"))}
-    settings = argparse.Namespace(
-        mask_ratio=0.6, norm_pix_loss=True, lamb=0.08, reg="spectral", world_size=8, output_dir="/somebody/s"
-    )
-    whole = {"model": tensors, "args": settings, "epoch": 3, "optimizer": {"state": {}}, **content}
-    torch.save({name: value for name, value in whole.items() if value is not None}, path)
-    return path
-
-
 HEADS = ["--num_attention_heads", "3", "--decoder_num_attention_heads", "4"]
 
 
@@ -218,9 +207,10 @@ def test_a_file_without_decoder_becomes_an_encoder(tmp_path):
 
 def test_a_trained_norm_of_the_mean_makes_it_the_pooling(tmp_path):
     path = original_file(tmp_path / "mean.pth")
-    tensors, settings = read_weights(path)
-    tensors["fc_norm.bias"] += 0.5
-    model = model_from_original(tensors, settings, 3, 4)
+    tensors, _ = read_weights(path)
+    torch.save({"model": {**tensors, "fc_norm.bias": torch.full((48,), 0.5)}}, path)
+    config, ours = read_model(path, None, 3, 4)
+    model = load_exactly(UMAEForPreTraining(config), ours, path)
     assert model.config.pooling == "mean" and torch.equal(model.vit.fc_norm.bias, torch.full((48,), 0.5))
 
 
@@ -322,7 +312,89 @@ def test_files_that_do_not_hold_such_a_model_are_refused_with_the_first_five(tmp
 def test_settings_that_make_no_sense_are_refused(tmp_path, settings):
     path = original_file(tmp_path / "mae.pth", args=argparse.Namespace(**settings))
     with pytest.raises(ValueError, match=r"lamb|mask_ratio"):
-        model_from_original(*read_weights(path), 3, 4)
+        original_config(*read_weights(path), 3, 4)
+
+
+def original_classifier(path, head: dict[str, torch.Tensor], **others) -> torch.nn.Module:
+    """A file with a head on the encoder, as main_linprobe.py and main_finetune.py save it; returns the encoder."""
+    tensors, _ = read_weights(original_file(path, decoder=False))
+    torch.save({"model": {**tensors, **head, **others}}, path)
+    return pretraining_model().eval().vit
+
+
+@torch.no_grad()
+def test_a_linear_probe_of_the_original_gives_its_logits(tmp_path):
+    head = torch.nn.Sequential(torch.nn.BatchNorm1d(48, affine=False, eps=1e-6), torch.nn.Linear(48, 7)).eval()
+    head[0].running_mean.normal_()
+    head[0].running_var.uniform_(0.1, 2)
+    encoder = original_classifier(tmp_path / "probe.pth", {f"head.{key}": v for key, v in head.state_dict().items()})
+    convert.main([str(tmp_path / "probe.pth"), str(tmp_path / "out"), *HEADS])
+    classifier = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    pixel_values, _ = batch()
+    expected = head(encoder(pixel_values).last_hidden_state[:, 0])
+    assert classifier.config.num_labels == 7
+    assert torch.allclose(classifier(pixel_values).logits, expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_fine_tuned_model_of_the_original_gives_its_logits_unless_it_pools_otherwise(tmp_path):
+    head = torch.nn.Linear(48, 7)
+    named = {f"head.{key}": v for key, v in head.state_dict().items()}
+    encoder = original_classifier(tmp_path / "tuned.pth", named)
+    config, tensors = read_model(tmp_path / "tuned.pth", None, 3)
+    classifier = load_exactly(UMAEForImageClassification(config), tensors, "tuned").eval()
+    pixel_values, _ = batch()
+    expected = head(encoder(pixel_values).last_hidden_state[:, 0])
+    assert torch.allclose(classifier(pixel_values).logits, expected, atol=1e-5)
+    tensors, _ = read_weights(tmp_path / "tuned.pth")
+    pooled = {key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: v for key, v in tensors.items()}
+    torch.save({"model": pooled}, tmp_path / "pooled.pth")
+    with pytest.raises(ValueError, match="fine-tuned with global pooling: it pools its tokens before"):
+        read_model(tmp_path / "pooled.pth", None, 3)
+
+
+def test_ours_goes_back_to_the_originals_names_bit_for_bit(tmp_path):
+    source = original_file(tmp_path / "mae.pth")
+    convert.main([str(source), str(tmp_path / "folder"), *HEADS])
+    convert.main([str(tmp_path / "folder"), str(tmp_path / "back.safetensors")])
+    original, _ = read_weights(source)
+    back = load_file(tmp_path / "back.safetensors")
+    assert back.keys() == {key for key in original if not key.startswith("fc")}
+    assert all(torch.equal(back[key], original[key]) for key in back)
+    assert to_original(from_original(original)).keys() == original.keys()
+
+
+@pytest.mark.parametrize("names", ["as transformers saves it", "as in memory"])
+@torch.no_grad()
+def test_a_vit_mae_keeps_its_decoder_whatever_its_names(tmp_path, names):
+    theirs = ViTMAEForPreTraining(ViTMAEConfig(**SIZES, **DECODER, mask_ratio=0.6))
+    saved(theirs, tmp_path / "mae")
+    if names == "as in memory":
+        save_file(theirs.state_dict(), tmp_path / "mae" / "model.safetensors", metadata={"format": "pt"})
+    else:
+        assert any("decoder_encoder" in key for key in load_file(tmp_path / "mae" / "model.safetensors"))
+    convert.main([str(tmp_path / "mae"), str(tmp_path / "out")])
+    ours = AutoModelForPreTraining.from_pretrained(tmp_path / "out")
+    noise = torch.rand(3, 16)
+    expected = theirs(PIXELS, noise=noise)
+    found = ours(PIXELS, noise=noise)
+    assert torch.equal(found.mask, expected.mask) and ours.config.mask_ratio == 0.6
+    assert torch.allclose(found.logits, expected.logits, atol=1e-5)
+
+
+def test_older_checkpoints_without_safetensors_are_read_and_hostile_ones_not(tmp_path):
+    folder = saved(ViTModel(ViTConfig(**SIZES)), tmp_path / "vit")
+    expected = encoder_from_pretrained(folder).state_dict()
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds no weights, neither model\.safetensors nor"):
+        encoder_from_pretrained(folder)
+    torch.save(tensors, folder / "pytorch_model.bin")
+    found = encoder_from_pretrained(folder).state_dict()
+    assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+    torch.save({**tensors, "x": Hostile()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"asks for posix\.system"):
+        encoder_from_pretrained(folder)
 
 
 def test_an_existing_target_is_left_alone(tmp_path):

@@ -1,5 +1,6 @@
 """Pre-training as people start it: other processes, real pictures, a real kill."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,9 +13,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import golden_inputs
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from golden_models import original_file
 from PIL import Image
 from processes import ROOT, SHARED, TIMEOUT, environment, run, torchrun
 from transformers import AutoImageProcessor
@@ -23,8 +26,14 @@ import run_pretrain
 import umae
 from umae import seeding, training
 from umae.checkpoints import newest_whole
+from umae.convert import read_weights
 from umae.runs import SPEED
 
+# The width of ViT-B, whose heads are known, and little else
+SETUP_OF_768 = dataclasses.replace(
+    golden_inputs.SETUPS["golden"], hidden_size=768, num_hidden_layers=1, num_attention_heads=12, image_size=8,
+    patch_size=2, mlp_ratio=1, decoder_hidden_size=64, decoder_num_attention_heads=16,
+)  # fmt: skip
 SHORT = ("--max_train_steps", "12", "--checkpointing_steps", "4", "--logging_steps", "3")
 
 
@@ -480,6 +489,23 @@ def test_training_starts_from_given_weights(finished, tmp_path):
     before, after = (umae.UMAEForPreTraining.from_pretrained(one) for one in (folder, tmp_path / "run"))
     assert after.config.uniformity_weight == 0.5
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+def test_training_starts_from_a_file_of_the_original_code(tmp_path, capsys):
+    source = original_file(tmp_path / "mae.pth", SETUP_OF_768)
+    (tmp_path / "pictures").mkdir()
+    for i in range(4):
+        Image.new("RGB", (9, 9), (i, 99, 9)).save(tmp_path / "pictures" / f"{i}.png")
+    run_pretrain.main(
+        f"--output_dir {tmp_path / 'run'} --model_name_or_path {source} --max_train_steps 1 --base_learning_rate 0 "
+        f"--dataset_name {tmp_path / 'pictures'} "
+        "--per_device_train_batch_size 4".split()
+    )
+    assert f"from {source}" in capsys.readouterr().out
+    tensors, _ = read_weights(source)
+    after = umae.UMAEForPreTraining.from_pretrained(tmp_path / "run")
+    assert torch.equal(after.vit.embeddings.cls_token, tensors["cls_token"])
+    assert (after.config.uniformity_weight, after.config.mask_ratio) == (0.01, 0.6), "from the settings in the file"
 
 
 def folder_with_bad_pictures(folder, count: int, bad: int) -> str:

@@ -1,6 +1,10 @@
-"""Checkpoints of other families as ours, each by a table of renames; nothing is left over or missing in silence.
+"""Checkpoints of any family as ours, each by a table of renames; nothing is left over or missing in silence.
 
-python -m umae.convert mae_pretrain_vit_base.pth FOLDER
+python -m umae.convert mae_pretrain_vit_base.pth runs/mae             # anything below, to a folder of ours
+python -m umae.convert runs/mine mine.safetensors                     # ours, to the names of facebookresearch/mae
+
+Read are files of facebookresearch/mae and zhangq327/U-MAE, and U-MAE, ViTMAE and ViT of any transformers, from a folder
+or the Hub. What a source is, is seen from what it holds.
 """
 
 import argparse
@@ -13,28 +17,29 @@ import struct
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, ViTMAEModel, ViTModel
-from transformers.utils import logging
+from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig, ViTMAEConfig
 
 from configuration_umae import POOLINGS, UMAEConfig
-from modeling_umae import UMAEForPreTraining, UMAEModel
+from modeling_umae import UMAEForImageClassification, UMAEForPreTraining, UMAEModel
 from umae.checkpoints import write_folder
 from umae.transforms import evaluation_processor
 
-ACCEPTED = ("umae", "vit", "vit_mae")  # the model_type of a checkpoint's config.json
+FAMILIES = {"umae": UMAEConfig, "vit": ViTConfig, "vit_mae": ViTMAEConfig}  # by the model_type of a config.json
 
-# Of transformers' encoders in memory (since 5.17; before, their names were ours) to ours, applied in this order.
+# Of transformers' ViT and ViTMAE to ours, applied in this order. Before 5.17 their names were ours; since then those in
+# memory differ, and files hold `decoder_encoder.layer`.
 RENAMES = (
-    (r"^layers\.", "encoder.layer."),
+    (r"\bdecoder_encoder\.layer\.", "decoder_layers."),
+    (r"^(vit\.)?layers\.", r"\1encoder.layer."),
     (r"\.attention\.q_proj\.", ".attention.attention.query."),
     (r"\.attention\.k_proj\.", ".attention.attention.key."),
     (r"\.attention\.v_proj\.", ".attention.attention.value."),
@@ -43,7 +48,7 @@ RENAMES = (
     (r"\.mlp\.fc2\.", ".output.dense."),
 )
 
-# Of facebookresearch/mae and zhangq327/U-MAE (pre-training) to ours, applied in this order.
+# Of facebookresearch/mae and zhangq327/U-MAE to ours, applied in this order, and back again.
 ORIGINAL_RENAMES = (
     (r"^(cls_token)$", r"vit.embeddings.\1"),
     (r"^pos_embed$", "vit.embeddings.position_embeddings"),
@@ -59,75 +64,55 @@ ORIGINAL_RENAMES = (
     (r"\.mlp\.fc1\.", ".intermediate.dense."),
     (r"\.mlp\.fc2\.", ".output.dense."),
 )
+BACK_TO_ORIGINAL = (
+    (r"^vit\.embeddings\.cls_token$", "cls_token"),
+    (r"^vit\.embeddings\.position_embeddings$", "pos_embed"),
+    (r"^vit\.embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^vit\.encoder\.layer\.", "blocks."),
+    (r"^vit\.layernorm\.", "norm."),
+    (r"^vit\.fc_norm\.", "fc_norm."),
+    (r"^decoder\.decoder_layers\.", "decoder_blocks."),
+    (r"^decoder\.", ""),
+    (r"^classifier\.", "head."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+)
 
-# What an encoder has no use for: decoders, heads, ViT's pooler, the mask token of masked image modelling.
-NOT_THE_ENCODER = re.compile(r"^(vit\.)?(decoder|classifier|pooler)\.|embeddings\.mask_token$")
+# What no U-MAE has, and a checkpoint may: ViT's pooler, the mask token of masked image modelling, U-MAE's online
+# classifier, the counter of a batch norm.
+NOT_OURS = re.compile(r"^vit\.pooler\.|^vit\.embeddings\.mask_token$|^fc\.|num_batches_tracked$")
 
-# Fields that all three configurations share. The decoder's stay at their defaults: it is not loaded.
-FIELDS = (
+# Fields that the configurations of ViT and ViTMAE share with ours, and those of ViTMAE alone.
+SHARED_FIELDS = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps",
     "image_size", "patch_size", "num_channels", "qkv_bias", "initializer_range",
+)  # fmt: skip
+MAE_FIELDS = (
+    "decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads", "decoder_intermediate_size",
+    "mask_ratio", "norm_pix_loss",
 )  # fmt: skip
 
 
 def encoder_from_pretrained(name_or_path: str, pooling: str | None = None, revision: str | None = None) -> UMAEModel:
-    """The encoder of a U-MAE, ViT or ViTMAE checkpoint, in float32 and evaluation mode.
+    """The encoder of any checkpoint that `read_model` knows, in float32 and evaluation mode.
 
     Args:
-        name_or_path: a folder that `save_pretrained` wrote, or a model on the Hub.
+        name_or_path: a folder that `save_pretrained` wrote, a file of the original code, or a model on the Hub.
         pooling: what `pooler_output` is, see `set_pooling`; by default what the checkpoint was trained with, and
             "cls" for ViT and ViTMAE.
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        ValueError: there is no such model, it is of another kind, or its weights are not exactly those of its
-            configuration. Keys that are missing, left over or of another shape are listed.
+        ValueError: as `read_model`, and if the weights are not exactly those of the encoder that its configuration
+            describes. Keys that are missing, left over or of another shape are listed.
     """
-    kind = model_type(name_or_path, revision)
-    if kind == "umae":
-        encoder = _load(UMAEModel, name_or_path, revision)
-    elif kind == "vit":
-        encoder = _from_vit(_load(ViTModel, name_or_path, revision, add_pooling_layer=False))
-    else:
-        encoder = _from_vit(_load(ViTMAEModel, name_or_path, revision))
-    return set_pooling(encoder, pooling or encoder.config.pooling).eval()
-
-
-def model_type(name_or_path: str, revision: str | None = None) -> str:
-    """The family of a checkpoint, one of ACCEPTED.
-
-    Raises:
-        ValueError: there is no such checkpoint, it is of another family, or its files are not as they should be.
-    """
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
-    except OSError as error:
-        raise ValueError(
-            f"there is no model {str(name_or_path)!r}, neither as a folder with a config.json nor on the Hub ({error})"
-        ) from error
-    except (RecursionError, TypeError, AttributeError) as error:  # what transformers raises at other JSON
-        raise ValueError(f"{name_or_path}: config.json holds no plain names and values ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{name_or_path}: config.json holds a {type(config).__name__}, expected names and values")
-    if not config:
-        raise ValueError(f"{name_or_path} has no config.json; give a finished run, or one of its checkpoints step-N")
-    kind = config.get("model_type")
-    if kind not in ACCEPTED:
-        raise ValueError(f"{name_or_path} is a model of type {kind!r:.80}; accepted are {', '.join(ACCEPTED)}")
-    for index in Path(name_or_path).glob("*.index.json"):
-        _check_index(index)
-    return kind
-
-
-def _check_index(index: Path) -> None:
-    """Raise `ValueError` unless all files that hold a checkpoint's tensors lie beside it."""
-    try:
-        files = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{index} does not say which file holds which tensor ({error})") from error
-    outside = [name for name in files if name != Path(name).name or name == ".."]
-    if outside:
-        raise ValueError(f"{index} names files outside of its folder: {_first_five(outside)}")
+    config, tensors = read_model(name_or_path, revision)
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(("decoder.", "classifier."))}
+    encoder = load_exactly(UMAEModel(config), tensors, name_or_path)
+    return set_pooling(encoder, pooling or config.pooling).eval()
 
 
 def set_pooling(encoder: UMAEModel, pooling: str) -> UMAEModel:
@@ -147,47 +132,104 @@ def set_pooling(encoder: UMAEModel, pooling: str) -> UMAEModel:
     return encoder
 
 
-def _load(model_class: type[PreTrainedModel], name_or_path: str, revision: str | None, **kwargs) -> PreTrainedModel:
-    """`from_pretrained` in float32, where weights that do not fit are an error instead of a warning."""
-    with _no_warnings():  # they would list every tensor of a decoder
-        model, found = model_class.from_pretrained(
-            name_or_path,
-            revision=revision,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **kwargs,
-        )
-    left_over = [key for key in found["unexpected_keys"] if not NOT_THE_ENCODER.search(key)]
-    _check_keys(name_or_path, found["missing_keys"], left_over, [key for key, *_ in found["mismatched_keys"]])
-    return model
+def read_model(
+    source: str | Path,
+    revision: str | None = None,
+    num_attention_heads: int | None = None,
+    decoder_num_attention_heads: int = 16,
+) -> tuple[UMAEConfig, dict[str, torch.Tensor]]:
+    """The configuration and the weights of a checkpoint as a U-MAE has them.
 
+    Args:
+        source: a folder or a model on the Hub (U-MAE, ViT, ViTMAE), or a file of the original code.
+        revision: branch, tag or commit on the Hub.
+        num_attention_heads, decoder_num_attention_heads: for a file, which does not tell them; by default those of the
+            published models.
 
-def _from_vit(model: ViTModel | ViTMAEModel) -> UMAEModel:
-    """Our encoder with the weights of transformers' ViT; its learned position table takes the place of ours."""
-    fields = {name: getattr(model.config, name) for name in FIELDS}
-    encoder = UMAEModel(UMAEConfig(**fields, mask_ratio=0.0))
-    weights = {rename(key): value for key, value in model.state_dict().items()}
-    found = encoder.load_state_dict(weights, strict=False)
-    _check_keys(model.config.model_type, found.missing_keys, found.unexpected_keys, ())
-    return encoder
+    Returns:
+        The configuration, and float32 tensors under the names of `UMAEForPreTraining` and `UMAEForImageClassification`
+        (`vit.*`, `decoder.*`, `classifier.*`).
 
-
-def from_original(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The state dict of the original MAE or U-MAE code, `torch.load(...)["model"]`, under our names.
-
-    The fused `attn.qkv` (3 * D rows) becomes query, key and value. Nothing is left out: the names of what only the
-    original has (its online classifier `fc`) stay as they are, for the caller to drop or to refuse.
+    Raises:
+        ValueError: there is no such checkpoint, it is of another family, or its files are not as they should be.
     """
-    ours = {}
-    for key, tensor in tensors.items():
-        name = rename(key, ORIGINAL_RENAMES)
-        if ".attn.qkv." in name and tensor.ndim > 0 and len(tensor) % 3 == 0:
-            for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                ours[name.replace(".attn.qkv.", f".attention.attention.{part}.")] = rows
-        else:
-            ours[name] = tensor
-    return ours
+    if Path(source).is_file():
+        tensors, settings = read_weights(Path(source))
+        config = original_config(tensors, settings, num_attention_heads, decoder_num_attention_heads)
+        ours = from_original(tensors)
+        if config.pooling == "cls":  # then it has one that nothing has trained
+            ours = {key: tensor for key, tensor in ours.items() if not key.startswith("vit.fc_norm.")}
+    else:
+        fields = read_config(source, revision)
+        ours = {rename(key): tensor for key, tensor in _tensors_of(source, revision).items()}
+        if not any(key.startswith("vit.") for key in ours):  # an encoder alone
+            ours = {key if key.startswith("classifier.") else f"vit.{key}": tensor for key, tensor in ours.items()}
+        config = _config_of(source, fields, ours)
+    return config, {key: tensor.float() for key, tensor in ours.items() if not NOT_OURS.search(key)}
+
+
+def read_config(name_or_path: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """The plain values of a checkpoint's config.json, whose `model_type` is one of FAMILIES.
+
+    Raises:
+        ValueError: there is no such checkpoint, it is of another family, or its files are not as they should be.
+    """
+    try:
+        fields, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
+    except OSError as error:
+        raise ValueError(
+            f"there is no model {str(name_or_path)!r}, neither as a folder with a config.json nor on the Hub ({error})"
+        ) from error
+    except (RecursionError, TypeError, AttributeError) as error:  # what transformers raises at other JSON
+        raise ValueError(f"{name_or_path}: config.json holds no plain names and values ({error})") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{name_or_path}: config.json holds a {type(fields).__name__}, expected names and values")
+    if not fields:
+        raise ValueError(f"{name_or_path} has no config.json; give a finished run, or one of its checkpoints step-N")
+    kind = fields.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ValueError(f"{name_or_path} is a model of type {kind!r:.80}; accepted are {', '.join(FAMILIES)}")
+    for index in Path(name_or_path).glob("*.index.json"):
+        _check_index(index)
+    return fields
+
+
+def _check_index(index: Path) -> None:
+    """Raise `ValueError` unless all files that hold a checkpoint's tensors lie beside it."""
+    try:
+        files = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} does not say which file holds which tensor ({error})") from error
+    outside = [name for name in files if name != Path(name).name or name == ".."]
+    if outside:
+        raise ValueError(f"{index} names files outside of its folder: {_first_five(outside)}")
+
+
+def _tensors_of(name_or_path: str | Path, revision: str | None) -> dict[str, torch.Tensor]:
+    """All tensors of a folder or of a model on the Hub, safetensors if it has any."""
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        folder = Path(name_or_path)
+        if not folder.is_dir():
+            folder = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=pattern))
+        tensors: dict[str, torch.Tensor] = {}
+        for file in sorted(folder.glob(pattern)):
+            tensors |= read_weights(file)[0]
+        if tensors:
+            return tensors
+    raise ValueError(f"{name_or_path} holds no weights, neither model.safetensors nor pytorch_model.bin")
+
+
+def _config_of(source: str | Path, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> UMAEConfig:
+    """Our configuration from the fields of another family's; its classes, if it classifies."""
+    try:
+        config = FAMILIES[fields["model_type"]].from_dict(fields)
+    except (TypeError, AttributeError, LookupError) as error:
+        raise ValueError(f"{source}: config.json makes no configuration ({error})") from error
+    if isinstance(config, UMAEConfig):
+        return config
+    names = SHARED_FIELDS + (MAE_FIELDS if isinstance(config, ViTMAEConfig) else ())
+    classes = {"id2label": config.id2label, "label2id": config.label2id} if "classifier.weight" in tensors else {}
+    return UMAEConfig(**{name: getattr(config, name) for name in names}, **classes)
 
 
 def rename(key: str, renames: tuple[tuple[str, str], ...] = RENAMES) -> str:
@@ -197,11 +239,31 @@ def rename(key: str, renames: tuple[tuple[str, str], ...] = RENAMES) -> str:
     return key
 
 
-def _check_keys(name, missing, left_over, mismatched) -> None:
-    problems = {"missing": missing, "left over": left_over, "of another shape": mismatched}
+def load_exactly(
+    model: PreTrainedModel, tensors: dict[str, torch.Tensor], name: str | Path, may_be_fresh: tuple[str, ...] = ()
+) -> Any:
+    """Put tensors, under the names of `read_model`, into a model, which is returned.
+
+    Args:
+        name: what a refusal calls the checkpoint.
+        may_be_fresh: beginnings of names that the checkpoint may lack.
+
+    Raises:
+        ValueError: keys are missing, left over or of another shape; the first five of each are listed.
+    """
+    if isinstance(model, UMAEModel):
+        tensors = {key.removeprefix("vit."): tensor for key, tensor in tensors.items()}
+    expected = model.state_dict()
+    problems = {
+        "missing": [key for key in expected if key not in tensors and not key.startswith(may_be_fresh or ("\0",))],
+        "left over": [key for key in tensors if key not in expected],
+        "of another shape": [key for key in expected if key in tensors and expected[key].shape != tensors[key].shape],
+    }
     found = "; ".join(f"{what}: {_first_five(keys)}" for what, keys in problems.items() if keys)
     if found:
         raise ValueError(f"{name}: the weights are not those of the model that its sizes describe; {found}")
+    model.load_state_dict(tensors, strict=False)
+    return model
 
 
 def _first_five(names) -> str:
@@ -209,18 +271,8 @@ def _first_five(names) -> str:
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Files of the original code
+# Files
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -302,53 +354,78 @@ def _check_tensors(path: Path, tensors: dict) -> None:
         raise ValueError(f"{path} is no sound checkpoint; {found}")
 
 
-def model_from_original(
+# ----------------------------------------------------------------------------------------------------------------------
+# The original code
+
+
+def from_original(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of the original MAE or U-MAE code, `torch.load(...)["model"]`, under our names.
+
+    The fused `attn.qkv` (3 * D rows) becomes query, key and value; the batch norm before the head of a linear probe,
+    which has no parameters of its own, becomes part of the classifier. What only the original has keeps its name.
+    """
+    ours = {}
+    for key, tensor in tensors.items():
+        name = rename(key, ORIGINAL_RENAMES)
+        if ".attn.qkv." in name and tensor.ndim > 0 and len(tensor) % 3 == 0:
+            for part, rows in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                ours[name.replace(".attn.qkv.", f".attention.attention.{part}.")] = rows
+        else:
+            ours[name] = tensor
+    probe = ("head.0.running_mean", "head.0.running_var", "head.1.weight", "head.1.bias")
+    if all(name in ours for name in probe) and ours[probe[2]].shape[1:] == ours[probe[0]].shape == ours[probe[1]].shape:
+        mean, variance, weight, bias = (ours.pop(name) for name in probe)
+        weight = weight / (variance + 1e-6) ** 0.5  # torch.nn.BatchNorm1d(affine=False, eps=1e-6)
+        ours |= {"classifier.weight": weight, "classifier.bias": bias - weight @ mean}
+    elif {"head.weight", "head.bias"} <= ours.keys():
+        ours |= {"classifier.weight": ours.pop("head.weight"), "classifier.bias": ours.pop("head.bias")}
+    return ours
+
+
+def to_original(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our tensors under the names of the original code, which timm and most other tools read."""
+    original = {}
+    for key, tensor in tensors.items():
+        if ".attention.attention.query." in key:
+            parts = [tensors[key.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
+            key, tensor = key.replace(".attention.attention.query.", ".attn.qkv."), torch.cat(parts)
+        elif ".attention.attention." in key:
+            continue
+        original[rename(key, BACK_TO_ORIGINAL)] = tensor
+    return original
+
+
+def original_config(
     tensors: dict[str, torch.Tensor],
     settings: dict[str, Any],
     num_attention_heads: int | None = None,
     decoder_num_attention_heads: int = 16,
-) -> UMAEForPreTraining | UMAEModel:
-    """The model of the original MAE's or U-MAE's pre-training, from the tensors of its checkpoint.
+) -> UMAEConfig:
+    """What a checkpoint of the original code tells about its model.
 
-    All sizes but the number of heads are those of the tensors; without a decoder it is an encoder alone. U-MAE's online
-    classifier is left out, and so is its `fc_norm` unless it has been trained, which means that it pooled the mean.
-
-    Args:
-        settings: as `read_weights` returns them; mask ratio and objective are taken from there.
-        num_attention_heads: of the encoder; by default those of the published sizes.
-        decoder_num_attention_heads: 16 in all published ones.
+    All sizes but the number of heads are those of the tensors. An `fc_norm` that has been trained means that it pooled
+    the mean. Mask ratio and objective are taken from the settings, if there are any.
 
     Raises:
-        ValueError: the tensors are not exactly those of such a model, in names and shapes.
+        ValueError: the tensors are not those of such a model.
     """
-    ours = from_original(tensors)
-    for name in ("fc.weight", "fc.bias"):
-        ours.pop(name, None)
-    norm = [ours.get("vit.fc_norm.weight"), ours.get("vit.fc_norm.bias")]
+    head = next((tensors[name] for name in ("head.1.weight", "head.weight") if name in tensors), None)
+    if head is not None and "fc_norm.weight" in tensors and "norm.weight" not in tensors:
+        raise ValueError(
+            "this model was fine-tuned with global pooling: it pools its tokens before they are normalised, which no "
+            "U-MAE does. Convert what it was fine-tuned from, or a model that was fine-tuned with --cls_token"
+        )
+    norm = [tensors.get("fc_norm.weight"), tensors.get("fc_norm.bias")]
     trained = None not in norm and not (torch.equal(norm[0], torch.ones_like(norm[0])) and not norm[1].any())
-    if not trained:
-        ours = {name: tensor for name, tensor in ours.items() if not name.startswith("vit.fc_norm.")}
-    config = UMAEConfig(
+    heads = {"decoder_num_attention_heads": decoder_num_attention_heads} if "decoder_embed.weight" in tensors else {}
+    classes = {} if head is None else {"num_labels": head.shape[0] if head.ndim == 2 else 0}
+    return UMAEConfig(
         **_sizes_of(tensors, num_attention_heads),
-        pooling="mean" if trained else "cls",
-        **({"decoder_num_attention_heads": decoder_num_attention_heads} if "decoder_embed.weight" in tensors else {}),
+        **heads,
+        **classes,
         **_objective_of(settings),
+        pooling="mean" if trained else "cls",
     )
-    model_class = UMAEForPreTraining if "decoder_embed.weight" in tensors else UMAEModel
-    if model_class is UMAEModel:
-        ours = {name.removeprefix("vit."): tensor for name, tensor in ours.items()}
-    with torch.device("meta"):
-        expected = model_class(config).state_dict()
-    shared = expected.keys() & ours.keys()
-    _check_keys(
-        "the checkpoint",
-        expected.keys() - shared,
-        ours.keys() - shared,
-        [name for name in shared if expected[name].shape != ours[name].shape],
-    )
-    model = model_class(config)
-    model.load_state_dict(ours)
-    return model.eval()
 
 
 PUBLISHED_HEADS = {768: 12, 1024: 16, 1280: 16}  # of ViT-B, L and H, by their width
@@ -412,23 +489,35 @@ def _objective_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Make a checkpoint of facebookresearch/mae or zhangq327/U-MAE a folder that `from_pretrained` loads."""
+    """Turn a checkpoint of MAE, U-MAE or ViT into a folder that `from_pretrained` loads."""
     parser = argparse.ArgumentParser(prog="python -m umae.convert", description=main.__doc__, allow_abbrev=False)
-    parser.add_argument("source", type=Path, help="checkpoint file of the original code, with or without decoder")
-    parser.add_argument("out", type=Path, help="folder to write, which must not exist yet")
-    parser.add_argument("--num_attention_heads", type=int, help="of the encoder, if its width is none of ViT-B, L or H")
-    parser.add_argument("--decoder_num_attention_heads", type=int, default=16, help="(default 16)")
+    parser.add_argument("source", help="file of the original code, or folder or Hub name of a U-MAE, ViTMAE or ViT")
+    parser.add_argument("out", type=Path, help="folder to write, or file that ends in .safetensors; must not exist yet")
+    parser.add_argument("--num_attention_heads", type=int, help="of a file's encoder, if its width is not published")
+    parser.add_argument("--decoder_num_attention_heads", type=int, default=16, help="of a file's decoder (default 16)")
     arguments = parser.parse_args(argv)
     try:
         if arguments.out.exists():
-            raise ValueError(f"{arguments.out} exists, and is left as it is; name another folder")
+            raise ValueError(f"{arguments.out} exists, and is left as it is; name another target")
         heads = (arguments.num_attention_heads, arguments.decoder_num_attention_heads)
-        model = model_from_original(*read_weights(arguments.source), *heads)
-        write_folder(arguments.out, lambda folder: _save(model, folder))
+        config, tensors = read_model(arguments.source, None, *heads)
+        model = load_exactly(_class_for(tensors)(config), tensors, arguments.source).eval()
+        if arguments.out.suffix == ".safetensors":
+            temporary = arguments.out.with_name(f"{arguments.out.name}.tmp")
+            save_file({name: one.contiguous() for name, one in to_original(tensors).items()}, temporary)
+            temporary.rename(arguments.out)
+        else:
+            write_folder(arguments.out, lambda folder: _save(model, folder))
     except (ValueError, OSError) as error:
         raise SystemExit(f"umae.convert: {error}") from error
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{arguments.out}: {type(model).__name__} with {millions:.1f} million weights")
+
+
+def _class_for(tensors: dict[str, torch.Tensor]) -> type[PreTrainedModel]:
+    if "classifier.weight" in tensors:
+        return UMAEForImageClassification
+    return UMAEForPreTraining if any(key.startswith("decoder.") for key in tensors) else UMAEModel
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:
