@@ -9,7 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INDEX := $(if $(EXTRA_INDEX_URL),--extra-index-url $(EXTRA_INDEX_URL))
 
-.PHONY: pretrain test test-slow soak quality style
+VERSIONS := 5.4.0 5.23.0# of transformers: the oldest that setup.py allows, and the newest that was tried
+
+.PHONY: pretrain test test-slow test-versions soak quality style
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +28,24 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow
+
+.venv-%/installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(@D)
+	grep '^torch==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/pip install --quiet --disable-pip-version-check $(INDEX) --constraint $(@D)/constraints.txt \
+		--editable ".[test]" transformers==$*
+	touch $@
+
+# The model under both, and what either has saved under the other
+test-versions: $(VERSIONS:%=.venv-%/installed)
+	for version in $(VERSIONS); do \
+		.venv-$$version/bin/python -m pytest tests/test_configuration.py tests/test_modeling.py tests/test_golden.py \
+			tests/test_loading.py && \
+		PYTHONPATH=. .venv-$$version/bin/python tests/versions.py save .venv-$$version/saved || exit 1; \
+	done
+	for saved in $(VERSIONS); do for version in $(VERSIONS); do \
+		PYTHONPATH=. .venv-$$version/bin/python tests/versions.py load .venv-$$saved/saved || exit 1; \
+	done; done
 
 soak: $(VENV)/installed
 	$(BIN)/python -m benchmarks.soak

@@ -7,7 +7,7 @@ POOLINGS = ("cls", "mean")
 _SIDES = ("image_size", "patch_size")
 _PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "mask_ratio")
 _WEIGHTS = ("uniformity_weight", "initializer_range", "layer_norm_eps")
-_FLAGS = ("qkv_bias", "norm_pix_loss")
+_FLAGS = ("qkv_bias", "norm_pix_loss", "final_layernorm")
 
 # The most are far beyond any ViT so far (22 billion weights, 48 layers): a file that asks for more is refused before it
 # gets any memory.
@@ -33,8 +33,8 @@ def _is_finite(value) -> bool:
 class UMAEConfig(PreTrainedConfig):
     r"""Sizes and training objective of a U-MAE (Zhang, Wang & Wang, "How Mask Matters", NeurIPS 2022).
 
-    The defaults give ViT-B/16 with MAE's decoder. Field names are those of transformers' `ViTMAEConfig`; the last two
-    are U-MAE's own.
+    The defaults give ViT-B/16 with MAE's decoder. Field names are those of transformers' `ViTMAEConfig`; the last three
+    are our own.
 
     Args:
         hidden_size (`int`, defaults to 768): width of the encoder; a multiple of 4 and of `num_attention_heads`.
@@ -59,6 +59,8 @@ class UMAEConfig(PreTrainedConfig):
         uniformity_weight (`float`, defaults to 0.01): lambda, the weight of the uniformity term; 0 gives plain MAE.
         pooling (`"cls"` or `"mean"`, defaults to `"cls"`): the feature of a picture is its class token, or the
             layer-normalised mean of its patch tokens.
+        final_layernorm (`bool`, defaults to `True`): whether the encoder normalises its tokens. facebookresearch/mae
+            fine-tunes without, and normalises their mean alone.
 
     Raises:
         ValueError: a field has no meaning, or fields do not fit together. The message names the field, what was found
@@ -90,6 +92,7 @@ class UMAEConfig(PreTrainedConfig):
     norm_pix_loss: bool = True
     uniformity_weight: float = 0.01
     pooling: str = "cls"
+    final_layernorm: bool = True
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

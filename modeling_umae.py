@@ -475,7 +475,8 @@ class UMAEModel(UMAEPreTrainedModel):
         sizes = (config.hidden_size, config.num_attention_heads, config.intermediate_size)
         layers = nn.ModuleList([UMAELayer(config, *sizes) for _ in range(config.num_hidden_layers)])
         self.encoder = nn.ModuleDict({"layer": layers})
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layernorm = norm if config.final_layernorm else nn.Identity()
         if config.pooling == "mean":
             self.fc_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()

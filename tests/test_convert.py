@@ -336,21 +336,24 @@ def test_a_linear_probe_of_the_original_gives_its_logits(tmp_path):
     assert torch.allclose(classifier(pixel_values).logits, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
 @torch.no_grad()
-def test_a_fine_tuned_model_of_the_original_gives_its_logits_unless_it_pools_otherwise(tmp_path):
-    head = torch.nn.Linear(48, 7)
+def test_a_fine_tuned_model_of_the_original_gives_its_logits(tmp_path, pooling):
+    head, pixel_values = torch.nn.Linear(48, 7), batch()[0]
     named = {f"head.{key}": v for key, v in head.state_dict().items()}
     encoder = original_classifier(tmp_path / "tuned.pth", named)
-    config, tensors = read_model(tmp_path / "tuned.pth", None, 3)
-    classifier = load_exactly(UMAEForImageClassification(config), tensors, "tuned").eval()
-    pixel_values, _ = batch()
-    expected = head(encoder(pixel_values).last_hidden_state[:, 0])
-    assert torch.allclose(classifier(pixel_values).logits, expected, atol=1e-5)
-    tensors, _ = read_weights(tmp_path / "tuned.pth")
-    pooled = {key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: v for key, v in tensors.items()}
-    torch.save({"model": pooled}, tmp_path / "pooled.pth")
-    with pytest.raises(ValueError, match="fine-tuned with global pooling: it pools its tokens before"):
-        read_model(tmp_path / "pooled.pth", None, 3)
+    if pooling == "mean":  # with global pooling there is no norm before, and another one behind
+        norm, encoder.layernorm = encoder.layernorm, torch.nn.Identity()
+        tensors, _ = read_weights(tmp_path / "tuned.pth")
+        pooled = {key.replace("norm.", "fc_norm.") if key.startswith("norm.") else key: v for key, v in tensors.items()}
+        torch.save({"model": pooled}, tmp_path / "tuned.pth")
+        feature = norm(encoder(pixel_values).last_hidden_state[:, 1:].mean(dim=1))
+    else:
+        feature = encoder(pixel_values).last_hidden_state[:, 0]
+    convert.main([str(tmp_path / "tuned.pth"), str(tmp_path / "out"), *HEADS])
+    classifier = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert torch.allclose(classifier(pixel_values).logits, head(feature), atol=1e-5)
+    assert "classifier" not in str(encoder_from_pretrained(tmp_path / "out").state_dict().keys())
 
 
 def test_ours_goes_back_to_the_originals_names_bit_for_bit(tmp_path):

@@ -18,11 +18,26 @@ from umae import hub
 from umae.cards import probe_card
 
 LOAD = """
-import torch
+import sys, torch
 from transformers import AutoImageProcessor, AutoModel
 AutoImageProcessor.from_pretrained("tester/digits")
 model = AutoModel.from_pretrained("tester/digits", trust_remote_code=True)
 torch.save(model(torch.ones(1, 3, 8, 8)).pooler_output, "features.pt")
+assert not {"umae", "modeling_umae"} & set(sys.modules)
+"""
+MORE = """
+from PIL import Image
+from transformers import AutoModelForImageClassification, AutoModelForPreTraining, pipeline
+AutoModelForPreTraining.from_pretrained("tester/digits", trust_remote_code=True)
+AutoModelForImageClassification.from_pretrained("tester/digits", trust_remote_code=True)
+picture = Image.new("RGB", (9, 9), (200, 10, 10))
+tokens = pipeline("image-feature-extraction", "tester/digits", trust_remote_code=True)(picture)
+assert (len(tokens[0]), len(tokens[0][0])) == (17, 64)
+classes = pipeline("image-classification", "tester/digits", trust_remote_code=True)(picture)
+assert len(classes) == 2, classes
+from umae.convert import encoder_from_pretrained  # and with the package, for probes and features
+assert torch.equal(encoder_from_pretrained("tester/digits")(torch.ones(1, 3, 8, 8)).pooler_output,
+                   torch.load("features.pt", weights_only=True))
 """
 
 
@@ -53,7 +68,7 @@ def test_a_run_is_pushed_in_one_commit_and_loads_by_its_name(server, tmp_path):
         "README.md", "config.json", "configuration_umae.py", "curve.png", "metrics.jsonl", "model.safetensors",
         "modeling_umae.py", "preprocessor_config.json", "reconstructions.png", "spectrum.png",
     }  # fmt: skip
-    run("-c", LOAD, cwd=tmp_path, PYTHONPATH="", **online(server, tmp_path / "fresh_home"))
+    run("-c", LOAD + MORE, cwd=tmp_path, PYTHONPATH="", **online(server, tmp_path / "fresh_home"))
     expected = UMAEModel.from_pretrained(tmp_path / "digits")(torch.ones(1, 3, 8, 8)).pooler_output
     assert torch.equal(torch.load(tmp_path / "features.pt", weights_only=True), expected)
 
@@ -188,6 +203,14 @@ def test_a_hub_that_recovers_gets_everything_in_one_commit(logged_in, fault):
     assert names(logged_in) == {".gitattributes", *FILES} and repo.refs["v1"] == repo.refs["main"]
     assert repo.commits[repo.refs["main"]]["model.safetensors"].data == FILES["model.safetensors"]
     assert len(repo.commits) == 2, "the repository's first one, and ours"
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_hub_that_refuses_the_repository_is_told_of_before_any_work(logged_in, status):
+    logged_in.faults.append({"match": "POST /api/repos/create", "status": status, "times": -1})
+    with pytest.raises(ValueError, match=r"cannot write to tester/model on the Hub: .*Log in with `hf auth login`"):
+        hub.check_access("tester/model")
+    assert attempts(logged_in, "POST /api/repos/create") == 1
 
 
 @pytest.mark.parametrize(

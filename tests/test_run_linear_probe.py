@@ -1,4 +1,6 @@
 import json
+import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -117,6 +119,16 @@ def test_a_pipeline_predicts_as_the_probe_does(model, folder, probed):
     files = [str(folder / pictures.name_of(i)) for i in range(len(pictures))]
     assert [guesses[0]["label"] for guesses in classify(files)] == [CLASSES[label] for label in expected]
     assert set(classify.model.config.id2label.values()) == set(CLASSES)
+
+
+def test_the_card_tells_the_results_and_its_code_runs(probed, tmp_path):
+    text = (probed / "README.md").read_text()
+    assert f"| linear probe top-1, mean features, % | {report(probed)['mean']['top1']} |" in text
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    shutil.copytree(probed, tmp_path / "probe")
+    picture("red", numbers()).save(tmp_path / "probe" / "picture.jpg")
+    printed = run("-c", code, cwd=tmp_path / "probe", PYTHONPATH="").stdout
+    assert "'label': 'red'" in printed
 
 
 def test_the_classifier_has_the_pooling_asked_for_or_that_of_the_run(model, folder, probed, tmp_path):

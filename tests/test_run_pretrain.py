@@ -74,6 +74,13 @@ def test_a_run_says_what_it_will_do_and_leaves_a_whole_folder(finished):
     assert "1,438 pictures" in card and str(folder.parent) not in card
 
 
+def test_the_code_on_the_card_runs_as_it_stands(finished, tmp_path):
+    code = re.search(r"```python\n(.*?)```", (finished[0] / "README.md").read_text(), re.DOTALL)[1]
+    shutil.copytree(finished[0], tmp_path / "run")
+    Image.new("L", (20, 10), 200).save(tmp_path / "run" / "picture.jpg")
+    run("-c", code + "assert features.shape == (1, 64)", cwd=tmp_path / "run", PYTHONPATH="")
+
+
 def test_the_processor_in_the_folder_gives_the_model_its_pictures(finished):
     processor = AutoImageProcessor.from_pretrained(finished[0])
     picture = Image.new("L", (20, 10), 255)

@@ -210,7 +210,10 @@ def _tensors_of(name_or_path: str | Path, revision: str | None) -> dict[str, tor
     for pattern in ("model*.safetensors", "pytorch_model*.bin"):
         folder = Path(name_or_path)
         if not folder.is_dir():
-            folder = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=pattern))
+            try:
+                folder = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=pattern))
+            except OSError as error:
+                raise ValueError(f"the weights of {name_or_path} cannot be fetched ({error})") from error
         tensors: dict[str, torch.Tensor] = {}
         for file in sorted(folder.glob(pattern)):
             tensors |= read_weights(file)[0]
@@ -403,18 +406,14 @@ def original_config(
 ) -> UMAEConfig:
     """What a checkpoint of the original code tells about its model.
 
-    All sizes but the number of heads are those of the tensors. An `fc_norm` that has been trained means that it pooled
-    the mean. Mask ratio and objective are taken from the settings, if there are any.
+    All sizes but the number of heads are those of the tensors. An `fc_norm` that has been trained, or has a head behind
+    it, means that it pooled the mean. Mask ratio and objective are taken from the settings, if there are any.
 
     Raises:
         ValueError: the tensors are not those of such a model.
     """
     head = next((tensors[name] for name in ("head.1.weight", "head.weight") if name in tensors), None)
-    if head is not None and "fc_norm.weight" in tensors and "norm.weight" not in tensors:
-        raise ValueError(
-            "this model was fine-tuned with global pooling: it pools its tokens before they are normalised, which no "
-            "U-MAE does. Convert what it was fine-tuned from, or a model that was fine-tuned with --cls_token"
-        )
+    pools_mean = head is not None and "fc_norm.weight" in tensors  # and does not normalise the tokens before
     norm = [tensors.get("fc_norm.weight"), tensors.get("fc_norm.bias")]
     trained = None not in norm and not (torch.equal(norm[0], torch.ones_like(norm[0])) and not norm[1].any())
     heads = {"decoder_num_attention_heads": decoder_num_attention_heads} if "decoder_embed.weight" in tensors else {}
@@ -424,7 +423,8 @@ def original_config(
         **heads,
         **classes,
         **_objective_of(settings),
-        pooling="mean" if trained else "cls",
+        pooling="mean" if trained or pools_mean else "cls",
+        final_layernorm=not pools_mean,
     )
 
 

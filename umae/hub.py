@@ -35,7 +35,9 @@ def check_access(repo_id: str, private: bool = False) -> str:
     try:
         return _patiently(HfApi().create_repo, repo_id, private=private or None, exist_ok=True).repo_id
     except _REFUSALS as error:
-        raise ValueError(f"cannot write to {repo_id} on the Hub: {error}. Log in with `hf auth login`") from error
+        raise ValueError(
+            f"cannot write to {repo_id} on the Hub: {_one_line(error)}. Log in with `hf auth login`"
+        ) from error
 
 
 def push(files: Mapping[str, Path | bytes], repo_id: str, message: str, tag: str | None = None) -> str:
@@ -59,8 +61,12 @@ def push(files: Mapping[str, Path | bytes], repo_id: str, message: str, tag: str
         if tag is not None:
             _patiently(api.create_tag, repo_id, tag=tag, revision=commit.oid, exist_ok=True)
     except _REFUSALS as error:
-        raise ValueError(f"cannot push to {repo_id}: {error}") from error
+        raise ValueError(f"cannot push to {repo_id}: {_one_line(error)}") from error
     return f"{api.endpoint}/{repo_id}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def published(folder: Path) -> dict[str, Path]:
