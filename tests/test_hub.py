@@ -159,7 +159,7 @@ def logged_in(server, monkeypatch):
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(hub, "WAITS", (0, 0, 0))
-    monkeypatch.setattr(hub, "TIMEOUT", 2)
+    monkeypatch.setattr(hub, "TIMEOUT", 1)
     return server
 
 
@@ -218,6 +218,7 @@ def test_a_hub_that_refuses_the_repository_is_told_of_before_any_work(logged_in,
     [
         ({"match": COMMIT, "status": 503, "times": -1}, 4),
         ({"match": COMMIT, "drop": True, "times": -1}, 4),
+        ({"match": COMMIT, "delay": 30, "times": -1}, 0),  # the server notes a request once it has answered
         ({"match": COMMIT, "status": 401, "times": -1}, 1),
         ({"match": COMMIT, "status": 403, "times": -1}, 1),
         ({"match": COMMIT, "status": 404, "times": -1}, 1),
