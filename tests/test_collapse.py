@@ -9,15 +9,19 @@ from scipy.stats import entropy
 
 from umae.collapse import (
     alignment,
+    dead_dimensions,
     effective_rank,
     mean_cosine,
     mean_norm,
     participation_ratio,
+    rankme,
     singular_values,
     uniformity,
 )
 
-OF_ONE_MATRIX = [effective_rank, mean_cosine, mean_norm, participation_ratio, singular_values, uniformity]
+OF_ONE_MATRIX = [
+    dead_dimensions, effective_rank, mean_cosine, mean_norm, participation_ratio, rankme, singular_values, uniformity,
+]  # fmt: skip
 
 
 def random_features(pictures: int, dimensions: int, seed: int = 0) -> torch.Tensor:
@@ -62,6 +66,24 @@ def test_effective_rank_by_hand():
     # Shares 1/2, 1/4, 1/4, 0: the entropy is 1.5 ln 2.
     assert effective_rank(torch.diag(torch.tensor([2.0, 1.0, 1.0, 0.0]))) == pytest.approx(2**1.5, abs=1e-12)
     assert effective_rank(torch.outer(torch.arange(1.0, 300), torch.arange(1.0, 90))) == pytest.approx(1, abs=1e-6)
+
+
+@shapes
+def test_rankme_is_the_papers_formula(shape):
+    features = random_features(*shape)
+    values = np.linalg.svd(features.numpy(), compute_uv=False)
+    shares = values / values.sum() + 1e-7
+    assert rankme(features) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-10)
+    assert rankme(features) == pytest.approx(effective_rank(features), rel=1e-4)
+
+
+def test_dead_dimensions_are_those_that_do_not_differ():
+    features = random_features(20, 6)
+    assert dead_dimensions(features) == 0
+    features[:, 1], features[:, 4] = 3.0, 1e-9 * features[:, 0]
+    assert dead_dimensions(features) == 2
+    assert dead_dimensions(1e-20 * features) == 2, "whatever the scale"
+    assert dead_dimensions(torch.ones(5, 4)) == 4
 
 
 @shapes

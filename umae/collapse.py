@@ -24,11 +24,25 @@ def effective_rank(features: torch.Tensor) -> float:
     """exp of the entropy of the singular values as shares of their sum (Roy & Vetterli 2007).
 
     From 1, all rows on one line through zero, to min(N, D), all directions equally strong; 0 where all features are
-    zero. RankMe (Garrido et al. 2023) is this number up to its epsilon of 1e-7.
+    zero. RankMe (Garrido et al. 2023) is this number up to its epsilon.
     """
     values = singular_values(features)
     total = sum(values)
     return math.exp(-sum(value / total * math.log(value / total) for value in values if value > 0)) if total else 0.0
+
+
+def rankme(features: torch.Tensor, epsilon: float = 1e-7) -> float:
+    """exp of the entropy of `singular value / their sum + epsilon` (RankMe, Garrido et al. 2023, equations 1 and 2)."""
+    values = singular_values(features)
+    shares = [value / (sum(values) or 1.0) + epsilon for value in values]
+    return math.exp(-sum(share * math.log(share) for share in shares))
+
+
+def dead_dimensions(features: torch.Tensor, relative: float = 1e-6) -> int:
+    """How many dimensions hardly differ from picture to picture: their standard deviation is at most `relative` of the
+    largest one. All of them do where all pictures have the same features."""
+    deviations = _checked(features).std(dim=0, correction=0)
+    return int((deviations <= relative * deviations.max()).sum())
 
 
 def uniformity(features: torch.Tensor) -> float:
