@@ -122,7 +122,7 @@ from umae import UMAEConfig, UMAEForPreTraining, cards, checkpoints, hub, seedin
 from umae.convert import load_exactly, read_model
 from umae.data import Pictures, Plan, TrainingPictures, decode_all, load_pictures, training_loader
 from umae.interruption import StopRequest
-from umae.pictures import reconstruction_strip, spectrum, training_curve
+from umae.pictures import reconstruction_strip, spectrum, training_curves
 from umae.runs import SPEED, MetricsLog, hold_folder, open_run, write_run
 from umae.schedules import decay_groups, learning_rate_at
 from umae.speed import compile_layers, has_fast_bf16, matmul_rate, training_flops
@@ -671,7 +671,7 @@ def draw(folder: Path, model: UMAEForPreTraining, pictures: Pictures | Stream, s
     noise = seeding.uniform(seed, seeding.MASK, 0, shown, model.config.grid[0] * model.config.grid[1])
     strip = reconstruction_strip(model, pixel_values[:8], noise, processor.image_mean, processor.image_std)
     strip.save(folder / "reconstructions.png")
-    training_curve(cards.read_metrics(folder)).save(folder / "curve.png")
+    training_curves({"": cards.read_metrics(folder)}).save(folder / "curve.png")
 
 
 if __name__ == "__main__":

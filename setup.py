@@ -24,6 +24,7 @@ setup(
         "numpy>=2",
         "scikit-learn>=1.5",  # the bundled digits
         "matplotlib>=3.9",
+        "Jinja2>=3.1",  # the report
         "PyYAML>=6",
         "psutil>=5",
     ],

@@ -12,6 +12,8 @@ from PIL import Image
 from modeling_umae import UMAEForPreTraining, patchify, unpatchify
 from umae.collapse import effective_rank, singular_values
 
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9")  # Okabe and Ito's, for all eyes
+
 
 @torch.no_grad()
 def reconstruction_strip(
@@ -59,19 +61,22 @@ def spectrum(features: torch.Tensor) -> Image.Image:
     return _rendered(figure)
 
 
-def training_curve(lines: Sequence[dict[str, Any]]) -> Image.Image:
-    """Reconstruction, and the dimensions that the features fill, over the steps of `metrics.jsonl`."""
-    steps = [line["step"] for line in lines]
+def training_curves(runs: dict[str, Sequence[dict[str, Any]]]) -> Image.Image:
+    """Reconstruction, and the dimensions that the features fill, over the steps of each run's `metrics.jsonl`."""
     figure = Figure(figsize=(8, 2.8), layout="constrained", dpi=100)
-    for axis, (name, title) in zip(
-        figure.subplots(1, 2),
-        {"reconstruction_loss": "reconstruction loss", "participation_ratio": "dimensions filled"}.items(),
-        strict=True,
-    ):
-        axis.plot(steps, [line[name] for line in lines], linewidth=2, marker="." if len(steps) < 20 else None)
+    panels = {"reconstruction_loss": "reconstruction loss", "participation_ratio": "dimensions filled"}
+    for axis, (value, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for place, (name, lines) in enumerate(runs.items()):
+            axis.plot(
+                [line["step"] for line in lines], [line[value] for line in lines], linewidth=2, label=name,
+                color=COLOURS[place % len(COLOURS)], linestyle=("-", "--", ":")[place // len(COLOURS) % 3],
+                marker="." if len(lines) < 20 else None,
+            )  # fmt: skip
         axis.set(xlabel="step")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
+    if len(runs) > 1:
+        axis.legend(fontsize=8)
     return _rendered(figure)
 
 

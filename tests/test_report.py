@@ -1,0 +1,84 @@
+"""The page that shows and compares runs."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from processes import run
+
+from umae import report
+
+FLAGS = ("--max_train_steps", "6", "--logging_steps", "2")
+
+
+class Page(HTMLParser):
+    """What a browser would show, and fetch."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.sources, self.differing, self._marked = set(), [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.tags.add(tag)
+        self.sources += [found[name] for name in ("src", "href") if name in found]
+        self._marked = (tag == "tr" and found.get("class") == "differs") or (self._marked and tag == "th")
+
+    def handle_data(self, data):
+        if self._marked and data.strip():
+            self.differing.append(data.strip())
+            self._marked = False
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """With the term and without, the latter under a name that is markup."""
+    folder = tmp_path_factory.mktemp("runs")
+    run("run_pretrain.py", "--output_dir", folder / "umae", *FLAGS)
+    others = ("--uniformity_weight", "0", "--model_name_or_path", folder / "umae")
+    run("run_pretrain.py", "--output_dir", folder / "<img src=x onerror=alert(1)>", *FLAGS, *others)
+    numbers = {"top1": 50.0, "top5": None, "knn_top1": 40.0, "effective_rank": 3.0}
+    protocol = {"model": "umae", "test": {"data": "digits (test)"}}
+    (folder / "probe").mkdir()
+    (folder / "probe" / "linear_probe.json").write_text(
+        json.dumps({"cls": numbers, "mean": numbers, "protocol": protocol})
+    )
+    return folder
+
+
+def test_a_report_holds_all_it_shows_and_marks_what_differs(runs, tmp_path):
+    words = ("-m", "umae.report", *sorted(runs.iterdir()), "--output", tmp_path / "report.html")
+    assert run(*words).stdout == f"{tmp_path}/report.html\n"
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert page.differing == ["initial_weights", "uniformity_weight"], "and nothing else"
+    settings = re.findall(r"<th>(\w+)</th>\s*<td>", text[text.index("<h2>Settings") :])
+    assert settings[:2] == page.differing, "they come first"
+    assert len(page.sources) == 1 + 2 * 2, "the curves, and two pictures of each run"
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert not page.tags & {"script", "link", "iframe"} and "<img src=x" not in text
+    assert str(runs) not in text and "http" not in text
+    assert re.search(r"<th>dimensions filled</th>\s*<td>\d+\.\d of 64</td>", text)
+    assert re.search(r"<th>top1, cls</th>\s*<td>50.0</td>", text)
+
+
+def test_runs_of_one_name_are_told_apart_by_their_parents(runs, tmp_path):
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        (tmp_path / parent / "umae").symlink_to(runs / "umae")
+    (tmp_path / "a" / "umae").unlink()
+    (tmp_path / "a" / "umae").mkdir()
+    for name in ("run.json", "metrics.jsonl"):
+        (tmp_path / "a" / "umae" / name).write_text((runs / "umae" / name).read_text())
+    text = report.report([tmp_path / "a" / "umae", runs / "umae"])
+    assert "<th>a/umae</th>" in text and f"<th>{runs.name}/umae</th>" in text
+
+
+def test_what_is_no_run_is_refused(runs, tmp_path):
+    with pytest.raises(ValueError, match="holds neither a run"):
+        report.report([tmp_path])
+    (tmp_path / "run.json").write_text((runs / "umae" / "run.json").read_text())
+    with pytest.raises(ValueError, match="has not logged a line yet"):
+        report.report([tmp_path])

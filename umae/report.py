@@ -1,0 +1,187 @@
+"""One page from one or several runs, to look at and to compare.
+
+python -m umae.report runs/umae runs/mae runs/umae_probe --output report.html
+
+The page holds everything it shows: no network, no other file, no path of this machine.
+"""
+
+import argparse
+import base64
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Template
+from PIL import Image
+
+from umae.cards import duration, read_metrics
+from umae.checkpoints import write_text
+from umae.pictures import training_curves
+
+PICTURES = {"spectrum.png": "Spectrum of the features", "reconstructions.png": "Reconstructions"}
+
+PAGE = Template(
+    """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{{ names | join(", ") }}</title>
+<style>
+  body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+  table { border-collapse: collapse; margin: 1rem 0; }
+  th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
+  tr.differs { background: #fff3d6; }
+  img { max-width: 100%; height: auto; }
+  .side { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; }
+</style>
+<h1>{{ names | join(", ") }}</h1>
+{% macro table(header, rows, marked=false) %}
+<table>
+<tr><th></th>{% for name in header %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for name, values in rows.items() %}
+<tr{% if marked and (values | unique | list | length) > 1 %} class="differs"{% endif %}><th>{{ name }}</th>
+{% for value in values %}<td>{{ value }}</td>{% endfor %}</tr>
+{% endfor %}
+</table>
+{% endmacro %}
+{% if runs %}
+<h2>Results</h2>
+{{ table(runs, results) }}
+<h2>Training</h2>
+<img alt="Reconstruction loss, and dimensions filled, over the steps" src="{{ curves }}">
+{% for title, shown in pictures.items() %}
+<h2>{{ title }}</h2>
+<div class="side">
+{% for name, source in shown.items() %}<figure><figcaption>{{ name }}</figcaption>
+<img alt="{{ title }} of {{ name }}" src="{{ source }}"></figure>{% endfor %}
+</div>
+{% endfor %}
+<h2>Settings</h2>
+{% if runs | length > 1 %}<p>What differs is marked, and comes first.</p>{% endif %}
+{{ table(runs, settings, marked=true) }}
+{% endif %}
+{% if probes %}
+<h2>Probes</h2>
+{{ table(probes, accuracies) }}
+<p>Accuracies in percent, on pictures that the heads were not trained on; the whole protocol lies beside each probe.</p>
+{% endif %}
+</html>
+""",
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def report(folders: Sequence[Path]) -> str:
+    """The page for run folders and probe folders, in any mixture.
+
+    Raises:
+        ValueError: a folder is neither, or its run has not logged a line yet.
+    """
+    runs = {folder: _run_of(folder) for folder in folders if (folder / "run.json").exists()}
+    probes = [folder for folder in folders if folder not in runs]
+    for folder in probes:
+        if not (folder / "linear_probe.json").exists():
+            raise ValueError(f"{folder} holds neither a run (run.json) nor a probe (linear_probe.json)")
+    names, settings = _names(folders), _side_by_side([_settings(run) for run in runs.values()])
+    return PAGE.render(
+        names=list(names.values()),
+        runs=[names[folder] for folder in runs],
+        probes=[names[folder] for folder in probes],
+        results=_side_by_side([_results(run) for run in runs.values()]),
+        curves=_inline(training_curves({names[folder]: run["lines"] for folder, run in runs.items()})) if runs else "",
+        pictures={
+            title: {names[folder]: _inline(Image.open(folder / file)) for folder in runs if (folder / file).exists()}
+            for file, title in PICTURES.items()
+        },
+        settings=dict(sorted(settings.items(), key=lambda row: len(set(row[1])) == 1)),  # what differs first
+        accuracies=_side_by_side([_accuracies(folder) for folder in probes]),
+    )
+
+
+def _names(folders: Sequence[Path]) -> dict[Path, str]:
+    """What to call each of them: its own name, with its parents' as far as that alone is not enough."""
+    names = {}
+    for folder in folders:
+        parts = folder.resolve().parts
+        others = [other.resolve().parts for other in folders if other.resolve() != folder.resolve()]
+        length = next(n for n in range(1, len(parts) + 1) if all(other[-n:] != parts[-n:] for other in others))
+        names[folder] = "/".join(parts[-length:])
+    return names
+
+
+def _run_of(folder: Path) -> dict[str, Any]:
+    run = json.loads((folder / "run.json").read_text())
+    lines = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
+    if not lines:
+        raise ValueError(f"{folder} has not logged a line yet; wait for --logging_steps steps")
+    return {**run, "lines": lines}
+
+
+def _results(run: dict[str, Any]) -> dict[str, Any]:
+    last, identity = run["lines"][-1], run["identity"]
+    return {
+        "state": "finished" if run["finished"] else f"step {last['step']:,} of {identity['total_steps']:,}",
+        "reconstruction loss": f"{last['reconstruction_loss']:.4f}",
+        "uniformity": f"{last['uniformity_loss']:.4f}",
+        "dimensions filled": f"{last['participation_ratio']:.1f} of {identity['config']['hidden_size']}",
+        "pictures a second": f"{last['pictures_per_second']:,.0f}",
+        "time": duration(run["seconds"]),
+        "pictures left out": len(run["unreadable"]),
+    }
+
+
+def _settings(run: dict[str, Any]) -> dict[str, Any]:
+    identity = {name: value for name, value in run["identity"].items() if name != "config"}
+    if identity["initial_weights"] and Path(identity["initial_weights"]).is_absolute():
+        identity["initial_weights"] = Path(identity["initial_weights"]).name  # no path of this machine
+    return {**identity, **run["identity"]["config"], "hardware": run["hardware"], **run["versions"]}
+
+
+def _accuracies(folder: Path) -> dict[str, Any]:
+    found = json.loads((folder / "linear_probe.json").read_text())
+    names = ("top1", "top5", "knn_top1", "effective_rank")
+    return {
+        "encoder": found["protocol"]["model"],
+        "judged on": found["protocol"]["test"]["data"],
+        **{f"{name}, {feature}": found[feature][name] for feature in ("cls", "mean") for name in names},
+    }
+
+
+def _side_by_side(columns: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """One row for each name that any of the columns has."""
+    rows = dict.fromkeys(name for column in columns for name in column)
+    return {name: [str(column.get(name, "")) for column in columns] for name in rows}
+
+
+def _inline(picture: Image.Image) -> str:
+    """A picture as the address of itself."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python -m umae.report
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write one page that shows and compares runs and probes."""
+    parser = argparse.ArgumentParser(prog="python -m umae.report", description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="folder", help="run folders and probe folders")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="page to write (default report.html)")
+    arguments = parser.parse_args(argv)
+    try:
+        write_text(arguments.output, report(list(dict.fromkeys(arguments.folders))))
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"umae.report: {error}") from error
+    print(arguments.output)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
