@@ -263,10 +263,12 @@ def test_a_run_outlives_the_hub_and_the_command_it_names_repeats_the_push(server
     assert (tmp_path / "digits" / "model.safetensors").exists()
     assert server.repos["model", "tester/digits"].private
     server.faults.clear()
+    (tmp_path / "digits" / "notes.txt").write_text("not for others")
     dry = run(*command, "--dry_run", **online(server, tmp_path / "home")).stdout
     assert "MB  model.safetensors" in dry and "# U-MAE" in dry and names(server, "tester/digits") == {".gitattributes"}
     run(*command, **online(server, tmp_path / "home"))
     assert "model.safetensors" in names(server, "tester/digits")
+    assert "notes.txt" not in names(server, "tester/digits")
 
 
 def test_every_checkpoint_is_a_revision_that_loads(server, tmp_path):

@@ -14,8 +14,12 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-# Checkpoints of a run in progress, its optimiser, its lock and local logs stay at home.
-STAYS_HOME = ("step-*", "*.tmp", "logs", "run.json", "run.lock", ".*", "__pycache__")
+# What of a folder is for others. Checkpoints, optimiser, lock, logs and whatever else lies there stay at home.
+PUBLISHED = (
+    "model*.safetensors", "model.safetensors.index.json", "config.json", "preprocessor_config.json",
+    "configuration_umae.py", "modeling_umae.py", "README.md", "metrics.jsonl", "linear_probe.json", "curve.png",
+    "spectrum.png", "reconstructions.png",
+)  # fmt: skip
 WAITS = (1, 4, 16, 60)  # seconds before another attempt, where the Hub is down, slow or asks for patience
 TIMEOUT = 60  # seconds without a byte
 
@@ -77,8 +81,7 @@ def published(folder: Path) -> dict[str, Path]:
     """
     if not (folder / "model.safetensors").exists():
         raise ValueError(f"{folder} holds no model.safetensors; give the folder of a finished run")
-    paths = sorted(path for path in folder.iterdir() if not any(path.match(pattern) for pattern in STAYS_HOME))
-    return {path.name: path for path in paths if path.is_file()}
+    return {path.name: path for pattern in PUBLISHED for path in sorted(folder.glob(pattern))}
 
 
 def _patiently(call: Callable, *args, **kwargs) -> Any:
