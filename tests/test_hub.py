@@ -159,7 +159,7 @@ def logged_in(server, monkeypatch):
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(hub, "WAITS", (0, 0, 0))
-    monkeypatch.setattr(hub, "TIMEOUT", 1)
+    monkeypatch.setattr(hub, "TIMEOUT", 3)
     return server
 
 
@@ -185,7 +185,7 @@ COMMIT = "POST /api/models/tester/model/commit/"
         {"match": COMMIT, "status": 500, "times": 2},
         {"match": COMMIT, "status": 429, "headers": {"Retry-After": "1"}},
         {"match": COMMIT, "drop": True},
-        {"match": COMMIT, "delay": 3},
+        {"match": COMMIT, "delay": 30},
         {"match": "POST /api/repos/create", "status": 503},
         {"match": "POST /api/repos/create", "drop": True},
         {"match": "POST .*/preupload/", "status": 503},

@@ -403,8 +403,8 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(
     ("how", "seconds", "named"),
     [
-        ("dies", 45, r"rank +: 1 \(local_rank: 1\)\n +exitcode +: -9"),
-        pytest.param("stops", 100, "Timed out waiting 15000ms", marks=pytest.mark.slow),
+        ("dies", 120, r"rank +: 1 \(local_rank: 1\)\n +exitcode +: -9"),
+        pytest.param("stops", 180, "Timed out waiting 15000ms", marks=pytest.mark.slow),
     ],
 )
 def test_a_process_that_dies_or_stops_ends_the_others_and_spoils_nothing(tmp_path, how, seconds, named):
