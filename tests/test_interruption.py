@@ -101,18 +101,34 @@ class Process:
         return torch.cat([mine, torch.tensor([self.others])])
 
 
-def test_several_processes_look_together_about_every_two_seconds(monkeypatch):
+@pytest.mark.parametrize("start", [0, 100_000], ids=["from the start", "resumed"])
+def test_several_processes_look_together_about_every_two_seconds(monkeypatch, start):
     clock = iter(range(10_000))  # a step takes a tenth of a second, so does a look
     monkeypatch.setattr("umae.interruption.time.perf_counter", lambda: next(clock) / 10)
     process, stop = Process(), StopRequest()
     looked = []
-    for step in range(1, 200):
+    for step in range(start + 1, start + 200):
         before = len(process.looks)
         next(clock)
         assert not stop.has_come(process, step)
         if len(process.looks) > before:
             looked.append(step)
-    assert looked[0] == 1 and 8 < len(looked) < 20, looked
+    assert looked[0] == start + 1 and 8 < len(looked) < 20, looked
     assert all(10 <= later - earlier <= 25 for earlier, later in pairwise(looked[3:])), looked
     process.others = (15.0, 3.0)  # the other one has got a signal, and makes 3 steps in that time
-    assert any(stop.has_come(process, step) for step in range(200, 230)) and stop.signal == 15
+    assert any(stop.has_come(process, step) for step in range(start + 200, start + 230)) and stop.signal == 15
+
+
+def test_a_signal_that_comes_while_processes_look_is_seen_at_the_next_look():
+    process, stop = Process(), StopRequest()
+    process.others = (0.0, 1.0)
+    gather = process.gather
+
+    def interrupted(mine):
+        stop.signal = 15
+        return gather(mine)
+
+    process.gather = interrupted
+    assert not stop.has_come(process, 1), "the others do not know of it"
+    process.gather = gather
+    assert stop.has_come(process, 2) and stop.signal == 15

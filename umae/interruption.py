@@ -28,7 +28,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal = 0
-        self._looked_at, self._looked, self._next_look = time.perf_counter(), 0, 0  # the time, this step, the next
+        self._looked, self._looked_at, self._next_look = None, 0.0, 0  # last look's step and time, next one's step
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
@@ -46,10 +46,14 @@ class StopRequest:
         if accelerator.num_processes > 1:
             if step < self._next_look:
                 return False
-            steps = (step - self._looked) * SECONDS / (time.perf_counter() - self._looked_at)
+            steps = 1.0  # where a run starts or is resumed, nothing is known of its pace
+            if self._looked is not None:
+                steps = (step - self._looked) * SECONDS / (time.perf_counter() - self._looked_at)
             everyones = accelerator.gather(torch.tensor([[float(self.signal), steps]], device=accelerator.device))
-            self.signal, steps = int(everyones[:, 0].max()), int(everyones[:, 1].min())
-            self._looked_at, self._looked, self._next_look = time.perf_counter(), step, step + max(1, steps)
+            agreed, steps = int(everyones[:, 0].max()), int(everyones[:, 1].min())
+            self._looked, self._looked_at, self._next_look = step, time.perf_counter(), step + max(1, steps)
+            self.signal = agreed or self.signal  # one that has come since is for the next look
+            return agreed > 0
         return self.signal > 0
 
     def _remember(self, number: int, frame) -> None:
