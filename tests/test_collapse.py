@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from scipy.stats import entropy
 
 from umae.collapse import (
+    MEASURES,
+    FeatureStatistics,
     alignment,
     dead_dimensions,
     effective_rank,
@@ -128,6 +130,30 @@ def test_values_keep_to_their_bounds_and_know_no_rotation(shape, seed):
         value = measure(features)
         assert low - 1e-9 <= value <= high + 1e-9
         assert measure(features @ rotation) == pytest.approx(value, abs=1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 12), min_size=1, max_size=8),
+    width=st.integers(1, 9),
+    seed=st.integers(0, 2**31),
+    spread=st.floats(0, 5),
+    shift=st.sampled_from([0.0, 1.0, 1e4]),
+)
+def test_batch_by_batch_the_measures_are_those_of_all_rows(sizes, width, seed, spread, shift):
+    features = random_features(sum(sizes), width, seed) * torch.logspace(0, -spread, width, dtype=torch.float64) + shift
+    statistics = FeatureStatistics()
+    for batch in features.split(sizes):
+        statistics.add(batch)
+    values = singular_values(features)
+    np.testing.assert_allclose(statistics.singular_values(), values, rtol=1e-9, atol=1e-12 * values[0])
+    for name, value in statistics.measures().items():
+        assert value == pytest.approx(MEASURES[name](features), rel=1e-8), name
+
+
+def test_no_rows_have_no_measures():
+    with pytest.raises(ValueError, match="expected"):
+        FeatureStatistics().measures()
 
 
 def test_orthogonal_directions_are_spread_evenly():

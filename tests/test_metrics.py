@@ -5,7 +5,8 @@ import pytest
 import torch
 from sklearn.metrics import top_k_accuracy_score
 
-from umae.metrics import TopKAccuracy
+from umae import collapse
+from umae.metrics import Alignment, Collapse, TopKAccuracy
 
 
 @pytest.fixture
@@ -72,3 +73,20 @@ def test_scores_instead_of_ranks_are_refused(accuracy, predictions):
 def test_shapes_that_do_not_match_are_refused(accuracy, predictions, references):
     with pytest.raises(ValueError, match=r"redictions|inhomogeneous"):
         accuracy.compute(predictions=predictions, references=references)
+
+
+def test_the_collapse_metrics_are_the_measures_of_the_matrix(accuracy, tmp_path):
+    features, others = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0))
+    found = Collapse(cache_dir=tmp_path / "cache").compute(predictions=features)
+    assert found == {name: pytest.approx(measure(features), rel=1e-9) for name, measure in collapse.MEASURES.items()}
+    found = Alignment(cache_dir=tmp_path / "cache").compute(predictions=features, references=others)
+    assert found == {"alignment": pytest.approx(collapse.alignment(features, others), rel=1e-12)}
+    metric = Collapse(cache_dir=tmp_path / "cache")
+    for batch in features.split(16):
+        metric.add_batch(predictions=batch)
+    assert metric.compute()["effective_rank"] == pytest.approx(collapse.effective_rank(features), rel=1e-9)
+
+
+def test_the_collapse_metrics_refuse_what_is_not_finite(accuracy, tmp_path):
+    with pytest.raises(ValueError, match="1 of 4 features are NaN or infinite"):
+        Collapse(cache_dir=tmp_path / "cache").compute(predictions=[[1.0, 2.0], [float("nan"), 1.0]])

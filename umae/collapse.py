@@ -1,11 +1,13 @@
 """How far features have collapsed: pure functions of a matrix (pictures, dimensions), here N and D.
 
-All compute in float64 on the CPU, return Python floats and never NaN, and raise ValueError for anything but a matrix
-of finite numbers with at least one row and one column. A picture's direction is its row divided by its length; a row
-of zeros keeps the direction zero, whose cosine with every row, itself included, is 0.
+`FeatureStatistics` gives the same measures of features that come batch by batch. All compute in float64 on the CPU,
+return Python floats and never NaN, and raise ValueError for anything but a matrix of finite numbers with at least one
+row and one column. A picture's direction is its row divided by its length; a row of zeros keeps the direction zero,
+whose cosine with every row, itself included, is 0.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import normalize
@@ -26,14 +28,20 @@ def effective_rank(features: torch.Tensor) -> float:
     From 1, all rows on one line through zero, to min(N, D), all directions equally strong; 0 where all features are
     zero. RankMe (Garrido et al. 2023) is this number up to its epsilon.
     """
-    values = singular_values(features)
+    return _entropy_rank(singular_values(features))
+
+
+def _entropy_rank(values: Sequence[float]) -> float:
     total = sum(values)
     return math.exp(-sum(value / total * math.log(value / total) for value in values if value > 0)) if total else 0.0
 
 
 def rankme(features: torch.Tensor, epsilon: float = 1e-7) -> float:
     """exp of the entropy of `singular value / their sum + epsilon` (RankMe, Garrido et al. 2023, equations 1 and 2)."""
-    values = singular_values(features)
+    return _rankme(singular_values(features), epsilon)
+
+
+def _rankme(values: Sequence[float], epsilon: float = 1e-7) -> float:
     shares = [value / (sum(values) or 1.0) + epsilon for value in values]
     return math.exp(-sum(share * math.log(share) for share in shares))
 
@@ -41,7 +49,10 @@ def rankme(features: torch.Tensor, epsilon: float = 1e-7) -> float:
 def dead_dimensions(features: torch.Tensor, relative: float = 1e-6) -> int:
     """How many dimensions hardly differ from picture to picture: their standard deviation is at most `relative` of the
     largest one. All of them do where all pictures have the same features."""
-    deviations = _checked(features).std(dim=0, correction=0)
+    return _dead(_checked(features).std(dim=0, correction=0), relative)
+
+
+def _dead(deviations: torch.Tensor, relative: float = 1e-6) -> int:
     return int((deviations <= relative * deviations.max()).sum())
 
 
@@ -59,7 +70,10 @@ def participation_ratio(features: torch.Tensor) -> float:
     From 1, all directions on one line through zero, to min(N, D), evenly spread; 0 where all features are zero.
     It is 1 / uniformity wherever no row is zero.
     """
-    moment = _second_moment(features)
+    return _participation(_second_moment(features))
+
+
+def _participation(moment: torch.Tensor) -> float:
     squares = moment.square().sum().item()  # of the eigenvalues; their sum is the trace
     return moment.trace().item() ** 2 / squares if squares else 0.0
 
@@ -85,6 +99,69 @@ def alignment(first: torch.Tensor, second: torch.Tensor) -> float:
 def mean_norm(features: torch.Tensor) -> float:
     """Mean length of the rows."""
     return torch.linalg.vector_norm(_checked(features), dim=1).mean().item()
+
+
+# Of one matrix, by the names that metrics and reports have for them
+MEASURES = {
+    "effective_rank": effective_rank,
+    "rankme": rankme,
+    "participation_ratio": participation_ratio,
+    "uniformity": uniformity,
+    "mean_cosine": mean_cosine,
+    "feature_norm": mean_norm,
+    "dead_dimensions": dead_dimensions,
+}
+
+
+class FeatureStatistics:
+    """MEASURES of features that come batch by batch, in memory that does not grow with their number.
+
+    What is kept of N rows is the triangular factor of their QR decomposition (min(N, D) rows of D, whose singular
+    values are exactly those of all rows), sums over their directions, and mean and deviation of every dimension.
+    """
+
+    def __init__(self):
+        self.count, self.lengths = 0, 0.0
+        self.rows: list[torch.Tensor] = []  # the factor, and rows that are not in it yet
+        self.direction = self.moment = self.mean = self.squares = None
+
+    def add(self, features: torch.Tensor) -> None:
+        """Take in some more rows, (pictures, dimensions)."""
+        rows = _checked(features)
+        directions, count = _directions(rows), len(rows)
+        if self.count == 0:
+            width = rows.shape[1]
+            self.direction, self.mean, self.squares = torch.zeros(3, width, dtype=torch.float64)
+            self.moment = torch.zeros(width, width, dtype=torch.float64)
+        self.lengths += torch.linalg.vector_norm(rows, dim=1).sum().item()
+        self.direction += directions.sum(dim=0)
+        self.moment += directions.T @ directions
+        shift = rows.mean(dim=0) - self.mean  # of the means: Chan, Golub & LeVeque 1983
+        self.squares += (rows - rows.mean(dim=0)).square().sum(dim=0)
+        self.squares += shift.square() * (self.count * count / (self.count + count))
+        self.mean += shift * (count / (self.count + count))
+        self.count += count
+        self.rows.append(rows)
+        if sum(map(len, self.rows)) >= 2 * rows.shape[1]:
+            self.rows = [torch.linalg.qr(torch.cat(self.rows), mode="r").R]
+
+    def singular_values(self) -> list[float]:
+        """As `singular_values` of all rows."""
+        return singular_values(torch.cat(self.rows)) if self.count else singular_values(torch.empty(0, 0))
+
+    def measures(self) -> dict[str, float]:
+        """All MEASURES of all rows. Raises `ValueError` if there were none."""
+        values = self.singular_values()
+        moment = self.moment / self.count
+        return {
+            "effective_rank": _entropy_rank(values),
+            "rankme": _rankme(values),
+            "participation_ratio": _participation(moment),
+            "uniformity": moment.square().sum().item(),
+            "mean_cosine": (self.direction / self.count).square().sum().item(),
+            "feature_norm": self.lengths / self.count,
+            "dead_dimensions": _dead((self.squares / self.count).sqrt()),
+        }
 
 
 def _checked(features: torch.Tensor) -> torch.Tensor:

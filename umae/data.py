@@ -10,7 +10,6 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +81,14 @@ class Pictures:
                 yield error
 
     def sample(self, seed: int, count: int) -> Iterator[tuple[int, Image.Image]]:
-        """The indices of some pictures that can be read, and the pictures; the same ones for the same seed."""
-        return islice(self._readable(seeding.permutation(seed, 0, len(self)).tolist()), count)
+        """The indices of at most so many pictures, and those of them that can be read, see `spread`."""
+        return self._readable(self.spread(count, seed))
+
+    def spread(self, count: int, seed: int = 0) -> list[int]:
+        """Indices of at most so many pictures, spread evenly since many data sets are sorted by class, in an order
+        that depends on the seed."""
+        count = min(count, len(self))
+        return [place * len(self) // count for place in seeding.permutation(seed, 0, count).tolist()]
 
     def _readable(self, indices: Iterable[int]) -> Iterator[tuple[int, Image.Image]]:
         for index in indices:

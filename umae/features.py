@@ -6,7 +6,7 @@ python -m umae.features RUN FOLDER features.parquet
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,8 @@ from modeling_umae import UMAEModel
 from umae.convert import encoder_from_pretrained
 from umae.data import Pictures, load_pictures
 from umae.images import UnreadablePicture
+
+Encode = Callable[[UMAEModel, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def load_processor(name_or_path: str, revision: str | None = None) -> ViTImageProcessorPil:
@@ -44,9 +46,9 @@ def load_processor(name_or_path: str, revision: str | None = None) -> ViTImagePr
 class EvaluationPictures(torch.utils.data.Dataset):
     """Pictures as the image processor prepares them; asked for a whole batch at once.
 
-    A batch is `{"pixel_values": (readable, channels, height, width), "rows": int64 (readable,), "errors": [str]}`:
-    `rows` are the places of the readable pictures among those asked for, and `errors` name the others. (An error that
-    is raised in a worker would arrive in two tracebacks.)
+    A batch is `{"pixel_values": (readable, channels, height, width), "index": int64 (readable,), "rows": int64
+    (readable,), "errors": [str]}`: `rows` are the places of the readable pictures among those asked for, and `errors`
+    name the others. (An error that is raised in a worker would arrive in two tracebacks.)
     """
 
     def __init__(self, pictures: Pictures, processor: BaseImageProcessor):
@@ -55,7 +57,7 @@ class EvaluationPictures(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, indices: range) -> dict:
+    def __getitem__(self, indices: Sequence[int]) -> dict:
         images, rows, errors = [], [], []
         for row, index in enumerate(indices):
             try:
@@ -64,7 +66,8 @@ class EvaluationPictures(torch.utils.data.Dataset):
             except UnreadablePicture as error:
                 errors.append(str(error))
         pixel_values = self.processor(images=images, return_tensors="pt")["pixel_values"] if images else None
-        return {"pixel_values": pixel_values, "rows": torch.tensor(rows, dtype=torch.int64), "errors": errors}
+        rows = torch.tensor(rows, dtype=torch.int64)
+        return {"pixel_values": pixel_values, "index": torch.tensor(indices)[rows], "rows": rows, "errors": errors}
 
 
 def extract_features(
@@ -96,12 +99,54 @@ def extract_features(
         UnreadablePicture: a picture cannot be read, and is not to be skipped.
         ValueError: features are not finite, or the encoder gives one feature only.
     """
+    accelerator = accelerator or Accelerator()
+    count, width = len(pictures), encoder.config.hidden_size
+    features, start = torch.empty(count, 2, width), 0
+    batches = feature_batches(
+        encoder, pictures, processor, batch_size, num_workers, accelerator, skip_unreadable=skip_unreadable
+    )
+    for encoded in batches:
+        features[start : start + len(encoded)] = encoded
+        start += len(encoded)
+    return {"cls": features[:, 0].contiguous(), "mean": features[:, 1].contiguous()}
+
+
+def both_poolings(
+    encoder: UMAEModel, pixel_values: torch.Tensor, index: torch.Tensor | None = None, noise: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(batch, channels, height, width) -> (batch, 2, D), the class token and the mean of the patch tokens."""
+    output = encoder(pixel_values, noise=noise)
+    return torch.stack([output.last_hidden_state[:, 0], output.pooler_output], dim=1)
+
+
+def feature_batches(
+    encoder: UMAEModel,
+    pictures: Pictures,
+    processor: BaseImageProcessor,
+    batch_size: int,
+    num_workers: int,
+    accelerator: Accelerator,
+    encode: Encode = both_poolings,
+    kinds: int = 2,
+    indices: Sequence[int] | None = None,
+    skip_unreadable: bool = False,
+) -> Iterator[torch.Tensor]:
+    """What `encode` makes of pictures, in their order, as much at a time as all processes encode at once.
+
+    Args:
+        encode: (encoder, pixel_values, indices int64 (batch,)) -> (batch, kinds, D), without a gradient.
+        kinds: how many features it makes of a picture.
+        indices: which pictures; all by default.
+
+    Yields:
+        (some pictures, kinds, D), float32, on the CPU of every process; NaN where one cannot be read.
+    """
     if encoder.config.pooling != "mean":
         raise ValueError('the encoder must be loaded with pooling="mean", then one pass gives both features')
-    accelerator = accelerator or Accelerator()
     encoder.to(accelerator.device).eval()
-    count, width, processes = len(pictures), encoder.config.hidden_size, accelerator.num_processes
-    batches = [range(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+    indices = range(len(pictures)) if indices is None else indices
+    count, processes = len(indices), accelerator.num_processes
+    batches = [indices[first : first + batch_size] for first in range(0, count, batch_size)]
     loader = DataLoader(
         EvaluationPictures(pictures, processor),
         sampler=batches[accelerator.process_index :: processes],
@@ -110,28 +155,22 @@ def extract_features(
         pin_memory=accelerator.device.type == "cuda",
     )
     loaded = iter(loader)
-    features = {name: torch.empty(count, width) for name in ("cls", "mean")}
     bar = tqdm(total=count, desc=pictures.description, unit="picture", disable=not accelerator.is_main_process)
     for start in range(0, count, batch_size * processes):
-        encoded = torch.full((batch_size, 2, width), torch.nan, device=accelerator.device)
+        encoded = torch.full((batch_size, kinds, encoder.config.hidden_size), torch.nan, device=accelerator.device)
         if (batch := next(loaded, None)) is not None:  # at the end some processes have nothing to do
             _report(batch["errors"], skip_unreadable)
-            encoded[batch["rows"]] = _encode(encoder, batch["pixel_values"])
+            if batch["pixel_values"] is not None:
+                encoded[batch["rows"]] = _encode(encoder, encode, batch["pixel_values"], batch["index"])
         everyones = accelerator.gather(encoded)[: count - start].cpu()  # one batch after the other
-        for column, name in enumerate(features):
-            features[name][start : start + len(everyones)] = everyones[:, column]
+        yield everyones
         bar.update(len(everyones))
     bar.close()
-    return features
 
 
 @torch.inference_mode()
-def _encode(encoder: UMAEModel, pixel_values: torch.Tensor | None) -> torch.Tensor:
-    """(batch, channels, height, width) -> (batch, 2, D), the class token and the mean of the patch tokens."""
-    if pixel_values is None:
-        return torch.empty(0, 2, encoder.config.hidden_size, device=encoder.device)
-    output = encoder(pixel_values.to(encoder.device, non_blocking=True))
-    encoded = torch.stack([output.last_hidden_state[:, 0], output.pooler_output], dim=1).float()
+def _encode(encoder: UMAEModel, encode: Encode, pixel_values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    encoded = encode(encoder, pixel_values.to(encoder.device, non_blocking=True), index.to(encoder.device)).float()
     if not encoded.isfinite().all():
         raise ValueError("the encoder's features are not finite; are its weights?")
     return encoded

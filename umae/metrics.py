@@ -3,6 +3,9 @@
 import datasets
 import evaluate
 import numpy as np
+import torch
+
+from umae.collapse import FeatureStatistics, alignment
 
 
 class TopKAccuracy(evaluate.Metric):
@@ -40,3 +43,56 @@ class TopKAccuracy(evaluate.Metric):
             )
         hits = guesses == np.array(references)[:, None]  # (pictures, guesses)
         return {f"top{k}": float(hits[:, :k].any(axis=1).mean()) for k in (1, 5) if k <= hits.shape[1]}
+
+
+class Collapse(evaluate.Metric):
+    """How far features have collapsed: every measure of `umae.collapse.MEASURES`.
+
+    `Collapse().compute(predictions=features)` gives `{"effective_rank": ..., "participation_ratio": ..., ...}`.
+
+    Args of compute:
+        predictions: float (pictures, dimensions), the features.
+
+    Raises:
+        ValueError: if they are not a matrix of finite numbers.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Effective rank, RankMe, participation ratio, uniformity and more of a matrix of features.",
+            citation="",
+            inputs_description=self.__doc__,
+            features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("float64"))}),
+        )
+
+    def _compute(self, predictions: list[list[float]]) -> dict[str, float]:
+        statistics = FeatureStatistics()
+        statistics.add(torch.tensor(predictions, dtype=torch.float64))
+        return statistics.measures()
+
+
+class Alignment(evaluate.Metric):
+    """How near the features of two views of a picture are, see `umae.collapse.alignment`.
+
+    `Alignment().compute(predictions=features, references=others)` gives `{"alignment": ...}`, from 0, the same
+    direction, to 4, opposite ones.
+
+    Args of compute:
+        predictions, references: float (pictures, dimensions), of the same pictures in the same order.
+
+    Raises:
+        ValueError: if they are not two matrices of one shape, of finite numbers.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        rows = datasets.Sequence(datasets.Value("float64"))
+        return evaluate.MetricInfo(
+            description="Mean squared distance of the directions of paired features.",
+            citation="",
+            inputs_description=self.__doc__,
+            features=datasets.Features({"predictions": rows, "references": rows}),
+        )
+
+    def _compute(self, predictions: list[list[float]], references: list[list[float]]) -> dict[str, float]:
+        first, second = (torch.tensor(rows, dtype=torch.float64) for rows in (predictions, references))
+        return {"alignment": alignment(first, second)}
