@@ -384,12 +384,13 @@ class UMAEForPreTrainingOutput(ModelOutput):
 
     Args:
         loss: scalar, `reconstruction_loss + config.uniformity_weight * uniformity_loss`.
-        reconstruction_loss: scalar, detached; the mean squared error of the hidden patches of the local batch.
-        uniformity_loss: scalar, detached, at least float32; the mean squared cosine of the features.
+        reconstruction_loss: scalar, the mean squared error of the hidden patches of the local batch.
+        uniformity_loss: scalar, at least float32, the mean squared cosine of the features.
         logits: (batch, patches, pixels), every predicted patch (normalised if `norm_pix_loss`); None if not asked for.
         mask: (batch, patches), 1 where the patch was hidden, 0 where the encoder saw it.
         ids_restore: (batch, patches), the place of every patch among those sorted by noise; None without logits.
         features: (batch, hidden_size), what the uniformity term sees.
+        last_hidden_state: (batch, 1 + visible patches, hidden_size), the encoder's; with `features_only` alone.
         hidden_states: tuple of (batch, 1 + visible patches, hidden_size), the encoder's.
         attentions: tuple of (batch, heads, tokens, tokens), the encoder's.
     """
@@ -401,6 +402,7 @@ class UMAEForPreTrainingOutput(ModelOutput):
     mask: torch.Tensor | None = None
     ids_restore: torch.Tensor | None = None
     features: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 
@@ -637,7 +639,8 @@ class UMAEForPreTraining(UMAEPreTrainedModel):
             output_logits: whether to return `logits` and `ids_restore`; by default in evaluation mode only.
             second_moment: (hidden_size, hidden_size), optional, for an exact uniformity term under gradient
                 accumulation, see `uniformity_loss`: the mean of `feature_second_moment` over all micro-batches.
-            features_only: return `features` alone, without decoding; what `second_moment` is computed from.
+            features_only: return `features` and `last_hidden_state` alone, without decoding. With a `mask_ratio` of 0
+                they are those of the whole picture.
 
         In training mode the uniformity term is that of the batch of all processes, and every one must take part; in
         evaluation mode it is that of the local batch.
@@ -649,7 +652,9 @@ class UMAEForPreTraining(UMAEPreTrainedModel):
         mask_ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
         grid = self.vit.grid_of(pixel_values, interpolate_pos_encoding)
         num_patches = grid[0] * grid[1]
-        if int(num_patches * (1 - mask_ratio)) == num_patches:
+        if features_only and mask_ratio == 0:
+            noise = mask_ratio = None  # every patch, in order
+        elif int(num_patches * (1 - mask_ratio)) == num_patches:
             raise ValueError(f"mask_ratio {mask_ratio} hides no patch of {num_patches}, so there is nothing to learn")
 
         encoded = self.vit(
@@ -662,7 +667,7 @@ class UMAEForPreTraining(UMAEPreTrainedModel):
         )
         features = self.uniformity_features(encoded)
         if features_only:
-            return UMAEForPreTrainingOutput(features=features)
+            return UMAEForPreTrainingOutput(features=features, last_hidden_state=encoded.last_hidden_state)
         target = patchify(pixel_values, self.config.patch_height_width)
         if output_logits:
             logits, mask = self.decoder(encoded.last_hidden_state, encoded.ids_restore, grid), encoded.mask
@@ -675,8 +680,8 @@ class UMAEForPreTraining(UMAEPreTrainedModel):
 
         return UMAEForPreTrainingOutput(
             loss=reconstruction + self.config.uniformity_weight * uniformity,
-            reconstruction_loss=reconstruction.detach(),
-            uniformity_loss=uniformity.detach(),
+            reconstruction_loss=reconstruction,
+            uniformity_loss=uniformity,
             logits=logits if output_logits else None,
             mask=encoded.mask,
             ids_restore=encoded.ids_restore if output_logits else None,

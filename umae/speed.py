@@ -2,6 +2,7 @@
 
 import time
 
+import psutil
 import torch
 
 from configuration_umae import UMAEConfig
@@ -19,19 +20,32 @@ def training_flops(config: UMAEConfig) -> int:
     pixels = config.num_channels * config.patch_height_width[0] * config.patch_height_width[1]
     width, decoder_width = config.hidden_size, config.decoder_hidden_size
 
-    def layer(tokens: int, queries: int, size: int, inner: int) -> int:
-        linear = 4 * (tokens + queries) * size**2 + 4 * queries * size * inner
-        return linear + 4 * queries * tokens * size
-
-    forward = config.num_hidden_layers * layer(visible, visible, width, config.intermediate_size)
+    forward = config.num_hidden_layers * _layer_flops(visible, visible, width, config.intermediate_size)
     forward += 2 * visible * width * decoder_width
     for i in range(config.decoder_num_hidden_layers):
         queries = hidden if i == config.decoder_num_hidden_layers - 1 else all_tokens
-        forward += layer(all_tokens, queries, decoder_width, config.decoder_intermediate_size)
+        forward += _layer_flops(all_tokens, queries, decoder_width, config.decoder_intermediate_size)
     forward += 2 * hidden * decoder_width * pixels
     # The backward pass is two products for each of the forward's, but pixels need no gradient and the uniformity term's
     # one product has one.
     return 3 * forward + 2 * (2 * (visible - 1) * pixels * width) + 2 * (2 * width**2)
+
+
+def encoder_flops(config: UMAEConfig, patches: int) -> int:
+    """Floating-point operations of the encoder's matrix products on one picture in evaluation mode.
+
+    Args:
+        patches: how many of them it sees; all are projected.
+    """
+    pixels = config.num_channels * config.patch_height_width[0] * config.patch_height_width[1]
+    layer = _layer_flops(1 + patches, 1 + patches, config.hidden_size, config.intermediate_size)
+    return 2 * config.grid[0] * config.grid[1] * pixels * config.hidden_size + config.num_hidden_layers * layer
+
+
+def _layer_flops(tokens: int, queries: int, size: int, inner: int) -> int:
+    """Of one transformer layer, forward, where `queries` of the tokens look at all of them."""
+    linear = 4 * (tokens + queries) * size**2 + 4 * queries * size * inner
+    return linear + 4 * queries * tokens * size
 
 
 def compile_layers(model: UMAEForPreTraining) -> None:
@@ -46,6 +60,13 @@ def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes: on a GPU the most that tensors have taken so far, on a CPU what the process takes now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -1,6 +1,6 @@
 """One optimiser step, on plain arguments."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +38,7 @@ def train_step(
     mean: Sequence[float],
     std: Sequence[float],
     exact_uniformity: bool = False,
+    observe: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Forward and backward over the micro-batches, then one step of the optimiser. Never waits for the device.
 
@@ -53,6 +54,7 @@ def train_step(
         mean, std: of the pictures' normalisation, one number for each channel.
         exact_uniformity: the uniformity term is that of all micro-batches together, for one more pass through the
             encoder, rather than the mean of theirs.
+        observe: is shown the features (batch, D) of every micro-batch, without a gradient, and its pictures' indices.
 
     Returns:
         float32 (5,) on the device: the values named in `LOGGED`, averaged over the micro-batches of this process.
@@ -76,8 +78,10 @@ def train_step(
             output = forward(i, second_moment=second_moment)
             feature_norm = output.features.detach().float().norm(dim=-1).mean()
             losses.append(
-                torch.stack([output.loss.detach(), output.reconstruction_loss, output.uniformity_loss, feature_norm])
+                torch.stack([output.loss, output.reconstruction_loss, output.uniformity_loss, feature_norm]).detach()
             )
+            if observe is not None:
+                observe(output.features.detach(), micro_batches[i]["index"])
             sound = torch.isfinite(losses[-1]).all() & (failed[0] == 0)
             # What fails on one process becomes a failure of all, by their common gradient, in this and all later steps
             accelerator.backward(output.loss * torch.where(sound, 1.0, torch.nan))
