@@ -79,6 +79,9 @@ class TrainingArguments:
         50, "Steps between lines of metrics.jsonl, each the mean since the line before."
     )
     report_to: str = flag("none", "Trackers, separated by commas: tensorboard, wandb, trackio.")
+    eval_steps: Annotated[int | None, Between(0)] = flag(
+        None, "Steps between diagnostics, each with a line of metrics.jsonl; 0 for none. [1%% of the time]"
+    )
     seed: Annotated[int, Between(0, 2**32 - 1)] = flag(0, "Of weights, order, crops, flips and masks.")
     push_to_hub: bool = flag(False, "Upload every checkpoint, as a revision `step-N`, and the finished run to the Hub.")
     hub_model_id: str | None = flag(None, "Repository to upload to: `name/model`. [name of output_dir]")
@@ -86,7 +89,8 @@ class TrainingArguments:
 
 
 BETAS = (0.9, 0.95)  # of AdamW
-SHOWN_FEATURES = 512  # pictures whose features' spectrum is drawn
+SHOWN_FEATURES = 1024  # pictures whose features are drawn at the end
+ONLINE = "online/"  # before the names of the online classifier's tensors in a checkpoint
 PATIENCE = timedelta(minutes=30)  # with a process that does not answer; one that has died is noticed at once
 DIGITS_RECIPE = Path(__file__).resolve().parent / "recipes" / "digits.yaml"
 
@@ -106,6 +110,7 @@ if __name__ == "__main__":  # --help and slips of the pen are answered before th
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -118,12 +123,13 @@ from tqdm.auto import tqdm
 from transformers import ViTImageProcessorPil
 from transformers.utils.logging import disable_progress_bar
 
-from umae import UMAEConfig, UMAEForPreTraining, cards, checkpoints, hub, seeding
+from umae import UMAEConfig, UMAEForPreTraining, cards, checkpoints, gallery, hub
 from umae.convert import load_exactly, read_model
-from umae.data import Pictures, Plan, TrainingPictures, decode_all, load_pictures, training_loader
+from umae.data import Pictures, Plan, TrainingPictures, decode_all, load_pictures, split_names, training_loader
 from umae.interruption import StopRequest
-from umae.pictures import reconstruction_strip, spectrum, training_curves
-from umae.runs import SPEED, MetricsLog, hold_folder, open_run, write_run
+from umae.monitor import MOST_PICTURES, OBSERVED_STEPS, Monitor, classes_of, usual_steps, watch
+from umae.probing import OnlineClassifier
+from umae.runs import SPEED, MetricsLog, hold_folder, open_run, track_picture, write_run
 from umae.schedules import decay_groups, learning_rate_at
 from umae.speed import compile_layers, has_fast_bf16, matmul_rate, training_flops
 from umae.streaming import START, Cursor, Stream, load_stream, streaming_loader
@@ -138,41 +144,43 @@ def main(argv: list[str]) -> None:
     set_seed(args.seed)
     disable_progress_bar()  # transformers' own; training has one
 
-    pictures = load_data(accelerator, data_args)
+    pictures = load_data(accelerator, data_args, data_args.train_split)
     pictures.check_readable()
     model = make_model(accelerator, model_args)
-    workers = num_workers(accelerator, pictures, data_args.dataloader_num_workers)
     plan = make_plan(accelerator, pictures, args)
-    schedule = make_schedule(plan, args)
-    folder = Path(args.output_dir)
+    job = Job(
+        accelerator=accelerator,
+        folder=Path(args.output_dir),
+        pictures=pictures,
+        watched=load_watched(accelerator, data_args, pictures) if args.eval_steps != 0 else None,
+        config=model.config,
+        processor=evaluation_processor(model.config.image_height_width),
+        plan=plan,
+        schedule=make_schedule(plan, args),
+        workers=num_workers(accelerator, pictures, data_args.dataloader_num_workers),
+        max_unreadable_share=data_args.max_unreadable_share,
+        args=args,
+    )
     push = None
     if args.push_to_hub and accelerator.is_main_process:  # rights are asked for now rather than after hours of training
-        repo_id = hub.check_access(args.hub_model_id or folder.resolve().name, args.hub_private_repo)
+        repo_id = hub.check_access(args.hub_model_id or job.folder.resolve().name, args.hub_private_repo)
         push = hub.BackgroundPush(repo_id, tell=tqdm.write)
 
-    identity = identity_of(accelerator, pictures, model.config, model_args.model_name_or_path, plan, schedule, args)
-    if isinstance(pictures, Stream):  # there, what a process reads depends on how many readers there are
-        identity |= {
-            "shards": pictures.num_shards,
-            "processes": accelerator.num_processes,
-            "dataloader_num_workers": workers,
-        }
-    run = open_run(accelerator, folder, identity)
-    if run["finished"]:
-        accelerator.print(f"{folder} holds this run, finished; nothing to do")
+    record = open_run(accelerator, job.folder, identity_of(job, model_args.model_name_or_path))
+    if record["finished"]:
+        accelerator.print(f"{job.folder} holds this run, finished; nothing to do")
     else:
-        with hold_folder(accelerator, folder, run), StopRequest() as stop:
-            announce(accelerator, run, model, plan)
-            share = data_args.max_unreadable_share
-            train(accelerator, model, pictures, plan, schedule, folder, run, args, share, workers, stop, push)
+        with hold_folder(accelerator, job.folder, record), StopRequest() as stop:
+            announce(job, record, model)
+            train(job, record, model, stop, push)
             if accelerator.is_main_process and not stop.signal:
-                finish(accelerator, folder, pictures, schedule.total_steps, run, args.seed)
+                finish(job, record)
         if stop.signal:
             close(accelerator)
             raise SystemExit(128 + stop.signal)
     close(accelerator)
     if push is not None:
-        push_finished(folder, push)
+        push_finished(job.folder, push)
 
 
 def push_finished(folder: Path, push: hub.BackgroundPush) -> None:
@@ -215,12 +223,45 @@ def make_accelerator(args: TrainingArguments) -> Accelerator:
     )
 
 
-def load_data(accelerator: Accelerator, args: DataArguments) -> Pictures | Stream:
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, and with what; nothing of it changes.
+
+    Args:
+        watched: the pictures that are looked at while training goes on, None if none are.
+        workers: loader processes beside each of training.
+    """
+
+    accelerator: Accelerator
+    folder: Path
+    pictures: Pictures | Stream
+    watched: Pictures | Stream | None
+    config: UMAEConfig
+    processor: ViTImageProcessorPil
+    plan: Plan
+    schedule: "Schedule"
+    workers: int
+    max_unreadable_share: float
+    args: TrainingArguments
+
+
+def load_data(accelerator: Accelerator, args: DataArguments, split: str) -> Pictures | Stream:
     columns = (args.image_column_name, args.label_column_name)
     with accelerator.main_process_first():  # the others find the main process' cache
         if args.streaming:
-            return load_stream(args.dataset_name, args.dataset_config_name, args.train_split, args.image_column_name)
-        return load_pictures(args.dataset_name, args.dataset_config_name, args.train_split, *columns)
+            return load_stream(args.dataset_name, args.dataset_config_name, split, args.image_column_name)
+        return load_pictures(args.dataset_name, args.dataset_config_name, split, *columns)
+
+
+def load_watched(accelerator: Accelerator, args: DataArguments, pictures: Pictures | Stream) -> Pictures | Stream:
+    """The pictures to look at: held-out ones where there are any, else those of training."""
+    try:
+        names = split_names(args.dataset_name, args.dataset_config_name)
+        split = next((name for name in ("test", "validation") if name in names and name not in args.train_split), None)
+        return pictures if split is None else load_data(accelerator, args, split)
+    except (ValueError, OSError) as error:  # they are worth a look, not a refusal
+        accelerator.print(f"held-out pictures cannot be loaded, so those of training are looked at: {error}")
+        return pictures
 
 
 def make_model(accelerator: Accelerator, args: ModelArguments) -> UMAEForPreTraining:
@@ -313,39 +354,38 @@ def make_schedule(plan: Plan, args: TrainingArguments) -> Schedule:
     return Schedule(total, warmup, args.base_learning_rate * plan.pictures_per_step / 256)
 
 
-def identity_of(
-    accelerator: Accelerator,
-    pictures: Pictures | Stream,
-    config: UMAEConfig,
-    initial_weights: str | None,
-    plan: Plan,
-    schedule: Schedule,
-    args: TrainingArguments,
-) -> dict[str, Any]:
+def identity_of(job: Job, initial_weights: str | None) -> dict[str, Any]:
     """What makes this run this run, whatever machine goes on with it."""
-    fields = config.to_dict()
-    return {
-        "dataset": pictures.description,
-        "pictures": pictures.num_pictures,
-        "streaming": isinstance(pictures, Stream),
-        "dataset_fingerprint": pictures.fingerprint(),
+    fields, streaming = job.config.to_dict(), isinstance(job.pictures, Stream)
+    identity = {
+        "dataset": job.pictures.description,
+        "pictures": job.pictures.num_pictures,
+        "streaming": streaming,
+        "dataset_fingerprint": job.pictures.fingerprint(),
         "initial_weights": initial_weights,
         "config": {name: fields[name] for name in UMAEConfig.__annotations__ if name in fields},
-        "seed": args.seed,
-        "pictures_per_step": plan.pictures_per_step,
-        "gradient_accumulation_steps": plan.accumulation,
-        "exact_uniformity": args.exact_uniformity,
-        **dataclasses.asdict(schedule),
+        "seed": job.args.seed,
+        "pictures_per_step": job.plan.pictures_per_step,
+        "gradient_accumulation_steps": job.plan.accumulation,
+        "exact_uniformity": job.args.exact_uniformity,
+        **dataclasses.asdict(job.schedule),
         "optimizer": "AdamW",
         "betas": BETAS,
-        "weight_decay": args.weight_decay,
-        "mixed_precision": accelerator.mixed_precision,
+        "weight_decay": job.args.weight_decay,
+        "mixed_precision": job.accelerator.mixed_precision,
     }
+    if streaming:  # there, what a process reads depends on how many readers there are
+        identity |= {
+            "shards": job.pictures.num_shards,
+            "processes": job.accelerator.num_processes,
+            "dataloader_num_workers": job.workers,
+        }
+    return identity
 
 
-def announce(accelerator: Accelerator, run: dict[str, Any], model: UMAEForPreTraining, plan: Plan) -> None:
+def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> None:
     """Print what is about to be done, before it is done."""
-    identity, config = run["identity"], model.config
+    identity, config, plan = record["identity"], job.config, job.plan
     (height, width), patches = config.image_height_width, config.grid[0] * config.grid[1]
     exact = identity["exact_uniformity"]
     features, parts = (plan.pictures_per_step, 1) if exact else (plan.batch_size * plan.processes, plan.accumulation)
@@ -363,84 +403,143 @@ def announce(accelerator: Accelerator, run: dict[str, Any], model: UMAEForPreTra
         "learning rate": f"{identity['learning_rate']:.3g} at its peak",
         "uniformity": f"weight {config.uniformity_weight:g}, mean over the {config.pooling} features of {features} "
         f"pictures" + (f", then over {parts} micro-batches" if parts > 1 else ""),
-        "precision": f"{identity['mixed_precision']} on {run['hardware']}",
+        "precision": f"{identity['mixed_precision']} on {record['hardware']}",
     }
+    if job.watched is not None:
+        lines["looked at"] = f"{job.watched.description}, every {eval_steps(job):,} steps"
     for name, text in lines.items():
-        accelerator.print(f"  {name:<16} {text}")
+        job.accelerator.print(f"  {name:<16} {text}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
 
+@dataclass
+class Progress:
+    """What training changes, and a checkpoint holds.
+
+    Args:
+        step: optimiser steps done.
+        window: (2, values), sums of the LOGGED values since the last line, and how many of each.
+        classifier: the online one, None if there are no labels.
+        cursors: where this process' readers of a stream stand.
+    """
+
+    step: int
+    model: torch.nn.Module
+    optimizer: AcceleratedOptimizer
+    window: torch.Tensor
+    classifier: OnlineClassifier | None
+    cursors: list[Cursor]
+
+
 def train(
-    accelerator: Accelerator,
-    model: UMAEForPreTraining,
-    pictures: Pictures | Stream,
-    plan: Plan,
-    schedule: Schedule,
-    folder: Path,
-    run: dict[str, Any],
-    args: TrainingArguments,
-    max_unreadable_share: float,
-    workers: int,
-    stop: StopRequest,
-    push: hub.BackgroundPush | None,
+    job: Job, record: dict[str, Any], model: UMAEForPreTraining, stop: StopRequest, push: hub.BackgroundPush | None
 ) -> None:
     """From the newest checkpoint, if there is one, to the last step; leaves `step-N/` of the last step behind.
 
     Stopped by a signal, it leaves `step-N/` of the step it was at.
     """
-    config, processor = model.config, evaluation_processor(model.config.image_height_width)
-    model, optimizer = prepare(accelerator, model, args)
+    accelerator, args, plan, total = job.accelerator, job.args, job.plan, job.schedule.total_steps
+    monitor = make_monitor(job)
+    progress = start(job, model, monitor)
+    accelerator.init_trackers("umae", config={name: str(value) for name, value in record["identity"].items()})
+    log = MetricsLog(
+        accelerator, job.folder, progress.step, plan.pictures_per_step, ideal_seconds(accelerator, job.config)
+    )
+    micro_batches = log.waited_for(make_loader(job, range(progress.step, total), progress.cursors))
     failed = no_failure(accelerator.device)
-    window = torch.zeros(2, len(LOGGED), device=accelerator.device)  # sums since the last line, and how many of each
-    start, cursors = restore(accelerator, folder, model, optimizer, window)
-    cursors = cursors or [START] * max(1, workers)
-    accelerator.init_trackers("umae", config={name: str(value) for name, value in run["identity"].items()})
-    steps = range(start, schedule.total_steps)
-    loader = make_loader(accelerator, pictures, plan, config.image_height_width, steps, workers, cursors)
-    log = MetricsLog(accelerator, folder, start, plan.pictures_per_step, ideal_seconds(accelerator, config))
-    micro_batches = log.waited_for(loader)
-    model.train()
     unreadable: dict[int, str] = {}
     seen: dict[int, list[int]] = {}  # pictures of every step since the last look at `failed`
-    clock, seconds_before = time.perf_counter(), run["seconds"]
-    for step in log.progress(schedule.total_steps):
-        learning_rate = set_learning_rate(optimizer, schedule, step)
+
+    def observe(features: torch.Tensor, index: torch.Tensor) -> None:
+        with log.diagnosing():
+            monitor.observe(features, index)
+
+    clock, seconds_before = time.perf_counter(), record["seconds"]
+    progress.model.train()
+    for step in log.progress(total):
+        learning_rate = set_learning_rate(progress.optimizer, job.schedule, step)
         batches = [next(micro_batches) for _ in range(plan.accumulation)]
         for batch in batches:
             unreadable |= batch["refusals"]
         seen[step + 1] = [index for batch in batches for index in batch["index"].tolist()]
         with explained_out_of_memory(args):
             values = train_step(
-                accelerator, model, optimizer, batches, failed, step=step,
-                num_patches=config.grid[0] * config.grid[1], seed=args.seed,
-                mean=processor.image_mean, std=processor.image_std, exact_uniformity=args.exact_uniformity,
+                accelerator, progress.model, progress.optimizer, batches, failed, step=step,
+                num_patches=job.config.grid[0] * job.config.grid[1], seed=args.seed, mean=job.processor.image_mean,
+                std=job.processor.image_std, exact_uniformity=args.exact_uniformity,
+                observe=observe if monitor and step % OBSERVED_STEPS == 0 else None,
             )  # fmt: skip
-        window += torch.stack([values.nan_to_num(0, 0, 0), values.isfinite()])  # gradients overflow in fp16
+        progress.window += torch.stack([values.nan_to_num(0, 0, 0), values.isfinite()])  # gradients overflow in fp16
+        progress.step = done = step + 1
 
-        done, last = step + 1, step + 1 == schedule.total_steps
+        last = done == total
         logs, saves = (last or done % steps == 0 for steps in (args.logging_steps, args.checkpointing_steps))
         stopped = stop.has_come(accelerator, done) and not last
         if logs:
-            stop_if_failed(failed, pictures, seen)
+            stop_if_failed(failed, job.pictures, seen)
             seen.clear()
-            report_unreadable(accelerator, plan.pictures, unreadable, run, max_unreadable_share)
-            log.write(
-                done,
-                {"epoch": done / plan.steps_per_epoch, **means(accelerator, window), "learning_rate": learning_rate},
-            )
+            report_unreadable(job, unreadable, record)
+            line = {"epoch": done / plan.steps_per_epoch, **means(accelerator, progress.window)}
+            line["learning_rate"] = learning_rate
+            if monitor and looks(done, total, args.logging_steps, eval_steps(job)):
+                with log.diagnosing(), explained_out_of_memory(args):
+                    line |= look(job, monitor, progress, batches[-1])
+            log.write(done, line)
         if saves or stopped:
-            stop_if_failed(failed, pictures, seen)
-            run["seconds"] = seconds_before + time.perf_counter() - clock
-            keep = args.checkpoints_total_limit
-            save(accelerator, folder, done, keep, model, optimizer, processor, window, run, cursors)
+            stop_if_failed(failed, job.pictures, seen)
+            record["seconds"] = seconds_before + time.perf_counter() - clock
+            save(job, record, progress)
             if push is not None and not last:
-                push.start(published_checkpoint(folder, done), f"Step {done}", f"step-{done}")
+                push.start(published_checkpoint(job.folder, done), f"Step {done}", f"step-{done}")
         if stopped:
             accelerator.print(f"\nstopped by a signal after step {done}; the same command goes on from there")
             return
+
+
+def make_monitor(job: Job) -> Monitor | None:
+    if job.watched is None:
+        return None
+    classes, size = classes_of(job.pictures, job.watched), job.config.image_height_width
+    shown = watch(
+        job.accelerator, job.watched, job.processor, size, job.plan.batch_size, classes is not None, job.args.seed
+    )
+    labels = None if classes is None else job.pictures.labels()
+    return Monitor(job.accelerator, job.config, shown, labels, classes, job.processor, job.args.seed)
+
+
+def eval_steps(job: Job) -> int:
+    pictures = min(MOST_PICTURES, job.watched.num_pictures or MOST_PICTURES)
+    return job.args.eval_steps or usual_steps(job.config, job.plan, pictures)
+
+
+def looks(done: int, total: int, logging_steps: int, eval_steps: int) -> bool:
+    """Whether a line of metrics.jsonl, at step `done`, comes with diagnostics: the last, and the first of any
+    `eval_steps`."""
+    line_before = (done - 1) // logging_steps * logging_steps
+    return done == total or done // eval_steps > line_before // eval_steps
+
+
+def look(job: Job, monitor: Monitor, progress: Progress, batch: dict) -> dict[str, float]:
+    """Measure the features, and show it: a line on the terminal, pictures in the run folder and in the trackers."""
+    values, shown = monitor.look(progress.model, batch, progress.step)
+    if job.accelerator.is_main_process:
+        tqdm.write(f"step {progress.step:,}: {in_words(values, job.config)}")
+        tile = gallery.save_tile(job.folder, progress.step, shown)
+        track_picture(job.accelerator, "reconstructions", tile, progress.step)
+    return values
+
+
+def in_words(values: dict[str, float], config: UMAEConfig) -> str:
+    """Diagnostics on one line."""
+    ranks = " and ".join(f"{values[f'effective_rank_{pooling}']:.1f} ({pooling})" for pooling in ("cls", "mean"))
+    text = f"effective rank {ranks} of {config.hidden_size}"
+    for name, title in {"online_top1": "linear classifier", "online_knn_top1": "nearest neighbours"}.items():
+        text += f", {title} {values[name]:.1%}" if name in values else ""
+    pulls = [values[f"grad_norm_{term}"] for term in ("reconstruction", "uniformity")]
+    return text + (f", gradient of the terms {pulls[0]:.3g} and {pulls[1]:.2g}" if None not in pulls else "")
 
 
 def prepare(accelerator: Accelerator, model: UMAEForPreTraining, args: TrainingArguments):
@@ -461,22 +560,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, schedule: Schedule, step
     return learning_rate
 
 
-def make_loader(
-    accelerator: Accelerator,
-    pictures: Pictures | Stream,
-    plan: Plan,
-    size: tuple[int, int],
-    steps: range,
-    workers: int,
-    cursors: list[Cursor],
-) -> Iterable[dict]:
+def make_loader(job: Job, steps: range, cursors: list[Cursor]) -> Iterable[dict]:
     """This process' micro-batches of some steps; of a stream from `cursors` on, which follow what is taken."""
-    rank, on_gpu = accelerator.process_index, accelerator.device.type == "cuda"
-    if isinstance(pictures, Stream):
-        return streaming_loader(pictures, size, plan, rank, steps, cursors, workers, pin_memory=on_gpu)
-    pixels = decode_all(pictures, show_progress=accelerator.is_main_process)
-    cropped = TrainingPictures(pictures, size, plan.seed, pixels)
-    return training_loader(cropped, plan, rank, steps.start, steps.stop, workers, pin_memory=on_gpu)
+    rank, on_gpu = job.accelerator.process_index, job.accelerator.device.type == "cuda"
+    size = job.config.image_height_width
+    if isinstance(job.pictures, Stream):
+        return streaming_loader(job.pictures, size, job.plan, rank, steps, cursors, job.workers, pin_memory=on_gpu)
+    pixels = decode_all(job.pictures, show_progress=job.accelerator.is_main_process)
+    cropped = TrainingPictures(job.pictures, size, job.plan.seed, pixels)
+    return training_loader(cropped, job.plan, rank, steps.start, steps.stop, job.workers, pin_memory=on_gpu)
 
 
 def usual_workers(device: torch.device) -> int:
@@ -493,15 +585,13 @@ def ideal_seconds(accelerator: Accelerator, config: UMAEConfig) -> float:
     return training_flops(config) / matmul_rate(accelerator.device, dtype) / accelerator.num_processes
 
 
-def report_unreadable(
-    accelerator: Accelerator, num_pictures: int, found: dict[int, str], run: dict[str, Any], max_share: float
-) -> None:
+def report_unreadable(job: Job, found: dict[int, str], record: dict[str, Any]) -> None:
     """Name every unreadable picture once, and end a run that leaves out too many; every process calls it."""
-    known = run["unreadable"]
+    known, num_pictures, max_share = record["unreadable"], job.plan.pictures, job.max_unreadable_share
     for index, reason in sorted(gather_object(list(found.items()))):
         if str(index) not in known:  # as JSON has it
             known[str(index)] = reason
-            if accelerator.is_main_process:
+            if job.accelerator.is_main_process:
                 tqdm.write(f"left out: {reason}")
     found.clear()
     if len(known) > max_share * num_pictures:
@@ -562,22 +652,29 @@ def means(accelerator: Accelerator, window: torch.Tensor) -> dict[str, float]:
     return {**values, "participation_ratio": 1 / uniformity if uniformity else 0.0}
 
 
-def restore(accelerator: Accelerator, folder: Path, model, optimizer, window: torch.Tensor) -> tuple[int, list[Cursor]]:
-    """Put the newest checkpoint back into model, optimiser and window; returns the step to go on from, and where this
-    process' readers of a stream stand."""
-    newest = newest_checkpoint(accelerator, folder)
+def start(job: Job, model: UMAEForPreTraining, monitor: Monitor | None) -> Progress:
+    """The beginning, or where the newest checkpoint has left off."""
+    accelerator = job.accelerator
+    model, optimizer = prepare(accelerator, model, job.args)
+    window = torch.zeros(2, len(LOGGED), device=accelerator.device)
+    classifier, cursors = monitor.classifier if monitor else None, [START] * max(1, job.workers)
+    newest = newest_checkpoint(accelerator, job.folder)
     if newest is None:
-        return 0, []
+        return Progress(0, model, optimizer, window, classifier, cursors)
     saved = UMAEForPreTraining.from_pretrained(newest)
     checkpoints.restore_model(model, saved.state_dict())
     tensors, state = checkpoints.read_training_state(newest)
     window.copy_(tensors.pop("window"))
+    online = {name: tensors.pop(name) for name in list(tensors) if name.startswith(ONLINE)}
+    if classifier is not None and online:
+        classifier.restore({name.removeprefix(ONLINE): tensor for name, tensor in online.items()})
     checkpoints.restore_optimizer(model, optimizer.optimizer, tensors)
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     accelerator.print(f"continuing from {newest}")
-    mine = state["cursors"][accelerator.process_index] if state["cursors"] else []
-    return state["step"], [Cursor(*cursor) for cursor in mine]
+    if state["cursors"]:
+        cursors = [Cursor(*cursor) for cursor in state["cursors"][accelerator.process_index]]
+    return Progress(state["step"], model, optimizer, window, classifier, cursors)
 
 
 def newest_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
@@ -598,25 +695,29 @@ def newest_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
     return newest
 
 
-def save(
-    accelerator, folder: Path, step: int, keep: int, model, optimizer, processor, window, run: dict, cursors: list
-) -> None:
+def save(job: Job, record: dict[str, Any], progress: Progress) -> None:
     """Write `step-N/`; every process takes part, the main one writes."""
+    accelerator, model = job.accelerator, progress.model
     state_dict = checkpoints.model_tensors(model)
-    tensors = checkpoints.optimizer_tensors(model, optimizer.optimizer)
-    window.copy_(accelerator.reduce(window, "mean"))  # what every process goes on with, resumed or not
-    state = {"step": step, "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
-    state["cursors"] = gather_object([cursors]) if run["identity"]["streaming"] else []
+    tensors = checkpoints.optimizer_tensors(model, progress.optimizer.optimizer)
+    progress.window.copy_(
+        accelerator.reduce(progress.window, "mean")
+    )  # what every process goes on with, resumed or not
+    tensors["window"] = progress.window.cpu()
+    if progress.classifier is not None:
+        tensors |= {f"{ONLINE}{name}": tensor for name, tensor in progress.classifier.tensors().items()}
+    state = {"step": progress.step, "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
+    state["cursors"] = gather_object([progress.cursors]) if record["identity"]["streaming"] else []
 
     def write(target: Path) -> None:
         accelerator.unwrap_model(model).save_pretrained(target, state_dict=state_dict)
-        processor.save_pretrained(target)
-        checkpoints.write_training_state(target, {**tensors, "window": window.cpu()}, state)
+        job.processor.save_pretrained(target)
+        checkpoints.write_training_state(target, tensors, state)
 
     if accelerator.is_main_process:
         size = sum(tensor.nbytes for tensor in (*state_dict.values(), *tensors.values()))
-        checkpoints.save_checkpoint(folder, step, write, keep, size)
-        write_run(folder, run)
+        checkpoints.save_checkpoint(job.folder, progress.step, write, job.args.checkpoints_total_limit, size)
+        write_run(job.folder, record)
     accelerator.wait_for_everyone()
 
 
@@ -631,47 +732,31 @@ def published_checkpoint(folder: Path, step: int) -> dict[str, Path | bytes]:
 # What stands at the end
 
 
-def finish(
-    accelerator: Accelerator, folder: Path, pictures: Pictures | Stream, total_steps: int, run: dict, seed: int
-) -> None:
+def finish(job: Job, record: dict[str, Any]) -> None:
     """Put the last checkpoint's model at the top of the run folder, with pictures of what it learned and a card."""
-    for file in (folder / f"step-{total_steps}").iterdir():
+    folder = job.folder
+    for file in (folder / f"step-{job.schedule.total_steps}").iterdir():
         if file.name not in checkpoints.ONLY_FOR_TRAINING:
             checkpoints.copy_file(file, folder / file.name)
-    model = UMAEForPreTraining.from_pretrained(folder).to(accelerator.device)
-    draw(folder, model, pictures, seed)
+    shown = job.pictures if job.watched is None else job.watched
+    sample = list(shown.sample(job.args.seed, SHOWN_FEATURES))
+    gallery.draw(folder, sample, shown.description, job.accelerator.device)
     checkpoints.write_text(folder / "README.md", cards.model_card(folder))
-    run["finished"] = True
-    write_run(folder, run)
-    lines = cards.read_metrics(folder)
-    last, speed = lines[-1], {name: statistics.median(line[name] for line in lines) for name in SPEED}
+    record["finished"] = True
+    write_run(folder, record)
+    lines, unreadable = cards.read_metrics(folder), record["unreadable"]
+    speed = {name: [line[name] for line in lines if name in line] for name in SPEED}
+    rate, mfu, waiting = (statistics.median(speed[name]) for name in SPEED[:3])
+    last, diagnostics = lines[-1], sum(speed["diagnostics_seconds"])
     print(
-        f"finished in {cards.duration(run['seconds'])}: reconstruction loss {last['reconstruction_loss']:.4f}, "
+        f"finished in {cards.duration(record['seconds'])}: reconstruction loss {last['reconstruction_loss']:.4f}, "
         f"uniformity {last['uniformity_loss']:.4f} (features fill {last['participation_ratio']:.1f} of "
-        f"{model.config.hidden_size} dimensions)\n"
-        f"{speed['pictures_per_second']:,.0f} pictures/s, {speed['mfu']:.0%} of the device's rate at plain matrix "
-        f"products (MFU), {speed['data_wait']:.0%} of the time spent waiting for pictures\n"
-        + (f"pictures left out because they cannot be read: {len(run['unreadable'])}\n" if run["unreadable"] else "")
+        f"{job.config.hidden_size} dimensions)\n"
+        f"{rate:,.0f} pictures/s, {mfu:.0%} of the device's rate at plain matrix products (MFU), {waiting:.0%} of the "
+        f"time spent waiting for pictures, {diagnostics / record['seconds']:.1%} on diagnostics\n"
+        + (f"pictures left out because they cannot be read: {len(unreadable)}\n" if unreadable else "")
         + f"weights and card in {folder}, pictures in {folder / 'reconstructions.png'}"
     )
-
-
-@torch.inference_mode()
-def draw(folder: Path, model: UMAEForPreTraining, pictures: Pictures | Stream, seed: int) -> None:
-    """Reconstructions, the spectrum of the features, and the curve of training, as pictures."""
-    processor = ViTImageProcessorPil.from_pretrained(folder)
-    sample = [
-        (index, processor(images=image, return_tensors="pt")["pixel_values"])
-        for index, image in pictures.sample(seed, SHOWN_FEATURES)
-    ]
-    pixel_values = torch.cat([pixels for _, pixels in sample]).to(model.device)
-    features = torch.cat([model.vit(some).pooler_output for some in pixel_values.split(64)])
-    spectrum(features).save(folder / "spectrum.png")
-    shown = torch.tensor([index for index, _ in sample[:8]], device=model.device)
-    noise = seeding.uniform(seed, seeding.MASK, 0, shown, model.config.grid[0] * model.config.grid[1])
-    strip = reconstruction_strip(model, pixel_values[:8], noise, processor.image_mean, processor.image_std)
-    strip.save(folder / "reconstructions.png")
-    training_curves({"": cards.read_metrics(folder)}).save(folder / "curve.png")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from modeling_umae import UMAEForPreTraining, UMAELayer, UMAEModel, feature_second_moment, uniformity_loss
 from umae import checkpoints
+from umae.data import load_pictures
+from umae.monitor import Monitor, watch
 from umae.training import no_failure, train_step
+from umae.transforms import evaluation_processor
 
 COUNT = 12
 PARTS = {  # pictures of every process
@@ -140,6 +143,26 @@ def weights_after_three_steps(wrap) -> torch.Tensor:
     return torch.cat([tensor.flatten() for _, tensor in sorted(weights.items())])
 
 
+def measures_of_a_look(wrap) -> torch.Tensor:
+    torch.manual_seed(0)
+    accelerator, processor = Accelerator(cpu=True), evaluation_processor((16, 16))
+    model = UMAEForPreTraining(fresh_config(uniformity_weight=0.5))
+    watched = watch(accelerator, load_pictures("digits", split="test"), processor, (16, 16), 50, True, seed=0)
+    monitor = Monitor(accelerator, model.config, watched, load_pictures("digits").labels(), 10, processor, seed=0)
+    model = wrap(model).train()
+    index = torch.arange(8)[4 * dist.get_rank() :][:4]
+    pixels = torch.randint(256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
+    for _ in range(3):
+        monitor.observe(
+            torch.randn(8, monitor.config.hidden_size, generator=torch.Generator().manual_seed(1))[index], index
+        )
+    values, _ = monitor.look(model, {"pixel_values": pixels[index], "index": index, "epoch": 0}, step=1)
+    classifier = torch.stack([tensor.double().sum() for _, tensor in sorted(monitor.classifier.tensors().items())])
+    everyones = accelerator.gather(classifier[None])
+    assert torch.equal(everyones[0], everyones[1]), "all processes have the same classifier"
+    return torch.tensor([value for _, value in sorted(values.items())], dtype=torch.float64)
+
+
 def main(report: str) -> None:
     dist.init_process_group("gloo")
     errors = {}
@@ -160,6 +183,9 @@ def main(report: str) -> None:
     if dist.get_world_size() == 2:
         expected, found = weights_after_three_steps(replicated), weights_after_three_steps(sharded)
         errors["three steps sharded float32 weights"] = ((found - expected).norm() / expected.norm()).item()
+        expected, found = measures_of_a_look(replicated), measures_of_a_look(sharded)
+        if dist.get_rank() == 0:
+            errors["measures sharded float32"] = ((found - expected).abs() / expected.abs().clamp(min=0.1)).max().item()
     if dist.get_rank() == 0:  # alone, in evaluation mode: must not wait for the others
         UMAEForPreTraining(fresh_config()).eval()(torch.randn(2, 3, 16, 16))
         with open(report, "w") as file:

@@ -65,8 +65,9 @@ def test_a_run_is_pushed_in_one_commit_and_loads_by_its_name(server, tmp_path):
     assert sum("/commit/" in request for request in requests) == 1
     repo = server.repos["model", "tester/digits"]
     assert set(repo.commits[repo.refs["main"]]) - {".gitattributes"} == {
-        "README.md", "config.json", "configuration_umae.py", "curve.png", "metrics.jsonl", "model.safetensors",
-        "modeling_umae.py", "preprocessor_config.json", "reconstructions.png", "spectrum.png",
+        "README.md", "attention.png", "config.json", "configuration_umae.py", "curve.png", "metrics.jsonl",
+        "model.safetensors", "modeling_umae.py", "neighbours.png", "preprocessor_config.json", "progress.png",
+        "reconstructions.png", "spectrum.json", "spectrum.png",
     }  # fmt: skip
     run("-c", LOAD + MORE, cwd=tmp_path, PYTHONPATH="", **online(server, tmp_path / "fresh_home"))
     expected = UMAEModel.from_pretrained(tmp_path / "digits")(torch.ones(1, 3, 8, 8)).pooler_output

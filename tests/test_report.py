@@ -2,12 +2,19 @@
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
+from PIL import Image
 from processes import run
 
 from umae import report
+from umae.pictures import COLOURS
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 FLAGS = ("--max_train_steps", "6", "--logging_steps", "2")
 
@@ -56,12 +63,33 @@ def test_a_report_holds_all_it_shows_and_marks_what_differs(runs, tmp_path):
     assert page.differing == ["initial_weights", "uniformity_weight"], "and nothing else"
     settings = re.findall(r"<th>(\w+)</th>\s*<td>", text[text.index("<h2>Settings") :])
     assert settings[:2] == page.differing, "they come first"
-    assert len(page.sources) == 1 + 2 * 2, "the curves, and two pictures of each run"
+    assert len(page.sources) == 2 + 2 * 4, "the curves, the spectra, and four pictures of each run"
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert not page.tags & {"script", "link", "iframe"} and "<img src=x" not in text
     assert str(runs) not in text and "http" not in text
     assert re.search(r"<th>dimensions filled</th>\s*<td>\d+\.\d of 64</td>", text)
     assert re.search(r"<th>top1, cls</th>\s*<td>50.0</td>", text)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_without_a_network_shows_the_whole_page(runs, tmp_path):
+    page, shot = tmp_path / "report.html", tmp_path / "shot.png"
+    page.write_text(report.report(sorted(folder for folder in runs.iterdir())))
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,5000")
+    offline = ("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}")
+    subprocess.run(
+        [CHROMIUM, *flags, *offline, f"--screenshot={shot}", page.as_uri()],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    with Image.open(shot) as picture:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    for colour in COLOURS[:2]:  # of the two runs' lines
+        red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+        assert (pixels == (red, green, blue)).all(axis=1).sum() > 500, colour
+    marked = (pixels == (255, 243, 214)).all(axis=1).sum()
+    assert marked > 10_000, "the rows of settings that differ"
 
 
 def test_runs_of_one_name_are_told_apart_by_their_parents(runs, tmp_path):

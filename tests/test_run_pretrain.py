@@ -20,6 +20,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from golden_models import original_file
 from PIL import Image
 from processes import ROOT, SHARED, TIMEOUT, environment, run, torchrun
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoImageProcessor
 
 import run_pretrain
@@ -34,7 +35,7 @@ SETUP_OF_768 = dataclasses.replace(
     golden_inputs.SETUPS["golden"], hidden_size=768, num_hidden_layers=1, num_attention_heads=12, image_size=8,
     patch_size=2, mlp_ratio=1, decoder_hidden_size=64, decoder_num_attention_heads=16,
 )  # fmt: skip
-SHORT = ("--max_train_steps", "12", "--checkpointing_steps", "4", "--logging_steps", "3")
+SHORT = ("--max_train_steps", "12", "--checkpointing_steps", "4", "--logging_steps", "3", "--eval_steps", "4")
 
 
 def metrics(folder) -> list[dict]:
@@ -56,9 +57,9 @@ def test_a_run_says_what_it_will_do_and_leaves_a_whole_folder(finished):
     for text in ("1,438 from digits (train)", "effective batch  128", "weight 0.01, mean over the cls features of 128"):
         assert text in printed
     assert {entry.name for entry in folder.iterdir()} == {
-        "README.md", "config.json", "configuration_umae.py", "curve.png", "metrics.jsonl", "model.safetensors",
-        "modeling_umae.py", "preprocessor_config.json", "reconstructions.png", "run.json", "spectrum.png", "step-8",
-        "step-12",
+        "README.md", "attention.png", "config.json", "configuration_umae.py", "curve.png", "metrics.jsonl",
+        "model.safetensors", "modeling_umae.py", "neighbours.png", "preprocessor_config.json", "progress.png",
+        "reconstructions", "reconstructions.png", "run.json", "spectrum.json", "spectrum.png", "step-8", "step-12",
     }  # fmt: skip
     assert [line["step"] for line in metrics(folder)] == [3, 6, 9, 12]
     for line in metrics(folder):
@@ -66,12 +67,53 @@ def test_a_run_says_what_it_will_do_and_leaves_a_whole_folder(finished):
         assert line["loss"] == pytest.approx(line["reconstruction_loss"] + 0.01 * line["uniformity_loss"], rel=1e-5)
     width, height = Image.open(folder / "reconstructions.png").size
     assert width > 400 and height > 200
-    for name in ("curve.png", "spectrum.png"):
+    for name in ("attention.png", "curve.png", "neighbours.png", "progress.png", "spectrum.png"):
         with Image.open(folder / name) as picture:
             assert picture.width > 400 and len(set(picture.convert("L").tobytes())) > 20, "something is drawn"
     card = (folder / "README.md").read_text()
-    assert "spectrum.png" in card and "| Steps | 12, each of 128 pictures, seed 0 |" in card
+    for name in ("attention", "curve", "neighbours", "progress", "reconstructions", "spectrum"):
+        assert f"({name}.png)" in card
+    assert "| Steps | 12, each of 128 pictures, seed 0 |" in card
     assert "1,438 pictures" in card and str(folder.parent) not in card
+
+
+LOOKED = [
+    f"{name}_{pooling}"
+    for name in ("effective_rank", "participation_ratio", "uniformity", "alignment", "dead_dimensions")
+    for pooling in ("cls", "mean")
+] + ["online_top1", "online_knn_top1", "grad_norm_reconstruction", "grad_norm_uniformity"]
+
+
+def test_what_is_learned_is_looked_at_at_the_first_line_of_every_so_many_steps_and_the_last(finished):
+    folder, printed = finished
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "effective_rank_cls" in line] == [6, 9, 12]
+    for line in lines:
+        assert all((name in line) == (line["step"] > 3) for name in LOOKED)
+        assert 0.1 < line["memory_gb"] < 10 and line["diagnostics_seconds"] > 0
+    assert "looked at        digits (test), every 4 steps" in printed
+    assert len(re.findall(r"^step \d+: effective rank .* nearest neighbours \d+.\d%, gradient of", printed, re.M)) == 3
+    assert re.search(r"\d% on diagnostics", printed)
+    assert sorted(tile.name for tile in (folder / "reconstructions").iterdir())[0] == "step-00000006.png"
+
+
+def test_looking_leaves_the_weights_as_they_are(finished, tmp_path):
+    folder, _ = finished
+    never = run("run_pretrain.py", "--output_dir", tmp_path / "run", *SHORT[:-1], "0")
+    assert "looked at" not in never.stdout and not (tmp_path / "run" / "reconstructions").exists()
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    lines = metrics(tmp_path / "run")
+    assert lines == [{name: value for name, value in line.items() if name in lines[0]} for line in metrics(folder)]
+
+
+def test_two_processes_see_in_the_features_what_one_sees(finished, tmp_path):
+    folder, _ = finished
+    torchrun(2, "run_pretrain.py", "--output_dir", tmp_path / "run", *SHORT, "--per_device_train_batch_size", 64)
+    for mine, expected in zip(metrics(tmp_path / "run"), metrics(folder), strict=True):
+        assert mine.keys() == expected.keys()
+        for name in expected:
+            accuracy = name.startswith("online")  # in which one picture more or less counts 1 / 359
+            assert mine[name] == pytest.approx(expected[name], rel=1e-3, abs=0.01 if accuracy else 1e-9), name
 
 
 def test_the_code_on_the_card_runs_as_it_stands(finished, tmp_path):
@@ -483,7 +525,11 @@ def test_real_pictures_in_a_folder_train_and_report_to_a_tracker(tmp_path):
         "--num_train_epochs 2 --pooling mean --report_to tensorboard --logging_steps 1".split()
     )
     assert [line["epoch"] for line in metrics(tmp_path / "run")] == [1.0, 2.0]
-    assert list((tmp_path / "run" / "logs").rglob("events.out.tfevents.*"))
+    files = (tmp_path / "run" / "logs").rglob("events.out.tfevents.*")
+    tags = [EventAccumulator(str(file)).Reload().Tags() for file in files]
+    assert ["reconstructions"] in [found["images"] for found in tags]
+    tracked = {name for found in tags for name in found["scalars"]}
+    assert {"loss", "effective_rank_cls"} <= tracked and "online_top1" not in tracked, "there are no labels"
     assert "folder pictures (train)" in (tmp_path / "run" / "README.md").read_text()
 
 

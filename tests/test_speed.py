@@ -36,7 +36,7 @@ def test_the_rate_is_that_of_a_matrix_product():
 
 
 def test_a_line_of_metrics_says_how_fast_training_is_and_how_long_it_waits(tmp_path):
-    accelerator = SimpleNamespace(is_main_process=True, log=lambda values, step: None)
+    accelerator = SimpleNamespace(is_main_process=True, log=lambda values, step: None, device=torch.device("cpu"))
     log = MetricsLog(accelerator, tmp_path, start=0, pictures_per_step=8, ideal_seconds=0.001)
 
     def slow_batches():
@@ -48,9 +48,12 @@ def test_a_line_of_metrics_says_how_fast_training_is_and_how_long_it_waits(tmp_p
     for step in log.progress(2):
         assert next(batches) == {"index": step}
         time.sleep(0.1)
+    with log.diagnosing():
+        time.sleep(0.4)
     log.write(2, {"reconstruction_loss": 0.5, "participation_ratio": 2.0})
     line = run_pretrain.cards.read_metrics(tmp_path)[0]
-    assert 10 < line["pictures_per_second"] <= 20  # 16 in 0.8 seconds
+    assert 10 < line["pictures_per_second"] <= 20  # 16 in 0.8 seconds, without the diagnostics
+    assert 0.4 <= line["diagnostics_seconds"] < 0.6
     assert line["mfu"] == pytest.approx(line["pictures_per_second"] * 0.001, rel=1e-3)
     assert 0.6 < line["data_wait"] < 0.9
     assert next(batches, None) is None

@@ -80,10 +80,17 @@ def model_card(folder: Path, checkpoint: Path | None = None) -> str:
             "Uniformity": f"{lines[-1]['uniformity_loss']:.4f}, i.e. features that fill "
             f"{lines[-1]['participation_ratio']:.1f} of {config['hidden_size']} dimensions",
         }
+    looked = next((line for line in reversed(lines) if "effective_rank_cls" in line), None)
+    if looked:
+        ranks = [f"{looked[f'effective_rank_{pooling}']:.1f}" for pooling in ("cls", "mean")]
+        facts[f"Effective rank at step {looked['step']:,}"] = f"{ranks[0]} (class token), {ranks[1]} (mean)"
     pictures = {
-        "reconstructions.png": "Original, visible and reconstructed pictures",
-        "curve.png": "Reconstruction loss and dimensions filled, over the steps",
+        "reconstructions.png": "Original, visible, predicted and pasted pictures",
+        "curve.png": "Losses, ranks and accuracies over the steps",
         "spectrum.png": "Singular values of the features",
+        "progress.png": "Reconstructions while it was trained",
+        "neighbours.png": "Pictures and those with the nearest features",
+        "attention.png": "Where the class token looks",
     }
     shown = [f"![{text}]({name})" for name, text in pictures.items() if checkpoint is None and (folder / name).exists()]
     data = _card_data("image-feature-extraction", [], folder.resolve().name)

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 PUBLISHED = (
     "model*.safetensors", "model.safetensors.index.json", "config.json", "preprocessor_config.json",
     "configuration_umae.py", "modeling_umae.py", "README.md", "metrics.jsonl", "linear_probe.json", "curve.png",
-    "spectrum.png", "reconstructions.png",
+    "spectrum.png", "spectrum.json", "reconstructions.png", "progress.png", "neighbours.png", "attention.png",
 )  # fmt: skip
 WAITS = (1, 4, 16, 60)  # seconds before another attempt, where the Hub is down, slow or asks for patience
 TIMEOUT = 60  # seconds without a byte

@@ -1,94 +1,60 @@
-"""What people would rather look at than read. Every function returns a PIL picture."""
+"""What people would rather look at than read. Every function returns a PIL picture, or the pixels of some."""
 
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
+from torch.nn.functional import normalize
 
-from modeling_umae import UMAEForPreTraining, patchify, unpatchify
-from umae.collapse import effective_rank, singular_values
+from configuration_umae import UMAEConfig
+from modeling_umae import UMAEForPreTrainingOutput, UMAEModel, patchify, unpatchify
+from umae.collapse import effective_rank
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9")  # Okabe and Ito's, for all eyes
 
 
-@torch.no_grad()
-def reconstruction_strip(
-    model: UMAEForPreTraining,
+def reconstructions(
+    output: UMAEForPreTrainingOutput,
     pixel_values: torch.Tensor,
-    noise: torch.Tensor,
+    config: UMAEConfig,
     mean: Sequence[float],
     std: Sequence[float],
-) -> Image.Image:
-    """Three rows, a column for every picture: original, what the encoder saw, the reconstruction beside what it saw.
+) -> dict[str, np.ndarray]:
+    """What a model saw of pictures and made of it, by name: uint8 (pictures, height, width, channels) each.
 
     Args:
-        model: in evaluation mode.
+        output: the model's, with logits, for these pictures.
         pixel_values: (pictures, channels, height, width), normalised by `mean` and `std`.
-        noise: (pictures, patches), masks the patches with the largest numbers.
+
+    Returns:
+        `original`; `visible`, the hidden patches grey; `predicted`, all that the model predicts; `pasted`, the
+        predictions where patches were hidden.
     """
-    output = model(pixel_values, noise=noise)
-    patch, grid = model.config.patch_height_width, model.config.grid
+    patch, grid = config.patch_height_width, config.grid
     true = patchify(pixel_values, patch)
     predicted = output.logits.to(true.dtype)
-    if model.config.norm_pix_loss:  # the prediction has no level and contrast of its own: give it the true patch's
+    if config.norm_pix_loss:  # the prediction has no level and contrast of its own: give it the true patch's
         predicted = predicted * (true.var(-1, keepdim=True) + 1e-6) ** 0.5 + true.mean(-1, keepdim=True)
     hidden = output.mask[..., None].bool()
-    grey = torch.zeros_like(true)  # the mean colour
     rows = {
         "original": true,
-        f"visible, {1 - output.mask.mean():.0%}": torch.where(hidden, grey, true),
-        "reconstructed": torch.where(hidden, predicted, true),
+        "visible": torch.where(hidden, torch.zeros_like(true), true),  # zero is the mean colour
+        "predicted": predicted,
+        "pasted": torch.where(hidden, predicted, true),
     }
-    return _tile({name: _to_pixels(unpatchify(row, patch, grid), mean, std) for name, row in rows.items()})
+    return {name: to_pixels(unpatchify(row, patch, grid), mean, std) for name, row in rows.items()}
 
 
-def spectrum(features: torch.Tensor) -> Image.Image:
-    """How evenly features (N, D) fill their dimensions: the singular values of their matrix, on a log scale."""
-    values = singular_values(features)
-    figure = Figure(figsize=(6, 3.2), layout="constrained", dpi=100)
-    axis = figure.subplots()
-    axis.plot(range(1, len(values) + 1), [value / (values[0] or 1.0) for value in values], linewidth=2)
-    axis.set(yscale="log", ylim=(1e-4, 1.5), xlabel="singular value", ylabel="share of the largest")
-    axis.set_title(
-        f"features of {len(features)} pictures: effective rank {effective_rank(features):.1f} of {features.shape[1]}",
-        fontsize=10,
-    )
-    axis.grid(alpha=0.3)
-    return _rendered(figure)
-
-
-def training_curves(runs: dict[str, Sequence[dict[str, Any]]]) -> Image.Image:
-    """Reconstruction, and the dimensions that the features fill, over the steps of each run's `metrics.jsonl`."""
-    figure = Figure(figsize=(8, 2.8), layout="constrained", dpi=100)
-    panels = {"reconstruction_loss": "reconstruction loss", "participation_ratio": "dimensions filled"}
-    for axis, (value, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
-        for place, (name, lines) in enumerate(runs.items()):
-            axis.plot(
-                [line["step"] for line in lines], [line[value] for line in lines], linewidth=2, label=name,
-                color=COLOURS[place % len(COLOURS)], linestyle=("-", "--", ":")[place // len(COLOURS) % 3],
-                marker="." if len(lines) < 20 else None,
-            )  # fmt: skip
-        axis.set(xlabel="step")
-        axis.set_title(title, fontsize=10)
-        axis.grid(alpha=0.3)
-    if len(runs) > 1:
-        axis.legend(fontsize=8)
-    return _rendered(figure)
-
-
-def _to_pixels(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Undo the normalisation: (pictures, channels, height, width) -> uint8 (pictures, height, width, channels)."""
-    mean, std = (torch.tensor(values, device=pixel_values.device)[:, None, None] for values in (mean, std))
-    return ((pixel_values * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-def _tile(rows: dict[str, np.ndarray]) -> Image.Image:
+def strips(rows: dict[str, np.ndarray]) -> Image.Image:
+    """Rows of pictures with their names beside them, each row uint8 (pictures, height, width, channels)."""
     columns = len(next(iter(rows.values())))
-    figure = Figure(figsize=(1.25 * columns, 1.35 * len(rows)), layout="constrained", dpi=100)
+    figure = Figure(figsize=(1.25 * columns, 1.3 * len(rows)), layout="constrained", dpi=100)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for (name, pictures), line in zip(rows.items(), axes, strict=True):
         for picture, axis in zip(pictures, line, strict=True):
@@ -97,6 +63,112 @@ def _tile(rows: dict[str, np.ndarray]) -> Image.Image:
             axis.spines[:].set_visible(False)
         line[0].set_ylabel(name, fontsize=10)
     return _rendered(figure)
+
+
+def spectrum(runs: dict[str, dict[str, Sequence[float]]]) -> Image.Image:
+    """How evenly features fill their dimensions: singular values on a log scale, the class token's and the mean's.
+
+    Args:
+        runs: by the name of each run, `{"cls": singular values, "mean": singular values}`, descending.
+    """
+    figure = Figure(figsize=(8, 3), layout="constrained", dpi=100)
+    titles = {"cls": "class token", "mean": "mean of the patches"}
+    for axis, (pooling, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        for place, (name, spectra) in enumerate(runs.items()):
+            values = spectra[pooling]
+            rank = effective_rank(torch.diag(torch.tensor(values)))
+            label = f"{name}: effective rank {rank:.1f} of {len(values)}".removeprefix(": ")
+            largest = values[0] or 1.0
+            axis.plot(range(1, len(values) + 1), [value / largest for value in values], label=label, **_line(place))
+        axis.set(yscale="log", ylim=(1e-4, 1.5), xlabel="singular value")
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="lower left")
+    figure.axes[0].set_ylabel("share of the largest")
+    return _rendered(figure)
+
+
+CURVES = {
+    "reconstruction_loss": "reconstruction loss",
+    "participation_ratio": "dimensions filled in training",
+    "effective_rank_cls": "effective rank, class token",
+    "effective_rank_mean": "effective rank, mean of the patches",
+    "online_top1": "online linear classifier, accuracy",
+    "online_knn_top1": "nearest neighbours, accuracy",
+}
+
+
+def training_curves(runs: dict[str, Sequence[dict[str, Any]]]) -> Image.Image:
+    """Of each run's `metrics.jsonl`, over the steps, what of CURVES it holds."""
+    found = {name for lines in runs.values() for line in lines for name in line}
+    panels = {name: title for name, title in CURVES.items() if name in found}
+    height = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(8, 2.4 * height), layout="constrained", dpi=100)
+    for axis, (value, title) in zip(figure.subplots(height, 2, squeeze=False).flat, panels.items(), strict=False):
+        for place, (name, lines) in enumerate(runs.items()):
+            shown = [line for line in lines if value in line]
+            axis.plot(
+                [line["step"] for line in shown], [line[value] for line in shown], label=name, **_line(place),
+                marker="." if len(shown) < 20 else None,
+            )  # fmt: skip
+        axis.set(xlabel="step")
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        if len(runs) > 1:
+            axis.legend(fontsize=8)
+    return _rendered(figure)
+
+
+def nearest_neighbours(pictures: np.ndarray, features: torch.Tensor, queries: Sequence[int]) -> Image.Image:
+    """Some pictures, and below each the five others whose features are nearest by their cosine.
+
+    Args:
+        pictures: uint8 (N, height, width, channels).
+        features: (N, D).
+        queries: places of the pictures to show.
+    """
+    directions = normalize(features, dim=1)
+    cosines = directions[list(queries)] @ directions.T
+    cosines[range(len(queries)), list(queries)] = -torch.inf
+    nearest = cosines.topk(min(5, len(features) - 1), dim=1).indices.T
+    names = ("nearest", "2nd", "3rd", "4th", "5th")
+    rows = {"picture": pictures[list(queries)]}
+    rows |= {name: pictures[places.numpy()] for name, places in zip(names, nearest, strict=False)}
+    return strips(rows)
+
+
+@torch.no_grad()
+def class_attention(
+    encoder: UMAEModel, pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]
+) -> Image.Image:
+    """Where the class token looks: its attention to every patch in the last layer, averaged over the heads.
+
+    Args:
+        encoder: in evaluation mode, with `attn_implementation="eager"`.
+        pixel_values: (pictures, channels, height, width), normalised by `mean` and `std`.
+    """
+    attention = encoder(pixel_values, output_attentions=True).attentions[-1].float().mean(dim=1)[:, 0, 1:]
+    attention = attention / attention.amax(dim=1, keepdim=True)
+    patch_height, patch_width = encoder.config.patch_height_width
+    maps = attention.unflatten(1, (-1, pixel_values.shape[3] // patch_width)).cpu().numpy()
+    shown = (colormaps["cividis"](maps)[..., :3] * 255).round().astype(np.uint8)  # made for all eyes
+    shown = shown.repeat(patch_height, axis=1).repeat(patch_width, axis=2)
+    return strips({"picture": to_pixels(pixel_values, mean, std), "attention": shown})
+
+
+def _line(place: int) -> dict[str, Any]:
+    """How the line of the n-th run looks."""
+    return {
+        "color": COLOURS[place % len(COLOURS)],
+        "linestyle": ("-", "--", ":")[place // len(COLOURS) % 3],
+        "linewidth": 2,
+    }
+
+
+def to_pixels(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Undo the normalisation: (pictures, channels, height, width) -> uint8 (pictures, height, width, channels)."""
+    mean, std = (torch.tensor(values, device=pixel_values.device)[:, None, None] for values in (mean, std))
+    return ((pixel_values * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def _rendered(figure: Figure) -> Image.Image:

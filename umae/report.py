@@ -19,9 +19,21 @@ from PIL import Image
 
 from umae.cards import duration, read_metrics
 from umae.checkpoints import write_text
-from umae.pictures import training_curves
+from umae.pictures import spectrum, training_curves
 
-PICTURES = {"spectrum.png": "Spectrum of the features", "reconstructions.png": "Reconstructions"}
+PICTURES = {
+    "progress.png": "Reconstructions while it was trained",
+    "reconstructions.png": "Reconstructions at the end",
+    "neighbours.png": "Nearest neighbours",
+    "attention.png": "Where the class token looks",
+}
+
+LOOKED_AT = {
+    "effective rank, class token": ("effective_rank_cls", ".1f"),
+    "effective rank, mean of the patches": ("effective_rank_mean", ".1f"),
+    "online linear classifier": ("online_top1", ".1%"),
+    "nearest neighbours": ("online_knn_top1", ".1%"),
+}
 
 PAGE = Template(
     """\
@@ -52,7 +64,12 @@ PAGE = Template(
 <h2>Results</h2>
 {{ table(runs, results) }}
 <h2>Training</h2>
-<img alt="Reconstruction loss, and dimensions filled, over the steps" src="{{ curves }}">
+<img alt="Losses, ranks and accuracies over the steps" src="{{ curves }}">
+{% if spectra %}
+<h2>Spectrum of the features</h2>
+<p>A line that stays high fills its dimensions; one that falls at once has collapsed.</p>
+<img alt="Singular values of the features of every run" src="{{ spectra }}">
+{% endif %}
 {% for title, shown in pictures.items() %}
 <h2>{{ title }}</h2>
 <div class="side">
@@ -95,6 +112,7 @@ def report(folders: Sequence[Path]) -> str:
         probes=[names[folder] for folder in probes],
         results=_side_by_side([_results(run) for run in runs.values()]),
         curves=_inline(training_curves({names[folder]: run["lines"] for folder, run in runs.items()})) if runs else "",
+        spectra=_spectra({names[folder]: folder / "spectrum.json" for folder in runs}),
         pictures={
             title: {names[folder]: _inline(Image.open(folder / file)) for folder in runs if (folder / file).exists()}
             for file, title in PICTURES.items()
@@ -102,6 +120,12 @@ def report(folders: Sequence[Path]) -> str:
         settings=dict(sorted(settings.items(), key=lambda row: len(set(row[1])) == 1)),  # what differs first
         accuracies=_side_by_side([_accuracies(folder) for folder in probes]),
     )
+
+
+def _spectra(files: dict[str, Path]) -> str:
+    """The spectra of all finished runs in one picture, nothing if none is."""
+    found = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    return _inline(spectrum(found)) if found else ""
 
 
 def _names(folders: Sequence[Path]) -> dict[Path, str]:
@@ -130,10 +154,16 @@ def _results(run: dict[str, Any]) -> dict[str, Any]:
         "reconstruction loss": f"{last['reconstruction_loss']:.4f}",
         "uniformity": f"{last['uniformity_loss']:.4f}",
         "dimensions filled": f"{last['participation_ratio']:.1f} of {identity['config']['hidden_size']}",
+        **{title: _newest(run["lines"], name, form) for title, (name, form) in LOOKED_AT.items()},
         "pictures a second": f"{last['pictures_per_second']:,.0f}",
         "time": duration(run["seconds"]),
         "pictures left out": len(run["unreadable"]),
     }
+
+
+def _newest(lines: Sequence[dict[str, Any]], name: str, form: str) -> str:
+    """The last of the values, which not every line has."""
+    return next((format(line[name], form) for line in reversed(lines) if name in line), "")
 
 
 def _settings(run: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import platform
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,20 +10,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from umae.checkpoints import clear_leftovers, write_text
 from umae.interruption import lock
+from umae.speed import used_memory
 
 T = TypeVar("T")
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
-# What depends on the clock: pictures a second, the share of the device's rate at matrix products that training reaches,
-# and the share of the time spent waiting for pictures.
-SPEED = ("pictures_per_second", "mfu", "data_wait")
+# What depends on the machine: pictures a second, the share of the device's rate at matrix products that training
+# reaches, the share of the time spent waiting for pictures, memory in GB, and the seconds that went into diagnostics,
+# which are not part of the others.
+SPEED = ("pictures_per_second", "mfu", "data_wait", "memory_gb", "diagnostics_seconds")
 
 
 def open_run(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -80,6 +84,17 @@ def write_run(folder: Path, run: dict[str, Any]) -> None:
     write_text(folder / RUN_FILE, json.dumps(run, indent=2) + "\n")
 
 
+def track_picture(accelerator: Accelerator, name: str, pixels: np.ndarray, step: int) -> None:
+    """Show a picture, uint8 (height, width, channels), in all trackers; the main process calls it."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
+        elif tracker.name == "trackio":  # Accelerate has no pictures for it
+            tracker.log({name: sys.modules["trackio"].Image(pixels)}, step=step)
+        else:
+            tracker.log_images({name: [pixels]}, step=step)
+
+
 def _check_identity(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     flat_before, flat_now = ({**one, **one["config"], "config": None} for one in (before, now))
     for name, value in flat_now.items():
@@ -108,7 +123,7 @@ class MetricsLog:
     ):
         self.accelerator, self.path, self.bar = accelerator, folder / METRICS_FILE, None
         self.pictures_per_step, self.ideal_seconds = pictures_per_step, ideal_seconds
-        self.last_step, self.last_time, self.waited = start, time.perf_counter(), 0.0
+        self.last_step, self.last_time, self.waited, self.diagnosed = start, time.perf_counter(), 0.0, 0.0
         if accelerator.is_main_process:
             lines = self.path.read_text().splitlines() if self.path.exists() else []
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
@@ -134,13 +149,21 @@ class MetricsLog:
                 return
             yield batch
 
+    @contextmanager
+    def diagnosing(self) -> Iterator[None]:
+        """Time that does not count as training."""
+        start = time.perf_counter()
+        yield
+        self.diagnosed += time.perf_counter() - start
+
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line for the steps since the last one; every process calls it."""
         now = time.perf_counter()
-        seconds, self.last_time = now - self.last_time, now
-        rate = (step - self.last_step) * self.pictures_per_step / seconds
-        speed = dict(zip(SPEED, (rate, rate * self.ideal_seconds, self.waited / seconds), strict=True))
-        self.last_step, self.waited = step, 0.0
+        seconds, self.last_time = now - self.last_time - self.diagnosed, now
+        rate, memory = (step - self.last_step) * self.pictures_per_step / seconds, used_memory(self.accelerator.device)
+        numbers = (rate, rate * self.ideal_seconds, self.waited / seconds, memory / 1e9, self.diagnosed)
+        speed = dict(zip(SPEED, numbers, strict=True))
+        self.last_step, self.waited, self.diagnosed = step, 0.0, 0.0
         line = {"step": step, **values, **{name: float(f"{value:.4g}") for name, value in speed.items()}}
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
@@ -149,4 +172,5 @@ class MetricsLog:
             f"loss {line['reconstruction_loss']:.3f}, features fill {line['participation_ratio']:.1f} dimensions, "
             f"{rate:.0f} pictures/s ({line['mfu']:.0%} MFU, {line['data_wait']:.0%} waiting)"
         )
-        self.accelerator.log({name: value for name, value in line.items() if name != "step"}, step=step)
+        tracked = {name: value for name, value in line.items() if name != "step" and value is not None}
+        self.accelerator.log(tracked, step=step)
