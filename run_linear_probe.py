@@ -1,16 +1,21 @@
 #!/usr/bin/env python
-"""Judge a frozen encoder: linear heads and nearest neighbours on features that are computed once.
+"""Judge a frozen encoder: linear heads and nearest neighbours.
 
     python run_linear_probe.py --model_name_or_path runs/umae --output_dir runs/umae_probe
+    accelerate launch run_linear_probe.py --protocol mae --model_name_or_path runs/umae --output_dir runs/umae_mae_probe
 
-The model is a run folder or any U-MAE, ViT or ViTMAE checkpoint. The output folder gets `linear_probe.json`, with both
-poolings and the whole protocol, and a classifier that `pipeline("image-classification")` runs.
+The model is a run folder or any U-MAE, ViT or ViTMAE checkpoint. The protocol is `cached`, features computed once and a
+grid of heads on them, or `mae`, 90 epochs through the encoder on fresh crops. The output folder gets
+`linear_probe.json`, with both poolings and the whole protocol, and a classifier that `pipeline("image-classification")`
+runs.
 """
 
 import copy
 import json
 import os
+import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -33,7 +38,16 @@ class ProbeArguments:
     label_column_name: str | None = flag(None, "Column of the labels; found by its type or name.")
     per_device_eval_batch_size: Annotated[int, Between(1)] = flag(256, "Pictures of a forward pass on each process.")
     dataloader_num_workers: Annotated[int, Between(0)] = flag(0, "Processes that open pictures, for each process.")
-    seed: Annotated[int, Between(0)] = flag(0, "Of the held-out part, the heads' weights and the order of pictures.")
+    protocol: Literal["cached", "mae"] = flag(
+        "cached", "Of the linear heads: features once, or fresh crops for 90 epochs."
+    )
+    seeds: str = flag("0", "Of the heads' weights, order and parts: `0,1,2` gives means and deviations.")
+    layers: str = flag("last", "Also judge the features after these layers: `3,6,9` or `all`. Protocol cached.")
+    low_shot: str | None = flag(None, "Also train on parts of every class: `1%%,10%%,5`. Protocol cached.")
+    num_train_epochs: Annotated[int, Between(1)] = flag(90, "Of protocol mae.")
+    warmup_epochs: Annotated[float, Between(0)] = flag(10, "Of protocol mae.")
+    base_learning_rate: Annotated[float, Between(0)] = flag(0.1, "Of protocol mae; for 256 pictures a step.")
+    per_device_train_batch_size: Annotated[int, Between(2)] = flag(512, "Of protocol mae; pictures on each process.")
 
 
 if __name__ == "__main__":  # --help and slips of the pen are answered before the imports below, which take seconds
@@ -52,10 +66,12 @@ from umae.collapse import effective_rank, uniformity
 from umae.convert import encoder_from_pretrained, set_pooling
 from umae.data import Pictures, load_pictures, split_names
 from umae.features import extract_features, load_processor
+from umae.mae_probe import PROTOCOL as MAE_PROTOCOL
+from umae.mae_probe import ProbeSchedule, train_mae_probe
 from umae.metrics import TopKAccuracy
-from umae.probing import LINEAR_PROTOCOL, LinearHead, knn_classify, rank_classes, train_linear_heads
+from umae.probing import LINEAR_PROTOCOL, LinearHead, knn_classify, low_shot, rank_classes, train_linear_heads
 
-NEIGHBOURS, TEMPERATURE = 20, 0.07  # of k-NN, as DINO evaluates
+NEIGHBOURS, TEMPERATURE = (10, 20), 0.07  # of k-NN, as DINO evaluates
 REPORT = "linear_probe.json"
 
 
@@ -74,23 +90,40 @@ def main(argv: list[str]) -> None:
         train, test = load_splits(args)
     names = class_names(train, test)
 
+    seeds, layers = parse_seeds(args.seeds), parse_layers(args.layers, encoder.config.num_hidden_layers)
+    shares = [share.strip() for share in (args.low_shot or "").split(",") if share.strip()]
+    for share in shares:
+        low_shot(train.labels(), share, seed=0)  # refused now rather than after the pictures have been encoded
+    if args.protocol == "mae" and (layers or shares):
+        raise ValueError("--layers and --low_shot need features that are computed once; leave out --protocol mae")
+
     set_pooling(encoder, "mean")  # one pass then gives both features
     extract = partial(
         extract_features, encoder, processor=processor, batch_size=args.per_device_eval_batch_size,
-        num_workers=args.dataloader_num_workers, accelerator=accelerator,
+        num_workers=args.dataloader_num_workers, accelerator=accelerator, layers=layers,
     )  # fmt: skip
-    train_features, test_features = extract(train), extract(test)
+    train_set, test_set = Judged(extract(train), train.labels()), Judged(extract(test), test.labels())
+    trained, record = [], {}
+    if args.protocol == "mae":  # every process takes part
+        schedule = ProbeSchedule(args.num_train_epochs, args.warmup_epochs, args.base_learning_rate)
+        for seed in seeds:
+            heads, record[seed] = train_mae_probe(
+                encoder, train, processor, len(names), schedule, args.per_device_train_batch_size, seed,
+                args.dataloader_num_workers, accelerator,
+            )  # fmt: skip
+            trained.append(heads)
     if accelerator.is_main_process:
-        report, heads = {}, {}
-        for feature in train_features:
-            print(f"training linear heads on {feature} features")
-            split = (train_features[feature], train.labels(), test_features[feature], test.labels())
-            on_device = [tensor.to(accelerator.device) for tensor in split]
-            report[feature], heads[feature] = judge(*on_device, num_classes=len(names), seed=args.seed)
-        report["protocol"] = protocol(args, train, test, names, pooling, processor)
+        train_set, test_set = train_set.on(accelerator.device), test_set.on(accelerator.device)
+        if not trained:
+            print(f"training linear heads on {len(train_set.features)} kinds of features")
+            trained = [train_linear_heads(train_set.features, train_set.labels, len(names), seed) for seed in seeds]
+        report = judge(train_set, test_set, trained, len(names))
+        if shares:
+            report["low_shot"] = {share: judge_part(train_set, test_set, share, seeds, len(names)) for share in shares}
+        report["protocol"] = protocol(args, train, test, names, pooling, processor, seeds, record)
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / REPORT, json.dumps(report, indent=2) + "\n")
-        save_classifier(output, set_pooling(encoder, pooling), heads[pooling], names, processor)
+        save_classifier(output, set_pooling(encoder, pooling), trained[0][pooling], names, processor)
         write_text(output / "README.md", probe_card(output))
         print_table(report, output)
     accelerator.end_training()
@@ -106,6 +139,27 @@ def check_output(output: Path) -> None:
         raise ValueError(f"{output} is a file; give a folder as --output_dir")
     if output.is_dir() and any(output.iterdir()) and not (output / REPORT).exists():
         raise ValueError(f"{output} is not empty and holds no {REPORT}; give a new or empty --output_dir")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0,1,2` -> [0, 1, 2]."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
+        raise ValueError(f"--seeds {text}: expected different whole numbers, separated by commas, such as 0,1,2")
+    return [int(word) for word in words]
+
+
+def parse_layers(text: str, count: int) -> list[int]:
+    """`3,6` -> [3, 6]; `all` -> all but the last, which is always judged; `last` -> none."""
+    if text in ("last", "all"):
+        return list(range(1, count)) if text == "all" else []
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and 1 <= int(word) < count for word in words):
+        raise ValueError(
+            f"--layers {text}: expected `last`, `all`, or numbers from 1 to {count - 1} separated by commas; the "
+            f"encoder has {count} layers and its last is always judged"
+        )
+    return sorted({int(word) for word in words})
 
 
 def load_splits(args: ProbeArguments) -> tuple[Pictures, Pictures]:
@@ -153,29 +207,68 @@ def _listed(names: list[str] | None) -> str:
 # Judging
 
 
+@dataclass(frozen=True)
+class Judged:
+    """Kinds of features by their names, (N, D) each, and labels, int64 (N,)."""
+
+    features: dict[str, torch.Tensor]
+    labels: torch.Tensor
+
+    def on(self, device: torch.device) -> "Judged":
+        return Judged({name: values.to(device) for name, values in self.features.items()}, self.labels.to(device))
+
+    def part(self, rows: torch.Tensor) -> "Judged":
+        return Judged({name: values[rows] for name, values in self.features.items()}, self.labels[rows])
+
+
 def judge(
-    train_features: torch.Tensor,
-    train_labels: torch.Tensor,
-    test_features: torch.Tensor,
-    test_labels: torch.Tensor,
-    num_classes: int,
-    seed: int,
-) -> tuple[dict[str, Any], LinearHead]:
-    """What one kind of feature is worth, accuracies in percent, and the head that shows it."""
-    head = train_linear_heads(train_features, train_labels, num_classes, seed)
-    logits = test_features @ head.weight.T + head.bias
-    votes = knn_classify(train_features, train_labels, test_features, num_classes, NEIGHBOURS, TEMPERATURE)
-    linear = accuracy(rank_classes(logits, 5 if num_classes > 5 else 1), test_labels)
-    results = {
-        "top1": percent(linear["top1"]),
-        "top5": percent(linear["top5"]) if "top5" in linear else None,
-        "knn_top1": percent(accuracy(rank_classes(votes, 1), test_labels)["top1"]),
-        "effective_rank": round(effective_rank(test_features), 2),
-        "uniformity": round(uniformity(test_features), 6),
-        "learning_rate": head.learning_rate,
-        "validation_top1": percent(head.validation_top1),
+    train: Judged, test: Judged, trained: Sequence[dict[str, LinearHead]], num_classes: int
+) -> dict[str, dict[str, Any]]:
+    """What every kind of feature is worth, accuracies in percent.
+
+    Args:
+        trained: heads for every kind, for each seed.
+    """
+    results = {}
+    for name, features in test.features.items():
+        results[name] = over_seeds([judge_head(heads[name], features, test.labels) for heads in trained])
+        for k in NEIGHBOURS:
+            votes = knn_classify(train.features[name], train.labels, features, num_classes, k, TEMPERATURE)
+            results[name][f"knn{k}_top1"] = percent(accuracy(rank_classes(votes, 1), test.labels)["top1"])
+        results[name]["effective_rank"] = round(effective_rank(features), 2)
+        results[name]["uniformity"] = round(uniformity(features), 6)
+    return results
+
+
+def judge_part(
+    train: Judged, test: Judged, share: str, seeds: Sequence[int], num_classes: int
+) -> dict[str, dict[str, Any]]:
+    """Linear heads trained on a part of every class, another one for each seed."""
+    found: dict[str, list] = {name: [] for name in train.features}
+    for seed in seeds:
+        part = train.part(low_shot(train.labels, share, seed).to(train.labels.device))
+        for name, head in train_linear_heads(part.features, part.labels, num_classes, seed).items():
+            found[name].append(judge_head(head, test.features[name], test.labels))
+    return {name: {"pictures": len(part.labels), **over_seeds(results)} for name, results in found.items()}
+
+
+def judge_head(head: LinearHead, features: torch.Tensor, labels: torch.Tensor) -> dict[str, float | None]:
+    found = accuracy(rank_classes(head(features), 5 if len(head.bias) > 5 else 1), labels)
+    chosen = {name: percent(value) if name.endswith("top1") else value for name, value in head.chosen.items()}
+    return {"top1": percent(found["top1"]), "top5": percent(found["top5"]) if "top5" in found else None, **chosen}
+
+
+def over_seeds(results: Sequence[dict[str, float | None]]) -> dict[str, Any]:
+    """The results of one seed; or the means of several seeds' accuracies, their deviations, and all of them."""
+    if len(results) == 1:
+        return dict(results[0])
+    columns = {name: [result[name] for result in results] for name in results[0] if name in ("top1", "top5")}
+    columns = {name: values for name, values in columns.items() if None not in values}
+    return {
+        **{name: round(statistics.mean(values), 2) for name, values in columns.items()},
+        "deviation": {name: round(statistics.stdev(values), 2) for name, values in columns.items()},
+        "of_each_seed": list(results),
     }
-    return results, head
 
 
 def accuracy(guesses: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -191,7 +284,14 @@ def percent(fraction: float) -> float:
 
 
 def protocol(
-    args: ProbeArguments, train: Pictures, test: Pictures, names: list[str], pooling: str, processor: BaseImageProcessor
+    args: ProbeArguments,
+    train: Pictures,
+    test: Pictures,
+    names: list[str],
+    pooling: str,
+    processor: BaseImageProcessor,
+    seeds: Sequence[int],
+    record: dict[int, dict[str, Any]],
 ) -> dict[str, Any]:
     """Everything needed to repeat the numbers and to judge them."""
     model = Path(args.model_name_or_path)
@@ -204,13 +304,25 @@ def protocol(
             "cls": "class token after the encoder's norm, unmasked picture, frozen encoder, float32",
             "mean": "fc_norm of the mean of the patch tokens (no learned scale unless pre-trained with it), likewise",
         },
-        "linear": LINEAR_PROTOCOL,
-        "knn": {"k": NEIGHBOURS, "temperature": TEMPERATURE, "vote": "exp(cosine / temperature)"},
+        "linear_protocol": args.protocol,
+        "linear": LINEAR_PROTOCOL if args.protocol == "cached" else mae_protocol(args, record),
+        "knn": {"k": list(NEIGHBOURS), "temperature": TEMPERATURE, "vote": "exp(cosine / temperature)"},
         "effective_rank_and_uniformity": "of the test features",
         "classifier_pooling": pooling,
-        "seed": args.seed,
+        "seeds": list(seeds),
+        "deviation": "of the sample (n - 1), over the seeds",
         "evaluation_transform": json.loads(processor.to_json_string()),
         "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "pillow")},
+    }
+
+
+def mae_protocol(args: ProbeArguments, record: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    return {
+        **MAE_PROTOCOL,
+        "epochs": args.num_train_epochs,
+        "warmup_epochs": args.warmup_epochs,
+        "base_learning_rate": args.base_learning_rate,
+        "of_each_seed": list(record.values()),
     }
 
 
@@ -223,17 +335,24 @@ def save_classifier(
     config.label2id = {name: label for label, name in enumerate(names)}
     model = UMAEForImageClassification(config)
     model.vit = encoder.cpu()
-    model.classifier.load_state_dict({"weight": head.weight, "bias": head.bias})
+    model.classifier.load_state_dict({"weight": head.weight.cpu(), "bias": head.bias.cpu()})
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
 def print_table(report: dict[str, Any], output: Path) -> None:
-    shown = ("top1", "top5", "knn_top1", "effective_rank", "uniformity")
+    shown = ("top1", "top5", *(f"knn{k}_top1" for k in NEIGHBOURS), "effective_rank", "uniformity")
     print("".join(f"{title:>16}" for title in ("", *shown)))
-    for feature in ("cls", "mean"):
-        values = ("-" if report[feature][name] is None else f"{report[feature][name]:g}" for name in shown)
-        print("".join(f"{value:>16}" for value in (feature, *values)))
+    kinds = {name: result for name, result in report.items() if name not in ("protocol", "low_shot")}
+    parts = report.get("low_shot", {})
+    kinds |= {f"{name}, {share}": result for share, results in parts.items() for name, result in results.items()}
+    for name, result in kinds.items():
+        cells = [name]
+        for title in shown:
+            value = "" if title not in result else "-" if result[title] is None else f"{result[title]:g}"
+            deviation = result.get("deviation", {}).get(title)
+            cells.append(value if deviation is None else f"{value} +-{deviation:g}")
+        print("".join(f"{cell:>16}" for cell in cells))
     print(f"{output / REPORT}, and a classifier beside it (pooling {report['protocol']['classifier_pooling']})")
 
 

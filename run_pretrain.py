@@ -80,7 +80,7 @@ class TrainingArguments:
     )
     report_to: str = flag("none", "Trackers, separated by commas: tensorboard, wandb, trackio.")
     eval_steps: Annotated[int | None, Between(0)] = flag(
-        None, "Steps between diagnostics, each with a line of metrics.jsonl; 0 for none. [1%% of the time]"
+        None, "Steps between diagnostics, at lines of metrics.jsonl; 0 for none. [1%% of the time]"
     )
     seed: Annotated[int, Between(0, 2**32 - 1)] = flag(0, "Of weights, order, crops, flips and masks.")
     push_to_hub: bool = flag(False, "Upload every checkpoint, as a revision `step-N`, and the finished run to the Hub.")

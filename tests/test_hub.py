@@ -296,11 +296,11 @@ HOSTILE = "a`|<b>\n---\nlicense: proprietary\n| x | [y](javascript:z)"
 
 
 def test_cards_are_valid_and_quote_hostile_names(logged_in, tmp_path):
-    numbers = {"top1": 50.0, "top5": None, "knn_top1": 40.0, "effective_rank": 3.0}
+    numbers = {"top1": 50.0, "top5": None, "knn20_top1": 40.0, "effective_rank": 3.0}
     data = {"data": f"{HOSTILE} (test)", "pictures": 7}
     protocol = {
-        "model": HOSTILE, "train": data, "test": data, "classes": 2, "classifier_pooling": "cls", "seed": 0,
-        "versions": {"torch": "2"},
+        "model": HOSTILE, "train": data, "test": data, "classes": 2, "classifier_pooling": "cls", "seeds": [0],
+        "linear_protocol": "cached", "knn": {"k": [20]}, "versions": {"torch": "2"},
     }  # fmt: skip
     (tmp_path / "linear_probe.json").write_text(json.dumps({"cls": numbers, "mean": numbers, "protocol": protocol}))
     text = probe_card(tmp_path)

@@ -5,7 +5,15 @@ import torch
 from accelerate import Accelerator
 
 from umae import probing
-from umae.probing import OnlineClassifier, knn_classify, knn_leave_one_out, rank_classes, train_linear_heads
+from umae.probing import (
+    OnlineClassifier,
+    knn_classify,
+    knn_leave_one_out,
+    low_shot,
+    rank_classes,
+    train_heads,
+    train_linear_heads,
+)
 
 
 def clusters(count=600, width=12, classes=4, seed=0, noise=1.5):
@@ -21,6 +29,10 @@ def top1(head, features, labels):
     return ((features @ head.weight.T + head.bias).argmax(dim=1) == labels).float().mean().item()
 
 
+def one_head(features, labels, classes, seed):
+    return train_linear_heads({"it": features}, labels, classes, seed)["it"]
+
+
 def test_a_linear_head_reaches_logistic_regression_on_the_digits():
     from sklearn.datasets import load_digits
     from sklearn.linear_model import LogisticRegression
@@ -28,7 +40,7 @@ def test_a_linear_head_reaches_logistic_regression_on_the_digits():
     digits = load_digits()
     features, labels = torch.tensor(digits.data, dtype=torch.float32), torch.tensor(digits.target)
     test = torch.arange(len(labels)) % 5 == 4
-    head = train_linear_heads(features[~test], labels[~test], 10, seed=0)
+    head = one_head(features[~test], labels[~test], 10, seed=0)
     scale = features[~test].std(dim=0) + 1e-6
     reference = LogisticRegression(max_iter=2000).fit(features[~test] / scale, labels[~test])
     assert top1(head, features[test], labels[test]) >= reference.score(features[test] / scale, labels[test]) - 0.005
@@ -36,9 +48,9 @@ def test_a_linear_head_reaches_logistic_regression_on_the_digits():
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others():
     features, labels = clusters(100)
-    first, again, other = (train_linear_heads(features, labels, 4, seed) for seed in (3, 3, 4))
+    first, again, other = (one_head(features, labels, 4, seed) for seed in (3, 3, 4))
     assert torch.equal(first.weight, again.weight) and torch.equal(first.bias, again.bias)
-    assert first.validation_top1 == again.validation_top1
+    assert first.chosen == again.chosen
     assert not torch.equal(first.weight, other.weight)
 
 
@@ -46,8 +58,8 @@ def test_heads_do_not_depend_on_scale_and_offset_of_the_features():
     """Each feature is standardised; the head undoes it for raw features."""
     features, labels = clusters(200)
     scale, offset = torch.logspace(2, -2, 12), torch.linspace(3, -3, 12)
-    head = train_linear_heads(features, labels, 4, seed=0)
-    other = train_linear_heads(features * scale + offset, labels, 4, seed=0)
+    head = one_head(features, labels, 4, seed=0)
+    other = one_head(features * scale + offset, labels, 4, seed=0)
     logits = features @ head.weight.T + head.bias
     assert (
         logits - ((features * scale + offset) @ other.weight.T + other.bias)
@@ -57,18 +69,20 @@ def test_heads_do_not_depend_on_scale_and_offset_of_the_features():
 def test_folding_the_standardisation_into_the_head_is_exact():
     """A head trained on standardised features by torch's own autograd and SGD is the folded one."""
     features, labels = clusters(64)
-    weight, bias = probing._train(features, labels, 4, [0.1], torch.Generator().manual_seed(0))
+    (weight,), (bias,) = train_heads([features], labels, 4, [[(0.1, 1e-3)]], torch.Generator().manual_seed(0))
 
     generator = torch.Generator().manual_seed(0)
     standardised = (features - features.mean(0)) / (features.var(0, correction=0) + 1e-6).sqrt()
     linear = torch.nn.Linear(12, 4)
     linear.weight.data = 0.01 * torch.randn(12, 4, generator=generator).T.contiguous()
     linear.bias.data.zero_()
-    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1, momentum=0.9)
+    groups = [{"params": [linear.weight], "weight_decay": 1e-3}, {"params": [linear.bias]}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     step, steps = 0, probing.EPOCHS * 16
     for _ in range(probing.EPOCHS):
         for batch in torch.randperm(64, generator=generator).split(4):
-            optimizer.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * step / steps))
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(linear(standardised[batch]), labels[batch]).backward()
             optimizer.step()
@@ -78,11 +92,16 @@ def test_folding_the_standardisation_into_the_head_is_exact():
 
 
 def test_heads_side_by_side_are_those_trained_one_by_one():
+    """On two kinds of feature, in float64."""
     features, labels = clusters(100)
-    weight, _ = probing._train(features, labels, 4, [0.01, 0.03, 0.1], torch.Generator().manual_seed(0))
-    for head, rate in enumerate((0.01, 0.03, 0.1)):
-        alone, _ = probing._train(features, labels, 4, [rate], torch.Generator().manual_seed(0))
-        assert (weight[head] - alone[0]).abs().max() < 1e-4 * alone.abs().max()
+    kinds = [features.double(), features.double().square()]
+    grid = [(0.01, 0.0), (0.03, 1e-3), (0.1, 1e-2)]
+    weights, biases = train_heads(kinds, labels, 4, [grid, grid[::-1]], torch.Generator().manual_seed(0))
+    for kind, settings in enumerate((grid, grid[::-1])):
+        for head, setting in enumerate(settings):
+            weight, bias = train_heads([kinds[kind]], labels, 4, [[setting]], torch.Generator().manual_seed(0))
+            assert (weights[kind, head] - weight[0, 0]).norm() < 1e-6 * weight.norm()
+            assert (biases[kind, head] - bias[0, 0]).norm() < 1e-6 * bias.norm()
 
 
 def test_the_best_learning_rate_wins_and_of_equal_ones_the_surest():
@@ -97,23 +116,35 @@ def test_the_learning_rate_is_chosen_on_pictures_that_the_heads_did_not_see(monk
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(200, 300, generator=generator), torch.randint(10, (200,), generator=generator)
     trained_on = []
-    train = probing._train
+    train = probing.train_heads
 
     def spy(features, *args):
-        trained_on.append(len(features))
+        trained_on.append(len(features[0]))
         return train(features, *args)
 
-    monkeypatch.setattr(probing, "_train", spy)
-    head = train_linear_heads(features, labels, 10, seed=0)
+    monkeypatch.setattr(probing, "train_heads", spy)
+    head = one_head(features, labels, 10, seed=0)
     assert trained_on == [180, 200]
-    assert head.validation_top1 < 0.4 and top1(head, features, labels) == 1
+    assert head.chosen["validation_top1"] < 0.4 and top1(head, features, labels) == 1
+
+
+def test_a_small_training_set_keeps_as_much_of_every_class():
+    labels = torch.tensor([0] * 200 + [1] * 50 + [2] * 10)
+    assert labels[low_shot(labels, "10%", 0)].bincount().tolist() == [20, 5, 1]
+    assert labels[low_shot(labels, "1%", 0)].bincount().tolist() == [2, 1, 1]
+    assert labels[low_shot(labels, "15", 0)].bincount().tolist() == [15, 15, 10]
+    assert torch.equal(low_shot(labels, "5", 1), low_shot(labels, "5", 1))
+    assert not torch.equal(low_shot(labels, "5", 1), low_shot(labels, "5", 2))
+    for share in ("0", "0%", "100%", "-1", "1.5", "some", "nan%"):
+        with pytest.raises(ValueError, match="is no part of a training set"):
+            low_shot(labels, share, 0)
 
 
 def test_constant_features_and_collapsed_ones_give_a_finite_head():
     features, labels = clusters(50)
     features[:, 0] = 3.0
-    assert train_linear_heads(features, labels, 4, seed=0).weight.isfinite().all()
-    head = train_linear_heads(torch.ones(50, 8), labels, 4, seed=0)
+    assert one_head(features, labels, 4, seed=0).weight.isfinite().all()
+    head = one_head(torch.ones(50, 8), labels, 4, seed=0)
     assert head.weight.isfinite().all() and head.bias.isfinite().all()
 
 
@@ -129,7 +160,7 @@ def test_constant_features_and_collapsed_ones_give_a_finite_head():
 )
 def test_nonsense_is_refused(features, labels, classes, message):
     with pytest.raises(ValueError, match=message):
-        train_linear_heads(features, labels, classes, seed=0)
+        one_head(features, labels, classes, seed=0)
     with pytest.raises(ValueError, match=message):
         knn_classify(features, labels, torch.ones(1, features.shape[1]), classes)
 

@@ -46,8 +46,8 @@ def runs(tmp_path_factory):
     run("run_pretrain.py", "--output_dir", folder / "umae", *FLAGS)
     others = ("--uniformity_weight", "0", "--model_name_or_path", folder / "umae")
     run("run_pretrain.py", "--output_dir", folder / "<img src=x onerror=alert(1)>", *FLAGS, *others)
-    numbers = {"top1": 50.0, "top5": None, "knn_top1": 40.0, "effective_rank": 3.0}
-    protocol = {"model": "umae", "test": {"data": "digits (test)"}}
+    numbers = {"top1": 50.0, "top5": None, "knn20_top1": 40.0, "effective_rank": 3.0}
+    protocol = {"model": "umae", "test": {"data": "digits (test)"}, "linear_protocol": "cached"}
     (folder / "probe").mkdir()
     (folder / "probe" / "linear_probe.json").write_text(
         json.dumps({"cls": numbers, "mean": numbers, "protocol": protocol})

@@ -91,16 +91,17 @@ def test_the_report_holds_both_poolings_and_the_protocol(probed):
     for feature in ("cls", "mean"):
         numbers = result[feature]
         assert set(numbers) == {
-            "top1", "top5", "knn_top1", "effective_rank", "uniformity", "learning_rate", "validation_top1",
+            "top1", "top5", "knn10_top1", "knn20_top1", "effective_rank", "uniformity", "learning_rate",
+            "weight_decay", "validation_top1",
         }  # fmt: skip
-        assert 60 < numbers["top1"] <= numbers["top5"] <= 100 and 40 < numbers["knn_top1"] <= 100
+        assert 60 < numbers["top1"] <= numbers["top5"] <= 100 and 40 < numbers["knn20_top1"] <= 100
         assert numbers["top1"] == round(numbers["top1"], 2)
         assert 1 <= numbers["effective_rank"] <= 32 and 1 / 32 <= numbers["uniformity"] <= 1
     protocol = result["protocol"]
     assert protocol["train"] == {"data": "folder pictures (train)", "pictures": 120}
-    assert protocol["test"]["pictures"] == 36 and protocol["classes"] == 6 and protocol["seed"] == 0
+    assert protocol["test"]["pictures"] == 36 and protocol["classes"] == 6 and protocol["seeds"] == [0]
     assert protocol["evaluation_transform"]["crop_size"] == {"height": 16, "width": 16}
-    assert protocol["linear"]["learning_rates"] and protocol["knn"]["k"] == 20
+    assert protocol["linear"]["learning_rates"] and protocol["knn"]["k"] == [10, 20]
     assert "/" not in protocol["model"]
 
 
@@ -261,3 +262,58 @@ def test_the_command_ends_with_one_line_on_nonsense(model, tmp_path):
     result = run(ROOT / "run_linear_probe.py", *words, check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.startswith("run_linear_probe.py: there is no model")
+
+
+def test_two_processes_report_what_one_does_by_either_protocol(tmp_path):
+    torch.manual_seed(0)
+    UMAEForPreTraining(fresh_config(image_size=8, patch_size=2)).save_pretrained(tmp_path / "model")
+    evaluation_processor((8, 8)).save_pretrained(tmp_path / "model")
+    flags = ("--model_name_or_path", tmp_path / "model", "--dataset_name", "digits", "--layers", "1")
+    mae = (*flags[:4], "--protocol", "mae", "--num_train_epochs", "3", "--warmup_epochs", "1")
+    for kind, words, batch in (("cached", flags, ()), ("mae", mae, ("--per_device_train_batch_size",))):
+        found = []
+        for processes in (1, 2):
+            output = tmp_path / f"{kind}{processes}"
+            share = (*batch, 256 // processes) if batch else ()
+            torchrun(processes, "run_linear_probe.py", *words, "--output_dir", output, *share)
+            found.append(report(output))
+        for name in ("cls", "mean"):
+            assert found[0][name] == found[1][name], (kind, name)
+    assert "cls@1" in report(tmp_path / "cached1") and "cls@1" not in report(tmp_path / "mae1")
+    record = report(tmp_path / "mae1")["protocol"]["linear"]
+    assert record["epochs"] == 3 and record["of_each_seed"][0]["pictures_per_step"] == 256
+
+
+def test_seeds_layers_and_parts_are_reported_with_their_deviation(model, folder, tmp_path, capsys):
+    probe(model, folder, tmp_path / "out", "--seeds", "0,1,2", "--layers", "all", "--low_shot", "50%,2")
+    found = report(tmp_path / "out")
+    layers = encoder_from_pretrained(model).config.num_hidden_layers
+    kinds = {"cls", "mean", *(f"{name}@{layer}" for layer in range(1, layers) for name in ("cls", "mean"))}
+    assert set(found) == {*kinds, "low_shot", "protocol"} and found["protocol"]["seeds"] == [0, 1, 2]
+    assert set(found["low_shot"]) == {"50%", "2"} and set(found["low_shot"]["2"]) == kinds
+    assert found["low_shot"]["2"]["cls"]["pictures"] == 12 and found["low_shot"]["50%"]["cls"]["pictures"] == 60
+    for result in (found["cls"], found["low_shot"]["2"]["mean@1"]):
+        values = [one["top1"] for one in result["of_each_seed"]]
+        assert result["top1"] == round(sum(values) / 3, 2)
+        assert result["deviation"]["top1"] == pytest.approx(np.std(values, ddof=1), abs=0.01)
+    assert found["low_shot"]["2"]["mean"]["top1"] < found["mean"]["top1"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "linear probe top-1, mean features, 50% of the labels" in card and "10-NN top-1, cls@1 features" in card
+    assert re.search(r"cls, 50% +\d+\.?\d* \+-\d", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--layers", "2,99"), "expected `last`, `all`, or numbers from 1 to"),
+        (("--seeds", "0,0"), "expected different whole numbers"),
+        (("--seeds", "-1"), "expected different whole numbers"),
+        (("--low_shot", "0%"), "'0%' is no part of a training set"),
+        (("--protocol", "mae", "--low_shot", "5"), "leave out --protocol mae"),
+    ],
+    ids=str,
+)
+def test_a_probe_that_cannot_be_is_refused_before_pictures_are_encoded(model, folder, tmp_path, words, message):
+    with pytest.raises(ValueError, match=message):
+        probe(model, folder, tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()

@@ -125,18 +125,23 @@ def probe_card(folder: Path) -> str:
     """The text of `README.md` for the folder of a linear probe: a classifier, and what its features are worth."""
     report = json.loads((folder / "linear_probe.json").read_text())
     protocol = report["protocol"]
+    metrics = {"top1": "linear probe top-1", "top5": "linear probe top-5"}
+    metrics |= {f"knn{k}_top1": f"{k}-NN top-1" for k in protocol["knn"]["k"]}
+    judged = {f"{kind} features": result for kind, result in report.items() if kind not in ("protocol", "low_shot")}
+    for share, kinds in report.get("low_shot", {}).items():
+        judged |= {f"{kind} features, {share} of the labels": result for kind, result in kinds.items()}
     results = [
         EvalResult(
             task_type="image-classification",
             dataset_type=protocol["test"]["data"].rpartition(" (")[0],
             dataset_name=protocol["test"]["data"],
             metric_type="accuracy",
-            metric_name=f"{name}, {feature} features",
-            metric_value=report[feature][key],
+            metric_name=f"{title}, {kind}",
+            metric_value=result[key],
         )
-        for feature in ("cls", "mean")
-        for key, name in {"top1": "linear probe top-1", "top5": "linear probe top-5", "knn_top1": "k-NN top-1"}.items()
-        if report[feature][key] is not None
+        for kind, result in judged.items()
+        for key, title in metrics.items()
+        if result.get(key) is not None
     ]
     facts = {
         "Encoder": protocol["model"],
@@ -146,7 +151,8 @@ def probe_card(folder: Path) -> str:
         "This classifier's feature": protocol["classifier_pooling"],
         **{f"{result.metric_name}, %": result.metric_value for result in results},
         **{f"Effective rank, {feature} features": report[feature]["effective_rank"] for feature in ("cls", "mean")},
-        "Seed": protocol["seed"],
+        "Linear protocol": protocol["linear_protocol"],
+        "Seeds": ", ".join(map(str, protocol["seeds"])),
         "Versions": ", ".join(f"{name} {version}" for name, version in protocol["versions"].items()),
     }
     data = _card_data("image-classification", results, protocol["model"])

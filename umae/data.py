@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from umae import seeding
 from umae.images import UnreadablePicture, open_picture, read_pixels
 from umae.interruption import ignore_signals
-from umae.transforms import CROP_NUMBERS, least_side, random_resized_crop
+from umae.transforms import CROP_NUMBERS, MIN_SCALE, least_side, random_resized_crop
 
 # What Pillow opens without plugins and people keep pictures in.
 PICTURE_ENDINGS = (
@@ -428,10 +428,19 @@ class TrainingPictures(torch.utils.data.Dataset):
     Args:
         size: (height, width) of the crops, in pixels.
         decoded: the pictures in memory, if `decode_all` gave them.
+        min_scale: least share of a picture's area that a crop has.
     """
 
-    def __init__(self, pictures: Pictures, size: tuple[int, int], seed: int, decoded: Decoded | None = None):
+    def __init__(
+        self,
+        pictures: Pictures,
+        size: tuple[int, int],
+        seed: int,
+        decoded: Decoded | None = None,
+        min_scale: float = MIN_SCALE,
+    ):
         self.pictures, self.size, self.seed, self.decoded = pictures, size, seed, decoded
+        self.min_scale = min_scale
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -443,9 +452,9 @@ class TrainingPictures(torch.utils.data.Dataset):
         for place, pixels in enumerate(self._read(shown.copy())):
             if isinstance(pixels, UnreadablePicture):
                 shown[place], pixels = self._next_readable(epoch, shown[place], pixels, refusals)
-                crops.append(random_crop(pixels, self.seed, epoch, shown[place], self.size))
+                crops.append(random_crop(pixels, self.seed, epoch, shown[place], self.size, self.min_scale))
             else:
-                crops.append(random_resized_crop(pixels, numbers[place], self.size))
+                crops.append(random_resized_crop(pixels, numbers[place], self.size, (self.min_scale, 1.0)))
         return {
             "pixel_values": torch.stack(crops),
             "index": torch.tensor(shown),
@@ -455,7 +464,7 @@ class TrainingPictures(torch.utils.data.Dataset):
 
     def _read(self, indices: list[int]) -> Iterator[torch.Tensor | UnreadablePicture]:
         if self.decoded is None:
-            return self.pictures.read_pixels(indices, least_side(self.size))
+            return self.pictures.read_pixels(indices, least_side(self.size, self.min_scale))
         return (self.decoded.refusals.get(index, self.decoded.pixels[index]) for index in indices)
 
     def _next_readable(self, epoch: int, index: int, pixels, refusals: dict) -> tuple[int, torch.Tensor]:
@@ -472,10 +481,12 @@ class TrainingPictures(torch.utils.data.Dataset):
         return index, pixels
 
 
-def random_crop(pixels: torch.Tensor, seed: int, epoch: int, index: int, size: tuple[int, int]) -> torch.Tensor:
+def random_crop(
+    pixels: torch.Tensor, seed: int, epoch: int, index: int, size: tuple[int, int], min_scale: float = MIN_SCALE
+) -> torch.Tensor:
     """The crop of one picture, keyed by (seed, epoch, index): uint8 (3, height, width) -> (3, *size)."""
     (numbers,) = seeding.uniform(seed, seeding.CROP, epoch, torch.tensor([index]), CROP_NUMBERS)
-    return random_resized_crop(pixels, numbers, size)
+    return random_resized_crop(pixels, numbers, size, (min_scale, 1.0))
 
 
 def training_loader(

@@ -7,11 +7,13 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, Features, List, Value
+from torch.nn.functional import layer_norm
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor, ViTImageProcessorPil
@@ -78,6 +80,7 @@ def extract_features(
     num_workers: int = 0,
     accelerator: Accelerator | None = None,
     skip_unreadable: bool = False,
+    layers: Sequence[int] = (),
 ) -> dict[str, torch.Tensor]:
     """The features of N pictures, unmasked, in evaluation mode.
 
@@ -91,24 +94,41 @@ def extract_features(
         num_workers: how many more processes open pictures, for each process; with 0 it does so itself.
         accelerator: says the device and the processes, all of which must call this; a fresh one by default.
         skip_unreadable: print the names of pictures that cannot be read, and give them NaN as features.
+        layers: also after these layers, counted from 1: class token and mean of the patches, each token normalised.
 
     Returns:
-        `{"cls": (N, D), "mean": (N, D)}`, float32, on the CPU of every process, in the order of `pictures`.
+        `{"cls": (N, D), "mean": (N, D)}` and, for a layer 3, `cls@3` and `mean@3`, float32, on the CPU of every
+        process, in the order of `pictures`.
 
     Raises:
         UnreadablePicture: a picture cannot be read, and is not to be skipped.
         ValueError: features are not finite, or the encoder gives one feature only.
     """
     accelerator = accelerator or Accelerator()
-    count, width = len(pictures), encoder.config.hidden_size
-    features, start = torch.empty(count, 2, width), 0
+    names = ["cls", "mean", *(f"{name}@{layer}" for layer in layers for name in ("cls", "mean"))]
+    features = {name: torch.empty(len(pictures), encoder.config.hidden_size) for name in names}
+    encode, start = partial(poolings_of_layers, layers=layers), 0
     batches = feature_batches(
-        encoder, pictures, processor, batch_size, num_workers, accelerator, skip_unreadable=skip_unreadable
-    )
+        encoder, pictures, processor, batch_size, num_workers, accelerator, encode, len(names),
+        skip_unreadable=skip_unreadable,
+    )  # fmt: skip
     for encoded in batches:
-        features[start : start + len(encoded)] = encoded
+        for column, name in enumerate(names):
+            features[name][start : start + len(encoded)] = encoded[:, column]
         start += len(encoded)
-    return {"cls": features[:, 0].contiguous(), "mean": features[:, 1].contiguous()}
+    return features
+
+
+def poolings_of_layers(
+    encoder: UMAEModel, pixel_values: torch.Tensor, index: torch.Tensor, layers: Sequence[int] = ()
+) -> torch.Tensor:
+    """(batch, channels, height, width) -> (batch, 2 + 2 * layers, D): both poolings, of the end and of some layers."""
+    output = encoder(pixel_values, output_hidden_states=True) if layers else encoder(pixel_values)
+    found = [output.last_hidden_state[:, 0], output.pooler_output]
+    for layer in layers:  # hidden_states begins with the embeddings
+        tokens = layer_norm(output.hidden_states[layer].float(), (encoder.config.hidden_size,), eps=1e-6)
+        found += [tokens[:, 0], tokens[:, 1:].mean(dim=1)]
+    return torch.stack([feature.float() for feature in found], dim=1)
 
 
 def both_poolings(

@@ -13,24 +13,26 @@ from accelerate import Accelerator
 from torch.nn.functional import normalize
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+WEIGHT_DECAYS = (0.0, 1e-4, 1e-3)
 EPOCHS = 100
 BATCH_SIZE = 1024
 MOMENTUM = 0.9
 INIT_STD = 0.01
 EPSILON = 1e-6  # of the standardisation, as in MAE's probe
-HELD_OUT = 0.1  # share of the training pictures that chooses the learning rate
+HELD_OUT = 0.1  # share of the training pictures that chooses learning rate and weight decay
 BLOCK = 2**26  # cosines that k-NN holds at once, 256 MB
 
-# The linear protocol in words and numbers, for reports.
+# The cached linear protocol in words and numbers, for reports.
 LINEAR_PROTOCOL = {
     "standardisation": f"per feature, mean and variance of the training pictures, epsilon {EPSILON:g}",
-    "optimiser": f"SGD, momentum {MOMENTUM}, no weight decay, learning rate by half a cosine to 0",
+    "optimiser": f"SGD, momentum {MOMENTUM}, learning rate by half a cosine to 0",
     "initialisation": f"weights normal with standard deviation {INIT_STD}, biases 0",
     "epochs": EPOCHS,
     "batch_size": f"{BATCH_SIZE}, or a sixteenth of the training pictures if that is less",
     "learning_rates": list(LEARNING_RATES),
+    "weight_decays": list(WEIGHT_DECAYS),
     "selection": f"best top-1 on {HELD_OUT:.0%} of the training pictures, held out at random (of equal ones the lowest "
-    "cross entropy); then trained anew with that learning rate on all training pictures",
+    "cross entropy); then trained anew with that learning rate and weight decay on all training pictures",
     "augmentation": "none: features are computed once",
 }
 
@@ -42,25 +44,29 @@ class LinearHead:
     Args:
         weight: (C, D), the standardisation of the features folded in.
         bias: (C,).
-        learning_rate: the one that was chosen.
-        validation_top1: accuracy, in [0, 1], by which it was chosen, on pictures held out of the training set.
+        chosen: what was chosen by accuracy on pictures held out of the training set, and that accuracy, in [0, 1].
     """
 
     weight: torch.Tensor
     bias: torch.Tensor
-    learning_rate: float
-    validation_top1: float
+    chosen: dict[str, float]
+
+    def __call__(self, features: torch.Tensor) -> torch.Tensor:
+        """(N, D) -> (N, C), the logits."""
+        return features @ self.weight.T + self.bias
 
 
-def train_linear_heads(features: torch.Tensor, labels: torch.Tensor, num_classes: int, seed: int) -> LinearHead:
-    """A linear classifier, its learning rate chosen on a part of the training pictures.
+def train_linear_heads(
+    features: dict[str, torch.Tensor], labels: torch.Tensor, num_classes: int, seed: int
+) -> dict[str, LinearHead]:
+    """A linear classifier for each kind of feature, with what is best for a part of the pictures.
 
-    One head for each of `LEARNING_RATES` is trained on 90 % of the pictures, all heads at once (as in DINOv2's
-    evaluation, Oquab et al. 2023); the one that is best on the other 10 % says the learning rate with which a head is
-    then trained on all. The same arguments give the same bits on the same device.
+    One head for each kind of feature, learning rate and weight decay is trained on 90 % of the pictures, all heads at
+    once (as in DINOv2's evaluation, Oquab et al. 2023); for each kind, what is best on the other 10 % says how a head
+    is then trained on all. The same arguments give the same bits on the same device.
 
     Args:
-        features: (N, D), float32.
+        features: (N, D) for each kind, by its name.
         labels: int64 (N,), in [0, num_classes).
         num_classes: C.
         seed: of the held-out part, the initial weights and the order of the pictures.
@@ -68,55 +74,72 @@ def train_linear_heads(features: torch.Tensor, labels: torch.Tensor, num_classes
     Raises:
         ValueError: fewer than 2 classes or pictures, labels outside of the classes, features that are not finite.
     """
-    _check(features, labels, num_classes)
+    kinds = list(features.values())
+    for kind in kinds:
+        _check(kind, labels, num_classes)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(features), generator=generator).to(features.device)
+    order = torch.randperm(len(labels), generator=generator).to(labels.device)
     held_out, rest = order.tensor_split([max(round(HELD_OUT * len(order)), 1)])
-    weight, bias = _train(features[rest], labels[rest], num_classes, LEARNING_RATES, generator)
-    logits = features[held_out] @ weight.transpose(1, 2) + bias[:, None]  # (H, held out, C)
-    best, validation_top1 = _best_head(logits, labels[held_out])
-    learning_rate = LEARNING_RATES[best]
-    weight, bias = _train(features, labels, num_classes, [learning_rate], generator)
-    return LinearHead(weight[0], bias[0], learning_rate, validation_top1)
+    grid = [(rate, decay) for rate in LEARNING_RATES for decay in WEIGHT_DECAYS]
+    weights, biases = train_heads(
+        [kind[rest] for kind in kinds], labels[rest], num_classes, [grid] * len(kinds), generator
+    )
+    chosen = []
+    for kind, weight, bias in zip(kinds, weights, biases, strict=True):
+        logits = kind[held_out] @ weight.transpose(1, 2) + bias[:, None]  # (H, held out, C)
+        best, top1 = _best_head(logits, labels[held_out])
+        chosen.append({"learning_rate": grid[best][0], "weight_decay": grid[best][1], "validation_top1": top1})
+    settings = [[(one["learning_rate"], one["weight_decay"])] for one in chosen]
+    weights, biases = train_heads(kinds, labels, num_classes, settings, generator)
+    heads = zip(weights[:, 0], biases[:, 0], chosen, strict=True)
+    return {name: LinearHead(*head) for name, head in zip(features, heads, strict=True)}
 
 
-def _train(
-    features: torch.Tensor,
+def train_heads(
+    features: Sequence[torch.Tensor],
     labels: torch.Tensor,
     num_classes: int,
-    learning_rates: Sequence[float],
+    settings: Sequence[Sequence[tuple[float, float]]],
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One head for each learning rate, side by side in one matrix: weights (H, C, D) and biases (H, C).
+    """H heads on each of F kinds of feature, all side by side: weights (F, H, C, D) and biases (F, H, C).
 
     The gradient of the cross entropy is written out: `features.T @ (softmax(logits) - one_hot(labels))`.
-    """
-    (count, width), heads, device = features.shape, len(learning_rates), features.device
-    variance, mean = torch.var_mean(features, dim=0, correction=0)
-    scale = (variance + EPSILON).rsqrt()
-    features = (features - mean) * scale
 
-    weight = INIT_STD * torch.randn(width, num_classes, generator=generator)  # the same for all heads
-    weight, bias = weight.to(device).repeat(1, heads), torch.zeros(heads * num_classes, device=device)
+    Args:
+        features: F matrices (N, D).
+        settings: of every kind, (learning rate, weight decay) of each of its H heads.
+        generator: draws the initial weights, the same for all heads, and the order of the pictures.
+    """
+    (count, width), kinds, heads = features[0].shape, len(features), len(settings[0])
+    device, dtype = features[0].device, features[0].dtype
+    moments = [torch.var_mean(kind, dim=0, correction=0) for kind in features]
+    scale = torch.stack([(variance + EPSILON).rsqrt() for variance, _ in moments])[:, None]  # (F, 1, D)
+    mean = torch.stack([mean for _, mean in moments])[:, None]
+
+    weight = INIT_STD * torch.randn(width, num_classes, generator=generator)
+    weight = weight.to(device, dtype).repeat(kinds, 1, heads)  # (F, D, H * C)
+    bias = torch.zeros(kinds, 1, heads * num_classes, device=device, dtype=dtype)
     weight_momentum, bias_momentum = torch.zeros_like(weight), torch.zeros_like(bias)
-    rates = torch.tensor(learning_rates, device=device).repeat_interleave(num_classes)  # (H * C,)
+    rates, decays = torch.tensor(settings, device=device, dtype=dtype).repeat_interleave(num_classes, 1).unbind(-1)
+    rates, decays = rates[:, None], decays[:, None]  # (F, 1, H * C)
     batch_size = min(BATCH_SIZE, max(count // 16, 1))
     steps = EPOCHS * math.ceil(count / batch_size)
     step = 0
     for _ in range(EPOCHS):
         for batch in torch.randperm(count, generator=generator).to(device).split(batch_size):
-            inputs = features[batch]  # (B, D)
-            error = torch.addmm(bias, inputs, weight).view(-1, heads, num_classes).softmax(dim=-1)
-            error[torch.arange(len(batch), device=device), :, labels[batch]] -= 1
-            error = error.view(len(batch), -1) / len(batch)  # (B, H * C), the gradient of the logits
-            weight_momentum.mul_(MOMENTUM).addmm_(inputs.T, error)
-            bias_momentum.mul_(MOMENTUM).add_(error.sum(dim=0))
+            inputs = (torch.stack([kind[batch] for kind in features]) - mean) * scale  # (F, B, D)
+            error = torch.baddbmm(bias, inputs, weight).unflatten(2, (heads, num_classes)).softmax(dim=-1)
+            error[:, torch.arange(len(batch), device=device), :, labels[batch]] -= 1
+            error = error.flatten(2) / len(batch)  # (F, B, H * C), the gradient of the logits
+            weight_momentum.mul_(MOMENTUM).baddbmm_(inputs.transpose(1, 2), error).addcmul_(decays, weight)
+            bias_momentum.mul_(MOMENTUM).add_(error.sum(dim=1, keepdim=True))
             rate = rates * (0.5 + 0.5 * math.cos(math.pi * step / steps))
             weight -= rate * weight_momentum
             bias -= rate * bias_momentum
             step += 1
-    weight = weight.view(width, heads, num_classes).permute(1, 2, 0) * scale  # (H, C, D), for raw features
-    return weight, bias.view(heads, num_classes) - weight @ mean
+    weight = weight.unflatten(2, (heads, num_classes)).permute(0, 2, 3, 1) * scale[:, None]  # for raw features
+    return weight, bias.view(kinds, heads, num_classes) - (weight * mean[:, None]).sum(dim=-1)
 
 
 def _best_head(logits: torch.Tensor, labels: torch.Tensor) -> tuple[int, float]:
@@ -125,6 +148,34 @@ def _best_head(logits: torch.Tensor, labels: torch.Tensor) -> tuple[int, float]:
     likelihood = logits.log_softmax(dim=-1).gather(2, labels.expand(len(logits), -1)[..., None]).mean(dim=(1, 2))
     best = max(range(len(logits)), key=lambda head: (top1[head].item(), likelihood[head].item()))
     return best, top1[best].item()
+
+
+def low_shot(labels: torch.Tensor, share: str, seed: int) -> torch.Tensor:
+    """Which pictures stay of a training set that is made small: int64, sorted, as many of every class as possible.
+
+    Args:
+        labels: int64 (N,).
+        share: of every class, `1%` (at least one picture) or a number of pictures, `5`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    number = share.removesuffix("%")
+    try:
+        value = float(number) if share.endswith("%") else int(number)
+    except ValueError:
+        value = 0
+    if not 0 < value < (100 if share.endswith("%") else math.inf):
+        raise ValueError(
+            f"{share!r} is no part of a training set; expected `1%` or a number of pictures per class, `5`"
+        )
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    kept = []
+    for label in labels.unique().tolist():
+        members = order[labels.cpu()[order] == label]
+        count = max(1, round(len(members) * value / 100)) if share.endswith("%") else value
+        kept.append(members[:count])
+    return torch.cat(kept).sort().values
 
 
 def rank_classes(scores: torch.Tensor, k: int) -> torch.Tensor:

@@ -175,10 +175,11 @@ def _settings(run: dict[str, Any]) -> dict[str, Any]:
 
 def _accuracies(folder: Path) -> dict[str, Any]:
     found = json.loads((folder / "linear_probe.json").read_text())
-    names = ("top1", "top5", "knn_top1", "effective_rank")
+    names = ("top1", "top5", "knn20_top1", "effective_rank")
     return {
         "encoder": found["protocol"]["model"],
         "judged on": found["protocol"]["test"]["data"],
+        "linear protocol": found["protocol"]["linear_protocol"],
         **{f"{name}, {feature}": found[feature][name] for feature in ("cls", "mean") for name in names},
     }
 

@@ -111,8 +111,20 @@ def device_inputs(
     batch: dict, device: torch.device, num_patches: int, seed: int, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A micro-batch of uint8 crops -> flipped and normalised float32 pictures, and the noise that masks them."""
-    index, epoch = batch["index"].to(device, non_blocking=True), batch["epoch"]
-    epoch = epoch.to(device, non_blocking=True) if isinstance(epoch, torch.Tensor) else epoch
-    pixel_values = normalize(batch["pixel_values"].to(device, non_blocking=True), mean, std)
-    flip = seeding.uniform(seed, seeding.FLIP, epoch, index, 1)[:, 0] < 0.5
-    return horizontal_flip(pixel_values, flip), seeding.uniform(seed, seeding.MASK, epoch, index, num_patches)
+    index, epoch = on_device(batch["index"], device), on_device(batch["epoch"], device)
+    pixel_values = flipped_and_normalized(batch, device, seed, mean, std)
+    return pixel_values, seeding.uniform(seed, seeding.MASK, epoch, index, num_patches)
+
+
+def flipped_and_normalized(
+    batch: dict, device: torch.device, seed: int, mean: Sequence[float], std: Sequence[float]
+) -> torch.Tensor:
+    """A micro-batch of uint8 crops -> float32 pictures, half of them mirrored."""
+    index, epoch = on_device(batch["index"], device), on_device(batch["epoch"], device)
+    pixel_values = normalize(on_device(batch["pixel_values"], device), mean, std)
+    return horizontal_flip(pixel_values, seeding.uniform(seed, seeding.FLIP, epoch, index, 1)[:, 0] < 0.5)
+
+
+def on_device(value: torch.Tensor | int, device: torch.device) -> torch.Tensor | int:
+    """A tensor, where it is wanted, without waiting for it; a number, as it is."""
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value

@@ -74,13 +74,13 @@ def random_resized_crop(
     return interpolate(box, size, mode="bicubic", antialias=True)[0]
 
 
-def least_side(size: tuple[int, int]) -> int:
+def least_side(size: tuple[int, int], min_scale: float = MIN_SCALE) -> int:
     """How many pixels a picture's shorter side must keep when it is decoded at a reduced scale, for crops of `size`.
 
     Its smallest crop then still has 1.5 times the pixels of the result along each axis: on ImageNet pictures the
     crops differ from those of the full scale by less than 1 of 255 levels on average.
     """
-    return math.ceil(1.5 * max(size) / math.sqrt(MIN_SCALE * RATIO[0]))
+    return math.ceil(1.5 * max(size) / math.sqrt(min_scale * RATIO[0]))
 
 
 def horizontal_flip(pixel_values: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,172 @@
+"""Linear probing by MAE's protocol: the encoder runs at every step, on fresh crops.
+
+He et al. 2022, appendix A.1 and table 9; facebookresearch/mae, `main_linprobe.py`: batch norm without a learned scale,
+a linear layer, LARS without weight decay, random resized crops and flips.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+from transformers import BaseImageProcessor
+
+from modeling_umae import UMAEModel
+from umae.data import Pictures, Plan, TrainingPictures, decode_all, training_loader
+from umae.features import both_poolings
+from umae.probing import LinearHead
+from umae.schedules import learning_rate_at
+from umae.training import flipped_and_normalized, on_device
+
+EPSILON = 1e-6  # of the batch norm
+KEPT = 0.1  # share of a batch in the running mean and variance
+INIT_STD = 0.01
+MOMENTUM, TRUST = 0.9, 0.001  # of LARS
+MIN_SCALE = 0.08  # of the crops
+
+PROTOCOL = {
+    "head": f"batch norm without scale and shift (epsilon {EPSILON:g}, over the batch of all processes), then linear",
+    "initialisation": f"weights truncated normal with standard deviation {INIT_STD}, biases 0",
+    "optimiser": f"LARS, momentum {MOMENTUM}, trust coefficient {TRUST}, no weight decay",
+    "augmentation": f"random resized crops of {MIN_SCALE:.0%} to 100 % of the area, bicubic, and flips",
+}
+
+
+@dataclass(frozen=True)
+class ProbeSchedule:
+    """Lengths in epochs; the learning rate for 256 pictures a step, scaled by the batch."""
+
+    epochs: int = 90
+    warmup_epochs: float = 10
+    base_learning_rate: float = 0.1
+
+    def learning_rate(self, step: int, plan: Plan) -> float:
+        per_epoch, peak = plan.steps_per_epoch, self.base_learning_rate * plan.pictures_per_step / 256
+        return learning_rate_at(step, self.epochs * per_epoch, self.warmup_epochs * per_epoch, peak)
+
+
+class BatchNormHead:
+    """Batch norm without a learned scale, a linear layer, and LARS (You, Gitman & Ginsburg 2017) to train them.
+
+    LARS scales the gradient of the weights by `TRUST * |weights| / |gradient|`, but not that of the biases, before its
+    momentum.
+    """
+
+    def __init__(self, num_classes: int, width: int, seed: int, device: torch.device, dtype=torch.float32):
+        weight = torch.empty(num_classes, width)
+        torch.nn.init.trunc_normal_(weight, std=INIT_STD, generator=torch.Generator().manual_seed(seed))
+        self.weight = weight.to(device, dtype)
+        self.bias = torch.zeros(num_classes, device=device, dtype=dtype)
+        self.momenta = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
+        self.mean, self.variance = torch.zeros_like(self.weight[0]), torch.ones_like(self.weight[0])
+
+    def step(self, features: torch.Tensor, labels: torch.Tensor, learning_rate: float) -> torch.Tensor:
+        """One step on (batch, D) and int64 (batch,); the same on every process. Returns the cross entropy before it."""
+        variance, mean = torch.var_mean(features, dim=0, correction=0)
+        self.mean.lerp_(mean, KEPT)
+        self.variance.lerp_(variance * len(features) / max(len(features) - 1, 1), KEPT)
+        inputs = (features - mean) * (variance + EPSILON).rsqrt()
+        likelihood = torch.addmm(self.bias, inputs, self.weight.T).log_softmax(dim=1)
+        places = labels[:, None]
+        error = likelihood.exp().scatter_add_(1, places, -torch.ones_like(likelihood[:, :1])) / len(labels)
+        gradient = error.T @ inputs
+        lengths = self.weight.norm(), gradient.norm()
+        trust = torch.where((lengths[0] > 0) & (lengths[1] > 0), TRUST * lengths[0] / lengths[1], 1.0)
+        updates = gradient * trust, error.sum(dim=0)
+        for parameter, momentum, update in zip((self.weight, self.bias), self.momenta, updates, strict=True):
+            momentum.mul_(MOMENTUM).add_(update)
+            parameter.sub_(learning_rate * momentum)
+        return -likelihood.gather(1, places).mean()
+
+    def folded(self, chosen: dict[str, float]) -> LinearHead:
+        """The head in evaluation mode, by the running mean and variance, as one linear layer of raw features."""
+        weight = self.weight * (self.variance + EPSILON).rsqrt()
+        return LinearHead(weight, self.bias - weight @ self.mean, chosen)
+
+
+def train_mae_probe(
+    encoder: UMAEModel,
+    pictures: Pictures,
+    processor: BaseImageProcessor,
+    num_classes: int,
+    schedule: ProbeSchedule,
+    batch_size: int,
+    seed: int,
+    num_workers: int,
+    accelerator: Accelerator,
+) -> tuple[dict[str, LinearHead], dict[str, Any]]:
+    """A head on the class token and one on the mean of the patches, trained side by side.
+
+    Every process encodes its share of a batch, and takes the same step on all of it.
+
+    Args:
+        encoder: frozen, loaded with `pooling="mean"`; in the accelerator's precision.
+        batch_size: pictures of a forward pass on each process.
+
+    Returns:
+        The heads by `cls` and `mean`, and a record: effective batch, steps, mean loss of every epoch.
+
+    Raises:
+        ValueError: there are fewer pictures than a batch, or the warm-up is longer than the whole.
+    """
+    device = accelerator.device
+    plan = Plan(len(pictures), batch_size, 1, accelerator.num_processes, seed)
+    if plan.steps_per_epoch == 0:
+        raise ValueError(
+            f"{pictures.description} holds {len(pictures)} pictures, fewer than one step of {plan.pictures_per_step}; "
+            f"lower --per_device_train_batch_size"
+        )
+    if schedule.warmup_epochs >= schedule.epochs:
+        raise ValueError(
+            f"--warmup_epochs {schedule.warmup_epochs:g} is no less than --num_train_epochs {schedule.epochs}; lower it"
+        )
+    labels = pictures.labels().to(device)
+    heads = {name: BatchNormHead(num_classes, encoder.config.hidden_size, seed, device) for name in ("cls", "mean")}
+    encoder.to(device).eval()
+    total, losses = schedule.epochs * plan.steps_per_epoch, []
+    bar = tqdm(total=total, desc="linear probe", unit="step", disable=not accelerator.is_main_process)
+    for step, (encoded, index) in enumerate(
+        encoded_batches(encoder, pictures, processor, plan, total, num_workers, accelerator)
+    ):
+        learning_rate = schedule.learning_rate(step, plan)
+        losses.append(
+            torch.stack(
+                [head.step(encoded[:, i], labels[index], learning_rate) for i, head in enumerate(heads.values())]
+            )
+        )
+        bar.update()
+    bar.close()
+    means = torch.stack(losses).view(schedule.epochs, plan.steps_per_epoch, 2).mean(dim=1)  # (epochs, heads)
+    if not means.isfinite().all():
+        raise ValueError("the probe's loss was not finite; lower --base_learning_rate")
+    peak = schedule.base_learning_rate * plan.pictures_per_step / 256
+    record = {"pictures_per_step": plan.pictures_per_step, "steps": total, "learning_rate": peak}
+    record["epoch_losses"] = {name: means[:, i].tolist() for i, name in enumerate(heads)}
+    return {name: head.folded({"learning_rate": peak}) for name, head in heads.items()}, record
+
+
+def encoded_batches(
+    encoder: UMAEModel,
+    pictures: Pictures,
+    processor: BaseImageProcessor,
+    plan: Plan,
+    steps: int,
+    num_workers: int,
+    accelerator: Accelerator,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Features of fresh crops, (pictures of a step on all processes, 2, D), and the pictures' indices."""
+    config, device = encoder.config, accelerator.device
+    decoded = decode_all(pictures, show_progress=accelerator.is_main_process)
+    crops = TrainingPictures(pictures, config.image_height_width, plan.seed, decoded, MIN_SCALE)
+    loader = training_loader(
+        crops, plan, accelerator.process_index, 0, steps, num_workers, pin_memory=device.type == "cuda"
+    )
+    for batch in loader:
+        for reason in batch["refusals"].values():
+            raise ValueError(f"{reason}: mend or remove it; a probe uses every picture")
+        with torch.no_grad(), accelerator.autocast():
+            pixels = flipped_and_normalized(batch, device, plan.seed, processor.image_mean, processor.image_std)
+            encoded = both_poolings(encoder, pixels).float()
+        yield accelerator.gather(encoded), accelerator.gather(on_device(batch["index"], device))
