@@ -89,7 +89,6 @@ class TrainingArguments:
 
 
 BETAS = (0.9, 0.95)  # of AdamW
-SHOWN_FEATURES = 1024  # pictures whose features are drawn at the end
 ONLINE = "online/"  # before the names of the online classifier's tensors in a checkpoint
 PATIENCE = timedelta(minutes=30)  # with a process that does not answer; one that has died is noticed at once
 DIGITS_RECIPE = Path(__file__).resolve().parent / "recipes" / "digits.yaml"
@@ -739,7 +738,7 @@ def finish(job: Job, record: dict[str, Any]) -> None:
         if file.name not in checkpoints.ONLY_FOR_TRAINING:
             checkpoints.copy_file(file, folder / file.name)
     shown = job.pictures if job.watched is None else job.watched
-    sample = list(shown.sample(job.args.seed, SHOWN_FEATURES))
+    sample = list(shown.sample(job.args.seed, MOST_PICTURES))
     gallery.draw(folder, sample, shown.description, job.accelerator.device)
     checkpoints.write_text(folder / "README.md", cards.model_card(folder))
     record["finished"] = True

@@ -9,6 +9,7 @@ import argparse
 import base64
 import io
 import json
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -155,7 +156,7 @@ def _results(run: dict[str, Any]) -> dict[str, Any]:
         "uniformity": f"{last['uniformity_loss']:.4f}",
         "dimensions filled": f"{last['participation_ratio']:.1f} of {identity['config']['hidden_size']}",
         **{title: _newest(run["lines"], name, form) for title, (name, form) in LOOKED_AT.items()},
-        "pictures a second": f"{last['pictures_per_second']:,.0f}",
+        "pictures a second": f"{statistics.median(line['pictures_per_second'] for line in run['lines']):,.0f}",
         "time": duration(run["seconds"]),
         "pictures left out": len(run["unreadable"]),
     }
