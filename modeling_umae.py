@@ -521,6 +521,34 @@ class UMAEModel(UMAEPreTrainedModel):
             ids_restore=ids_restore,
         )
 
+    def feature_maps(
+        self, pixel_values: torch.Tensor, layers: tuple[int, ...] | None = None, interpolate_pos_encoding: bool = False
+    ) -> tuple[torch.Tensor, ...]:
+        """The patches' features as maps, for dense tasks: segmentation, detection, retrieval of parts of pictures.
+
+        Args:
+            pixel_values: (batch, channels, height, width), normalised as the image processor does.
+            layers: after which layers, counted from 1; the last one alone by default.
+            interpolate_pos_encoding: accept pictures of another size than `config.image_size`.
+
+        Returns:
+            (batch, hidden_size, rows, columns) for each layer, normalised by the encoder's last norm: after the last
+            layer they are the patches of `last_hidden_state`.
+
+        Raises:
+            ValueError: there is no such layer, or the pictures do not have the expected shape.
+        """
+        count = self.config.num_hidden_layers
+        layers = (count,) if layers is None else layers
+        if not layers or not all(1 <= layer <= count for layer in layers):
+            raise ValueError(f"layers {layers} are not some of 1 to {count}")
+        grid = self.grid_of(pixel_values, interpolate_pos_encoding)
+        output = self(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, output_hidden_states=True, return_dict=True
+        )
+        tokens = (self.layernorm(output.hidden_states[layer]) for layer in layers)  # the first are the embeddings
+        return tuple(some[:, 1:].transpose(1, 2).unflatten(2, grid) for some in tokens)
+
     def pool(self, last_hidden_state: torch.Tensor) -> torch.Tensor:
         """(batch, 1 + patches, hidden_size) -> (batch, hidden_size), by `config.pooling`."""
         if self.config.pooling == "cls":

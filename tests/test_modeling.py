@@ -424,3 +424,30 @@ def test_weights_in_the_names_of_the_published_checkpoints_load_as_they_are(tmp_
     model, loading = UMAEForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+def test_feature_maps_are_the_patches_at_their_places():
+    model = UMAEModel(fresh_config()).eval()
+    pixel_values = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        (last,), (first, also_last) = model.feature_maps(pixel_values), model.feature_maps(pixel_values, (1, 2))
+        output = model(pixel_values, output_hidden_states=True)
+    rows, columns = model.config.grid
+    assert last.shape == (2, model.config.hidden_size, rows, columns)
+    for row in range(rows):
+        for column in range(columns):
+            patch = output.last_hidden_state[:, 1 + row * columns + column]
+            torch.testing.assert_close(last[:, :, row, column], patch)
+    torch.testing.assert_close(also_last, last)
+    torch.testing.assert_close(first[:, :, 0, 1], model.layernorm(output.hidden_states[1])[:, 2])
+
+
+def test_feature_maps_have_the_shape_of_larger_pictures():
+    model = UMAEModel(fresh_config()).eval()
+    (maps,) = model.feature_maps(torch.randn(1, 3, 32, 48), interpolate_pos_encoding=True)
+    assert maps.shape == (1, model.config.hidden_size, 8, 12)
+    with pytest.raises(ValueError, match=r"expected .*; resize the pictures"):
+        model.feature_maps(torch.randn(1, 3, 32, 48))
+    for layers in ((0,), (3,), ()):
+        with pytest.raises(ValueError, match="are not some of 1 to 2"):
+            model.feature_maps(torch.randn(1, 3, 16, 16), layers)
