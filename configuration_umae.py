@@ -5,7 +5,7 @@ from transformers import PreTrainedConfig
 POOLINGS = ("cls", "mean")
 
 _SIDES = ("image_size", "patch_size")
-_PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "mask_ratio")
+_PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "mask_ratio")
 _WEIGHTS = ("uniformity_weight", "initializer_range", "layer_norm_eps")
 _FLAGS = ("qkv_bias", "norm_pix_loss", "final_layernorm")
 
@@ -33,7 +33,7 @@ def _is_finite(value) -> bool:
 class UMAEConfig(PreTrainedConfig):
     r"""Sizes and training objective of a U-MAE (Zhang, Wang & Wang, "How Mask Matters", NeurIPS 2022).
 
-    The defaults give ViT-B/16 with MAE's decoder. Field names are those of transformers' `ViTMAEConfig`; the last three
+    The defaults give ViT-B/16 with MAE's decoder. Field names are those of transformers' `ViTMAEConfig`; the last four
     are our own.
 
     Args:
@@ -61,6 +61,8 @@ class UMAEConfig(PreTrainedConfig):
             layer-normalised mean of its patch tokens.
         final_layernorm (`bool`, defaults to `True`): whether the encoder normalises its tokens. facebookresearch/mae
             fine-tunes without, and normalises their mean alone.
+        drop_path_rate (`float`, defaults to 0.0): share of the pictures that skip a branch (attention or feed-forward)
+            of the encoder's last layer in training, in [0, 1); it grows linearly from 0 at the first layer.
 
     Raises:
         ValueError: a field has no meaning, or fields do not fit together. The message names the field, what was found
@@ -93,6 +95,7 @@ class UMAEConfig(PreTrainedConfig):
     uniformity_weight: float = 0.01
     pooling: str = "cls"
     final_layernorm: bool = True
+    drop_path_rate: float = 0.0
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

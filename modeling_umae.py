@@ -343,13 +343,39 @@ class UMAELayer(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, hidden_states: torch.Tensor, first_query: int = 0, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        first_query: int = 0,
+        branch_scales: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """(batch, tokens, D) -> (batch, tokens from `first_query` on, D)."""
+        """(batch, tokens, D) -> (batch, tokens from `first_query` on, D).
+
+        `branch_scales`, (2, batch, 1, 1), is what attention and feed-forward are multiplied by, see `drop_path_scales`.
+        """
         attended, _ = self.attention(self.layernorm_before(hidden_states), first_query, **kwargs)
-        hidden_states = self.dropout(attended) + hidden_states[:, first_query:]
+        attended = self.dropout(attended)
+        attended = attended if branch_scales is None else attended * branch_scales[0].to(attended.dtype)
+        hidden_states = attended + hidden_states[:, first_query:]
         inner = self.activation(self.intermediate["dense"](self.layernorm_after(hidden_states)))
-        return self.dropout(self.output["dense"](inner)) + hidden_states
+        inner = self.dropout(self.output["dense"](inner))
+        inner = inner if branch_scales is None else inner * branch_scales[1].to(inner.dtype)
+        return inner + hidden_states
+
+
+def drop_path_scales(rate: float, num_layers: int, batch: int, device: torch.device) -> torch.Tensor:
+    """Which pictures skip which branch (stochastic depth; Huang et al., "Deep Networks with Stochastic Depth", 2016).
+
+    The share of the pictures that do grows linearly from 0 in the first layer to `rate` in the last, and is drawn for
+    attention and feed-forward apart. What is kept is scaled up, so that the branch stays the same on average.
+
+    Returns:
+        float32 (num_layers, 2, batch, 1, 1): 0 where the branch is left out, else 1 / (1 - the layer's share).
+    """
+    # One tensor for all layers, an input of each: with a number of its own every layer would be compiled by itself
+    rates = torch.linspace(0.0, rate, num_layers, device=device)[:, None, None, None, None]
+    kept = torch.rand(num_layers, 2, batch, 1, 1, device=device) >= rates
+    return kept / (1 - rates)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -510,8 +536,9 @@ class UMAEModel(UMAEPreTrainedModel):
             ids_keep, mask, ids_restore = self.choose_patches(pixel_values, grid, noise, mask_ratio)
 
         hidden_states = self.embeddings(pixel_values, ids_keep, grid)
-        for layer in self.encoder["layer"]:
-            hidden_states = layer(hidden_states, **kwargs)
+        scales = self.branch_scales(hidden_states)
+        for layer, branch_scales in zip(self.encoder["layer"], scales, strict=True):
+            hidden_states = layer(hidden_states, branch_scales=branch_scales, **kwargs)
         last_hidden_state = self.layernorm(hidden_states)
 
         return UMAEModelOutput(
@@ -548,6 +575,13 @@ class UMAEModel(UMAEPreTrainedModel):
         )
         tokens = (self.layernorm(output.hidden_states[layer]) for layer in layers)  # the first are the embeddings
         return tuple(some[:, 1:].transpose(1, 2).unflatten(2, grid) for some in tokens)
+
+    def branch_scales(self, hidden_states: torch.Tensor) -> list[torch.Tensor | None]:
+        """What every layer multiplies its branches by; nothing is drawn without drop path or in evaluation mode."""
+        rate, layers = self.config.drop_path_rate, len(self.encoder["layer"])
+        if rate == 0 or not self.training:
+            return [None] * layers
+        return list(drop_path_scales(rate, layers, hidden_states.shape[0], hidden_states.device))
 
     def pool(self, last_hidden_state: torch.Tensor) -> torch.Tensor:
         """(batch, 1 + patches, hidden_size) -> (batch, hidden_size), by `config.pooling`."""

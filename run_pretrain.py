@@ -12,10 +12,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -90,7 +88,7 @@ class TrainingArguments:
 
 BETAS = (0.9, 0.95)  # of AdamW
 ONLINE = "online/"  # before the names of the online classifier's tensors in a checkpoint
-PATIENCE = timedelta(minutes=30)  # with a process that does not answer; one that has died is noticed at once
+USUAL_WARMUP = 10  # one in so many steps
 DIGITS_RECIPE = Path(__file__).resolve().parent / "recipes" / "digits.yaml"
 
 
@@ -108,37 +106,43 @@ if __name__ == "__main__":  # --help and slips of the pen are answered before th
         parse(sys.argv[1:])
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    broadcast_object_list,
-    gather_object,
-    parse_flag_from_env,
-    set_seed,
-)
+from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessorPil
 from transformers.utils.logging import disable_progress_bar
 
 from umae import UMAEConfig, UMAEForPreTraining, cards, checkpoints, gallery, hub
 from umae.convert import load_exactly, read_model
-from umae.data import Pictures, Plan, TrainingPictures, decode_all, load_pictures, split_names, training_loader
+from umae.data import (
+    Pictures,
+    Plan,
+    TrainingPictures,
+    check_fills_a_step,
+    decode_all,
+    load_pictures,
+    split_names,
+    training_loader,
+)
+from umae.failures import explained_out_of_memory, report_unreadable, stop_if_failed, tell_on
 from umae.interruption import StopRequest
+from umae.launch import close, fast_attention, make_accelerator, usual_workers
 from umae.monitor import MOST_PICTURES, OBSERVED_STEPS, Monitor, classes_of, usual_steps, watch
 from umae.probing import OnlineClassifier
-from umae.runs import SPEED, MetricsLog, hold_folder, open_run, track_picture, write_run
-from umae.schedules import decay_groups, learning_rate_at
-from umae.speed import compile_layers, has_fast_bf16, matmul_rate, training_flops
+from umae.runs import SPEED, MetricsLog, hold_folder, looks, newest_checkpoint, open_run, track_picture, write_run
+from umae.schedules import Schedule, decay_groups, make_schedule, set_learning_rate
+from umae.speed import compile_layers, ideal_seconds, training_flops
 from umae.streaming import START, Cursor, Stream, load_stream, streaming_loader
-from umae.training import LOGGED, MOST_OVERFLOWS, no_failure, train_step
+from umae.training import LOGGED, no_failure, train_step
 from umae.transforms import evaluation_processor
 
 
 def main(argv: list[str]) -> None:
     data_args, model_args, args = parse(argv)
-    accelerator = make_accelerator(args)
+    accelerator = make_accelerator(
+        os.environ, args.mixed_precision, args.gradient_accumulation_steps, args.report_to, Path(args.output_dir)
+    )
     check_launch(os.environ, accelerator.num_processes)
     set_seed(args.seed)
     disable_progress_bar()  # transformers' own; training has one
@@ -155,7 +159,14 @@ def main(argv: list[str]) -> None:
         config=model.config,
         processor=evaluation_processor(model.config.image_height_width),
         plan=plan,
-        schedule=make_schedule(plan, args),
+        schedule=make_schedule(
+            args.max_train_steps or args.num_train_epochs * plan.steps_per_epoch,
+            plan.steps_per_epoch,
+            plan.pictures_per_step,
+            args.base_learning_rate,
+            args.warmup_epochs,
+            USUAL_WARMUP,
+        ),
         workers=num_workers(accelerator, pictures, data_args.dataloader_num_workers),
         max_unreadable_share=data_args.max_unreadable_share,
         args=args,
@@ -179,47 +190,12 @@ def main(argv: list[str]) -> None:
             raise SystemExit(128 + stop.signal)
     close(accelerator)
     if push is not None:
-        push_finished(job.folder, push)
-
-
-def push_finished(folder: Path, push: hub.BackgroundPush) -> None:
-    push.wait()
-    try:
-        print("pushed to", hub.push(hub.published(folder), push.repo_id, "Upload U-MAE model"))
-    except ValueError as error:
-        raise ValueError(
-            f"{folder} is finished and whole, but {error}. To try again: `python -m umae.hub {folder} {push.repo_id}`"
-        ) from error
-
-
-def close(accelerator: Accelerator) -> None:
-    accelerator.free_memory()  # a DistributedDataParallel that outlives its process group can hang the process
-    accelerator.end_training()
+        push.wait()
+        hub.push_finished(job.folder, push.repo_id)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What will be done
-
-
-def make_accelerator(args: TrainingArguments) -> Accelerator:
-    trackers = [name.strip() for name in args.report_to.split(",") if name.strip() not in ("", "none")]
-    available = [str(name) for name in get_available_trackers()]
-    for name in trackers:  # Accelerate would drop it without a word
-        if name not in available:
-            raise ValueError(
-                f"--report_to {name}: not installed or not known; here are {', '.join(available) or 'none'}"
-            )
-    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE).device
-    asked = args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if args.mixed_precision is None and asked == "no" and has_fast_bf16(device):
-        asked = "bf16"
-    return Accelerator(
-        mixed_precision=asked,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=trackers or None,
-        project_dir=Path(args.output_dir) / "logs",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # the position tables never change
-    )
 
 
 @dataclass(frozen=True)
@@ -238,7 +214,7 @@ class Job:
     config: UMAEConfig
     processor: ViTImageProcessorPil
     plan: Plan
-    schedule: "Schedule"
+    schedule: Schedule
     workers: int
     max_unreadable_share: float
     args: TrainingArguments
@@ -269,9 +245,7 @@ def make_model(accelerator: Accelerator, args: ModelArguments) -> UMAEForPreTrai
     said = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     fields = [field.name for field in dataclasses.fields(UMAEConfig)]
     overrides = {**parse_overrides(args.config_overrides, fields, "--config_overrides"), **said}
-    # On CPUs the backward pass of fused attention is many times slower in bf16 than that of attention written out
-    slow_sdpa = accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16"
-    attention = "eager" if slow_sdpa else "sdpa"
+    attention = fast_attention(accelerator)
     if args.model_name_or_path is None:
         model = UMAEForPreTraining._from_config(UMAEConfig(**overrides), attn_implementation=attention)
     else:
@@ -324,33 +298,8 @@ def make_plan(accelerator: Accelerator, pictures: Pictures | Stream, args: Train
         processes=accelerator.num_processes,
         seed=args.seed,
     )
-    if plan.steps_per_epoch == 0:
-        raise ValueError(
-            f"{pictures.description} holds {plan.pictures} pictures, fewer than one step of {plan.pictures_per_step} "
-            f"({plan.batch_size} per device x {plan.processes} processes x {plan.accumulation} accumulated); lower "
-            f"--per_device_train_batch_size"
-        )
+    check_fills_a_step(plan, pictures.description)
     return plan
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Length and height of the learning-rate curve, in optimiser steps."""
-
-    total_steps: int
-    warmup_steps: float
-    learning_rate: float
-
-
-def make_schedule(plan: Plan, args: TrainingArguments) -> Schedule:
-    total = args.max_train_steps or args.num_train_epochs * plan.steps_per_epoch
-    warmup = total / 10 if args.warmup_epochs is None else args.warmup_epochs * plan.steps_per_epoch
-    if warmup > total:
-        raise ValueError(
-            f"--warmup_epochs {args.warmup_epochs:g} is {warmup:g} steps, longer than the whole run of {total}; lower "
-            f"it, or leave it out for a tenth of the run"
-        )
-    return Schedule(total, warmup, args.base_learning_rate * plan.pictures_per_step / 256)
 
 
 def identity_of(job: Job, initial_weights: str | None) -> dict[str, Any]:
@@ -444,11 +393,12 @@ def train(
     monitor = make_monitor(job)
     progress = start(job, model, monitor)
     accelerator.init_trackers("umae", config={name: str(value) for name, value in record["identity"].items()})
-    log = MetricsLog(
-        accelerator, job.folder, progress.step, plan.pictures_per_step, ideal_seconds(accelerator, job.config)
+    ideal = ideal_seconds(
+        training_flops(job.config), accelerator.device, accelerator.mixed_precision, accelerator.num_processes
     )
+    log = MetricsLog(accelerator, job.folder, progress.step, plan.pictures_per_step, ideal)
     micro_batches = log.waited_for(make_loader(job, range(progress.step, total), progress.cursors))
-    failed = no_failure(accelerator.device)
+    failed, tell = no_failure(accelerator.device), tell_on(accelerator.is_main_process)
     unreadable: dict[int, str] = {}
     seen: dict[int, list[int]] = {}  # pictures of every step since the last look at `failed`
 
@@ -464,7 +414,7 @@ def train(
         for batch in batches:
             unreadable |= batch["refusals"]
         seen[step + 1] = [index for batch in batches for index in batch["index"].tolist()]
-        with explained_out_of_memory(args):
+        with explained_out_of_memory(plan.batch_size):
             values = train_step(
                 accelerator, progress.model, progress.optimizer, batches, failed, step=step,
                 num_patches=job.config.grid[0] * job.config.grid[1], seed=args.seed, mean=job.processor.image_mean,
@@ -478,17 +428,18 @@ def train(
         logs, saves = (last or done % steps == 0 for steps in (args.logging_steps, args.checkpointing_steps))
         stopped = stop.has_come(accelerator, done) and not last
         if logs:
-            stop_if_failed(failed, job.pictures, seen)
+            stop_if_failed(failed, job.pictures.place, job.pictures.description, seen)
             seen.clear()
-            report_unreadable(job, unreadable, record)
+            report_unreadable(unreadable, record, plan.pictures, job.max_unreadable_share, tell)
             line = {"epoch": done / plan.steps_per_epoch, **means(accelerator, progress.window)}
             line["learning_rate"] = learning_rate
             if monitor and looks(done, total, args.logging_steps, eval_steps(job)):
-                with log.diagnosing(), explained_out_of_memory(args):
+                with log.diagnosing(), explained_out_of_memory(plan.batch_size):
                     line |= look(job, monitor, progress, batches[-1])
-            log.write(done, line)
+            loss, filled = line["reconstruction_loss"], line["participation_ratio"]
+            log.write(done, line, f"loss {loss:.3f}, features fill {filled:.1f} dimensions")
         if saves or stopped:
-            stop_if_failed(failed, job.pictures, seen)
+            stop_if_failed(failed, job.pictures.place, job.pictures.description, seen)
             record["seconds"] = seconds_before + time.perf_counter() - clock
             save(job, record, progress)
             if push is not None and not last:
@@ -512,13 +463,6 @@ def make_monitor(job: Job) -> Monitor | None:
 def eval_steps(job: Job) -> int:
     pictures = min(MOST_PICTURES, job.watched.num_pictures or MOST_PICTURES)
     return job.args.eval_steps or usual_steps(job.config, job.plan, pictures)
-
-
-def looks(done: int, total: int, logging_steps: int, eval_steps: int) -> bool:
-    """Whether a line of metrics.jsonl, at step `done`, comes with diagnostics: the last, and the first of any
-    `eval_steps`."""
-    line_before = (done - 1) // logging_steps * logging_steps
-    return done == total or done // eval_steps > line_before // eval_steps
 
 
 def look(job: Job, monitor: Monitor, progress: Progress, batch: dict) -> dict[str, float]:
@@ -551,14 +495,6 @@ def prepare(accelerator: Accelerator, model: UMAEForPreTraining, args: TrainingA
     return accelerator.prepare(model, optimizer)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int) -> float:
-    """Put the optimiser at the rate of a step; returns it."""
-    learning_rate = learning_rate_at(step, schedule.total_steps, schedule.warmup_steps, schedule.learning_rate)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    return learning_rate
-
-
 def make_loader(job: Job, steps: range, cursors: list[Cursor]) -> Iterable[dict]:
     """This process' micro-batches of some steps; of a stream from `cursors` on, which follow what is taken."""
     rank, on_gpu = job.accelerator.process_index, job.accelerator.device.type == "cuda"
@@ -568,73 +504,6 @@ def make_loader(job: Job, steps: range, cursors: list[Cursor]) -> Iterable[dict]
     pixels = decode_all(job.pictures, show_progress=job.accelerator.is_main_process)
     cropped = TrainingPictures(job.pictures, size, job.plan.seed, pixels)
     return training_loader(cropped, job.plan, rank, steps.start, steps.stop, job.workers, pin_memory=on_gpu)
-
-
-def usual_workers(device: torch.device) -> int:
-    """One a core beside GPUs, which share them; none where training itself takes the cores."""
-    if device.type == "cpu":
-        return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(16, cores // max(1, torch.accelerator.device_count()))
-
-
-def ideal_seconds(accelerator: Accelerator, config: UMAEConfig) -> float:
-    """How long the matrix products of one picture take at the rate that all processes together reach at plain ones."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    return training_flops(config) / matmul_rate(accelerator.device, dtype) / accelerator.num_processes
-
-
-def report_unreadable(job: Job, found: dict[int, str], record: dict[str, Any]) -> None:
-    """Name every unreadable picture once, and end a run that leaves out too many; every process calls it."""
-    known, num_pictures, max_share = record["unreadable"], job.plan.pictures, job.max_unreadable_share
-    for index, reason in sorted(gather_object(list(found.items()))):
-        if str(index) not in known:  # as JSON has it
-            known[str(index)] = reason
-            if job.accelerator.is_main_process:
-                tqdm.write(f"left out: {reason}")
-    found.clear()
-    if len(known) > max_share * num_pictures:
-        raise ValueError(
-            f"{len(known)} of {num_pictures} pictures cannot be read, more than --max_unreadable_share {max_share:g} "
-            f"allows: {'; '.join(list(known.values())[:3])}. Mend or remove them, or allow more"
-        )
-
-
-@contextmanager
-def explained_out_of_memory(args: TrainingArguments) -> Iterator[None]:
-    """Say what would need less memory. On CPUs torch has no error of its own for it."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise ValueError(
-            f"out of memory with --per_device_train_batch_size {args.per_device_train_batch_size}; lower it (and raise "
-            f"--gradient_accumulation_steps to keep the effective batch), or add --gradient_checkpointing ({error})"
-        ) from error
-
-
-def stop_if_failed(failed: torch.Tensor, pictures: Pictures | Stream, seen: dict[int, list[int]]) -> None:
-    """End the run before weights are saved that come after a value that was not finite; every process calls it."""
-    step, in_a_row, *flags = (int(value) for value in failed.tolist())
-    mine = {name for name, flag in zip(LOGGED, flags, strict=True) if flag}
-    failures = [failure for failure in gather_object([(step, mine, seen.get(step, []))]) if failure[0]]
-    if not failures:
-        return
-    # The gradient is everybody's, and so is the uniformity; what is a process' own tells whose pictures it was
-    own = {"reconstruction_loss", "feature_norm"}
-    failures = [failure for failure in failures if failure[1] & own] or failures
-    indices = [index for _, _, some in failures for index in some]
-    found = set().union(*(some for _, some, _ in failures))
-    names = [name for name in LOGGED if name in found - {"grad_norm"}] or ["grad_norm"]
-    shown = ", ".join(map(pictures.place, indices[:16]))
-    shown += f" and {len(indices) - 16} more" if len(indices) > 16 else ""
-    raise FloatingPointError(
-        f"{', '.join(names)} was not finite at step {min(step for step, _, _ in failures)}"
-        + (f", the {MOST_OVERFLOWS}th time in a row" if in_a_row >= MOST_OVERFLOWS else "")
-        + f", with the pictures {shown} of {pictures.description}; the weights have not changed since, and the last "
-        f"checkpoint is from before. Lower --base_learning_rate, or train with --mixed_precision no"
-    )
 
 
 def means(accelerator: Accelerator, window: torch.Tensor) -> dict[str, float]:
@@ -674,24 +543,6 @@ def start(job: Job, model: UMAEForPreTraining, monitor: Monitor | None) -> Progr
     if state["cursors"]:
         cursors = [Cursor(*cursor) for cursor in state["cursors"][accelerator.process_index]]
     return Progress(state["step"], model, optimizer, window, classifier, cursors)
-
-
-def newest_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
-    """The one to go on from, by the main process' judgement; damaged ones are named and put aside."""
-    found = [None]
-    if accelerator.is_main_process:
-        found[0], damaged = checkpoints.newest_whole(folder)
-        for checkpoint in damaged:
-            print(
-                f"{checkpoint} is damaged: its files are not those that were written; put aside as {checkpoint}.damaged"
-            )
-            checkpoint.rename(f"{checkpoint}.damaged")
-    newest = broadcast_object_list(found)[0]
-    if newest is not None and not newest.is_dir():
-        raise ValueError(
-            f"process {accelerator.process_index} does not see {newest}; --output_dir must lie where all do"
-        )
-    return newest
 
 
 def save(job: Job, record: dict[str, Any], progress: Progress) -> None:

@@ -37,6 +37,8 @@ from umae import UMAEConfig
         ({"image_size": 2**18, "patch_size": 1}, "68719476736 patches; the most are 1048576"),
         ({"num_channels": 2**18, "patch_size": 2**10, "image_size": 2**11}, "weights; the most are"),
         ({"uniformity_weight": 10**400}, "uniformity_weight must be a finite number"),
+        ({"drop_path_rate": 1.0}, r"drop_path_rate must lie in \[0, 1\)"),
+        ({"drop_path_rate": -0.1}, "drop_path_rate"),
         ({"pooling": "max"}, "pooling must be one of cls, mean"),
         ({"norm_pix_loss": "yes"}, "norm_pix_loss"),
         ({"image_size": 8, "patch_size": 4, "mask_ratio": 0.8}, "mask_ratio 0.8 keeps no patch of 4"),
@@ -65,6 +67,14 @@ def test_configuration_survives_json(tmp_path):
     config.save_pretrained(tmp_path)
     loaded = UMAEConfig.from_pretrained(tmp_path)
     assert loaded.grid == (8, 8) and loaded.pooling == "mean" and loaded.uniformity_weight == 0.5
+
+
+def test_a_configuration_from_before_drop_path_has_none(tmp_path):
+    UMAEConfig().save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields.pop("drop_path_rate") == 0.0
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert UMAEConfig.from_pretrained(tmp_path).drop_path_rate == 0.0
 
 
 @pytest.mark.parametrize(

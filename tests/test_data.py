@@ -307,6 +307,24 @@ print(len(pictures), len(batch["refusals"]), resource.getrusage(resource.RUSAGE_
 """
 
 
+def test_crops_show_the_share_of_the_area_that_is_asked_for_and_are_changed_last():
+    pictures = load_pictures("digits")
+    order = (0, torch.tensor([5, 2]))
+
+    def shifted(crops, epoch, index):
+        return [crop + index[place] for place, crop in enumerate(crops)]
+
+    whole = TrainingPictures(pictures, (8, 8), seed=0, min_scale=1.0)[order]["pixel_values"]
+    # Of the whole area, only the square one of the shapes fits
+    for crop, index in zip(whole, order[1].tolist(), strict=True):
+        (pixels,) = pictures.read_pixels([index])
+        assert crop.shape == pixels.shape and (crop.float() - pixels.float()).abs().mean() < 20
+    after = TrainingPictures(pictures, (8, 8), seed=0, min_scale=1.0, augment=shifted)[order]["pixel_values"]
+    assert torch.equal(after[0], whole[0] + 5) and torch.equal(after[1], whole[1] + 2)
+    small = TrainingPictures(pictures, (8, 8), seed=0, min_scale=0.01)[order]["pixel_values"]
+    assert not torch.equal(small, whole)
+
+
 def test_memory_is_bounded_by_one_picture_however_many_are_as_large_as_may_be(tmp_path):
     side = math.isqrt(MAX_PIXELS)
     for name, mode, size, colour in (

@@ -14,6 +14,7 @@ from modeling_umae import (
     UMAEForImageClassification,
     UMAEForPreTraining,
     UMAEModel,
+    drop_path_scales,
     feature_second_moment,
     gather_patches,
     patchify,
@@ -257,6 +258,69 @@ def test_compiled_layers_give_the_losses_and_gradients_of_eager_ones(checkpointi
         loss.backward()
     for (name, one), other in zip(eager.named_parameters(), compiled.parameters(), strict=True):
         assert one.grad is None or torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-6), name
+
+
+def test_drop_path_leaves_evaluation_and_a_rate_of_zero_as_they_are_and_draws_nothing_there():
+    plain = UMAEModel(fresh_config())
+    dropping = UMAEModel(fresh_config(drop_path_rate=0.5))
+    assert plain.state_dict().keys() == dropping.state_dict().keys()
+    dropping.load_state_dict(plain.state_dict())
+    pixel_values = pictures_for(plain.config)
+    state = torch.get_rng_state()
+    expected = plain.train()(pixel_values).last_hidden_state
+    assert torch.equal(dropping.eval()(pixel_values).last_hidden_state, expected)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(dropping.train()(pixel_values).last_hidden_state, expected)
+
+
+def test_drop_path_leaves_out_more_of_the_later_layers_and_keeps_the_mean():
+    scales = drop_path_scales(0.4, 5, 4000, torch.device("cpu"))
+    assert scales.shape == (5, 2, 4000, 1, 1)
+    for layer, rate in enumerate((0.0, 0.1, 0.2, 0.3, 0.4)):
+        for branch in scales[layer]:
+            assert abs((branch == 0).float().mean() - rate) < 0.03
+            assert torch.allclose(branch[branch > 0], torch.tensor(1 / (1 - rate)))
+    assert not torch.equal(scales[4, 0], scales[4, 1]), "attention and feed-forward apart"
+
+
+def test_a_layer_all_of_whose_branches_are_left_out_passes_its_tokens_on():
+    layer = UMAEModel(fresh_config()).train().encoder["layer"][0]
+    tokens = torch.randn(3, 17, 32)
+    scales = torch.tensor([0.0, 1.0, 1.0]).view(1, 3, 1, 1).repeat(2, 1, 1, 1)
+    after = layer(tokens, branch_scales=scales)
+    assert torch.equal(after[0], tokens[0]) and torch.allclose(after[1:], layer(tokens)[1:], atol=1e-6)
+
+
+def test_the_decoder_drops_no_path(monkeypatch):
+    model = UMAEForPreTraining(fresh_config(drop_path_rate=0.5)).train()
+    decoder = model.decoder.decoder_layers[0]
+    given = []
+    decoder.register_forward_pre_hook(
+        lambda module, inputs, named: given.append(named.get("branch_scales")), with_kwargs=True
+    )
+    model(pictures_for(model.config), noise=torch.rand(4, 16))
+    assert given == [None]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_drop_path_is_one_graph_and_the_same_for_the_same_seed(checkpointing):
+    model = UMAEForImageClassification(fresh_config(drop_path_rate=0.5, pooling="mean", final_layernorm=False)).train()
+    pixel_values, labels = pictures_for(model.config), torch.tensor([0, 1, 0, 1])
+
+    def gradients(forward):
+        torch.manual_seed(1)
+        model.zero_grad()
+        forward(pixel_values, labels=labels).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        found = gradients(model)
+    else:
+        torch._dynamo.reset()
+        found = gradients(torch.compile(model, backend="eager", fullgraph=True))  # a graph break is an error
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ losses

@@ -428,9 +428,9 @@ def test_another_number_of_processes_goes_on_with_the_same_run(finished, tmp_pat
 
 
 DYING = """
-import os, signal, sys, datetime, run_pretrain
+import os, signal, sys, datetime, run_pretrain, umae.launch
 how, when = sys.argv.pop(1), 6
-run_pretrain.PATIENCE = datetime.timedelta(seconds=15)
+umae.launch.PATIENCE = datetime.timedelta(seconds=15)
 train_step = run_pretrain.train_step
 def dying(*arguments, step, **named):
     if step == when and os.environ["RANK"] == "1":
@@ -702,6 +702,15 @@ def test_other_pictures_of_the_same_name_and_number_are_another_run(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "pictures" / "000.jpg")
     with pytest.raises(ValueError, match="holds a run with dataset_fingerprint"):
         run_pretrain.main(command)
+
+
+def test_a_run_from_before_a_field_existed_goes_on(finished, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["identity"]["config"].pop("drop_path_rate") == 0.0
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    run_pretrain.main(["--output_dir", str(tmp_path / "run"), *SHORT])
+    assert "finished; nothing to do" in capsys.readouterr().out
 
 
 def test_what_does_not_make_the_run_another_may_change(finished, capsys):

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, get_args, get_type_hints
 import pytest
 from processes import run
 
+import run_finetune
 import run_linear_probe
 import run_pretrain
 from script_arguments import Between, check_launch, flag, parse_arguments, parse_overrides
@@ -57,12 +58,13 @@ def test_wrong_flags_are_refused_with_what_was_meant(argv, message):
 SCRIPTS = (
     (run_pretrain.DataArguments, run_pretrain.ModelArguments, run_pretrain.TrainingArguments),
     (run_linear_probe.ProbeArguments,),
+    run_finetune.TYPES,
 )
 REQUIRED = ["--model_name_or_path", "m", "--output_dir", "o"]
 
 
 def numeric_flags() -> list:
-    """(dataclasses of the script, name, type, range) of every flag of the two scripts that takes a number."""
+    """(dataclasses of the script, name, type, range) of every flag of the scripts that takes a number."""
     found = []
     for types in SCRIPTS:
         for name, hint in chain(*(get_type_hints(one, include_extras=True).items() for one in types)):
@@ -129,7 +131,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused():
     check_launch({}, 1)
 
 
-@pytest.mark.parametrize("script", ["run_pretrain.py", "run_linear_probe.py"])
+@pytest.mark.parametrize("script", ["run_pretrain.py", "run_linear_probe.py", "run_finetune.py"])
 def test_help_fits_two_screens_of_fifty_lines(script):
     """Flags are debt: whoever adds one past this has to take one away."""
     lines = run(script, "--help").stdout.splitlines()

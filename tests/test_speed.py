@@ -50,7 +50,7 @@ def test_a_line_of_metrics_says_how_fast_training_is_and_how_long_it_waits(tmp_p
         time.sleep(0.1)
     with log.diagnosing():
         time.sleep(0.4)
-    log.write(2, {"reconstruction_loss": 0.5, "participation_ratio": 2.0})
+    log.write(2, {"reconstruction_loss": 0.5, "participation_ratio": 2.0}, "loss 0.5")
     line = run_pretrain.cards.read_metrics(tmp_path)[0]
     assert 10 < line["pictures_per_second"] <= 20  # 16 in 0.8 seconds, without the diagnostics
     assert 0.4 <= line["diagnostics_seconds"] < 0.6

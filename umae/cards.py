@@ -178,6 +178,58 @@ def probe_card(folder: Path) -> str:
 """
 
 
+def finetune_card(folder: Path) -> str:
+    """The text of `README.md` for the folder of a fine-tuned classifier."""
+    report, run = (json.loads((folder / name).read_text()) for name in ("finetune.json", "run.json"))
+    protocol, identity = report["protocol"], run["identity"]
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=protocol["test"]["data"].rpartition(" (")[0],
+            dataset_name=protocol["test"]["data"],
+            metric_type="accuracy",
+            metric_name=name,
+            metric_value=report[key],
+        )
+        for key, name in {"top1": "top-1", "top5": "top-5"}.items()
+        if report[key] is not None
+    ]
+    facts = {
+        "Started from": protocol["model"],
+        "Fine-tuned on": f"{protocol['train']['data']}, {protocol['train']['pictures']:,} pictures",
+        "Judged on": f"{protocol['test']['data']}, {protocol['test']['pictures']:,} pictures",
+        "Classes": protocol["classes"],
+        **{f"{result.metric_name}, %": result.metric_value for result in results},
+        "Steps": f"{identity['total_steps']:,}, each of {identity['pictures_per_step']:,} pictures, "
+        f"seed {identity['seed']}",
+        "Peak learning rate": f"{identity['learning_rate']:.3g}, times {identity['layer_decay']} for each layer below",
+        "Augmentation": ", ".join(f"{name} {value:g}" for name, value in protocol["augmentation"].items()),
+        "Hardware and time": f"{run['hardware']}, {duration(run['seconds'])}",
+        "Versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
+    }
+    data = _card_data("image-classification", results, folder.resolve().name)
+    return f"""---
+{data.to_yaml()}
+---
+
+# Fine-tuned image classifier
+
+## Use
+
+{_CLASSIFY}
+
+## Results
+
+{_table(facts)}
+
+`finetune.json` holds the whole protocol, `metrics.jsonl` the whole curve. The accuracy is that after the last step.
+
+## Citation
+
+{_CITATION}
+"""
+
+
 def _card_data(task: str, results: list[EvalResult], name: str) -> ModelCardData:
     """What the Hub reads, as YAML; names are quoted there."""
     return ModelCardData(

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from umae import seeding
 from umae.images import UnreadablePicture, open_picture, read_pixels
 from umae.interruption import ignore_signals
 from umae.transforms import CROP_NUMBERS, MIN_SCALE, least_side, random_resized_crop
+
+Augment = Callable[[list[torch.Tensor], int, torch.Tensor], list[torch.Tensor]]
 
 # What Pillow opens without plugins and people keep pictures in.
 PICTURE_ENDINGS = (
@@ -383,6 +385,16 @@ class Plan:
                 yield epoch, order[first : first + self.batch_size]
 
 
+def check_fills_a_step(plan: Plan, description: str) -> None:
+    """Raise `ValueError` if there are fewer pictures than an optimiser step takes."""
+    if plan.steps_per_epoch == 0:
+        raise ValueError(
+            f"{description} holds {plan.pictures} pictures, fewer than one step of {plan.pictures_per_step} "
+            f"({plan.batch_size} per device x {plan.processes} processes x {plan.accumulation} accumulated); lower "
+            f"--per_device_train_batch_size"
+        )
+
+
 @dataclass(frozen=True)
 class Decoded:
     """Pictures of one size, in memory.
@@ -428,7 +440,8 @@ class TrainingPictures(torch.utils.data.Dataset):
     Args:
         size: (height, width) of the crops, in pixels.
         decoded: the pictures in memory, if `decode_all` gave them.
-        min_scale: least share of a picture's area that a crop has.
+        min_scale: least share of a picture's area that a crop shows.
+        augment: (crops, epoch, indices int64 (batch,)) -> crops, what else is done to them, uint8 as they are.
     """
 
     def __init__(
@@ -438,9 +451,10 @@ class TrainingPictures(torch.utils.data.Dataset):
         seed: int,
         decoded: Decoded | None = None,
         min_scale: float = MIN_SCALE,
+        augment: Augment | None = None,
     ):
         self.pictures, self.size, self.seed, self.decoded = pictures, size, seed, decoded
-        self.min_scale = min_scale
+        self.min_scale, self.augment = min_scale, augment
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -455,9 +469,10 @@ class TrainingPictures(torch.utils.data.Dataset):
                 crops.append(random_crop(pixels, self.seed, epoch, shown[place], self.size, self.min_scale))
             else:
                 crops.append(random_resized_crop(pixels, numbers[place], self.size, (self.min_scale, 1.0)))
+        index = torch.tensor(shown)
         return {
-            "pixel_values": torch.stack(crops),
-            "index": torch.tensor(shown),
+            "pixel_values": torch.stack(crops if self.augment is None else self.augment(crops, epoch, index)),
+            "index": index,
             "epoch": epoch,
             "refusals": {index: str(error) for index, error in refusals.items()},
         }

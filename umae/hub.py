@@ -17,8 +17,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 # What of a folder is for others. Checkpoints, optimiser, lock, logs and whatever else lies there stay at home.
 PUBLISHED = (
     "model*.safetensors", "model.safetensors.index.json", "config.json", "preprocessor_config.json",
-    "configuration_umae.py", "modeling_umae.py", "README.md", "metrics.jsonl", "linear_probe.json", "curve.png",
-    "spectrum.png", "spectrum.json", "reconstructions.png", "progress.png", "neighbours.png", "attention.png",
+    "configuration_umae.py", "modeling_umae.py", "README.md", "metrics.jsonl", "linear_probe.json", "finetune.json",
+    "curve.png", "spectrum.png", "spectrum.json", "reconstructions.png", "progress.png", "neighbours.png",
+    "attention.png",
 )  # fmt: skip
 WAITS = (1, 4, 16, 60)  # seconds before another attempt, where the Hub is down, slow or asks for patience
 TIMEOUT = 60  # seconds without a byte
@@ -82,6 +83,16 @@ def published(folder: Path) -> dict[str, Path]:
     if not (folder / "model.safetensors").exists():
         raise ValueError(f"{folder} holds no model.safetensors; give the folder of a finished run")
     return {path.name: path for pattern in PUBLISHED for path in sorted(folder.glob(pattern))}
+
+
+def push_finished(folder: Path, repo_id: str) -> None:
+    """Push the folder of a run that has ended; a refusal says that it stands, and how to try again."""
+    try:
+        print("pushed to", push(published(folder), repo_id, "Upload U-MAE model"))
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} is finished and whole, but {error}. To try again: `python -m umae.hub {folder} {repo_id}`"
+        ) from error
 
 
 def _patiently(call: Callable, *args, **kwargs) -> Any:

@@ -13,9 +13,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from umae.checkpoints import clear_leftovers, write_text
+from configuration_umae import UMAEConfig
+from umae.checkpoints import clear_leftovers, newest_whole, write_text
 from umae.interruption import lock
 from umae.speed import used_memory
 
@@ -95,8 +97,38 @@ def track_picture(accelerator: Accelerator, name: str, pixels: np.ndarray, step:
             tracker.log_images({name: [pixels]}, step=step)
 
 
+def newest_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
+    """The one to go on from, by the main process' judgement; damaged ones are named and put aside.
+
+    Raises:
+        ValueError: a process does not see it.
+    """
+    found = [None]
+    if accelerator.is_main_process:
+        found[0], damaged = newest_whole(folder)
+        for checkpoint in damaged:
+            print(
+                f"{checkpoint} is damaged: its files are not those that were written; put aside as {checkpoint}.damaged"
+            )
+            checkpoint.rename(f"{checkpoint}.damaged")
+    newest = broadcast_object_list(found)[0]
+    if newest is not None and not newest.is_dir():
+        raise ValueError(
+            f"process {accelerator.process_index} does not see {newest}; --output_dir must lie where all do"
+        )
+    return newest
+
+
+def looks(done: int, total: int, logging_steps: int, steps: int) -> bool:
+    """Whether a line of metrics.jsonl, at step `done`, comes with what is measured every so many steps: the last, and
+    the first of any `steps`; 0 is the last only."""
+    line_before = (done - 1) // logging_steps * logging_steps
+    return done == total or (steps > 0 and done // steps > line_before // steps)
+
+
 def _check_identity(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    flat_before, flat_now = ({**one, **one["config"], "config": None} for one in (before, now))
+    defaults = UMAEConfig().to_dict()  # of fields that are younger than a run
+    flat_before, flat_now = ({**defaults, **one, **one["config"], "config": None} for one in (before, now))
     for name, value in flat_now.items():
         if flat_before.get(name) != value:
             raise ValueError(
@@ -156,8 +188,12 @@ class MetricsLog:
         yield
         self.diagnosed += time.perf_counter() - start
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """One line for the steps since the last one; every process calls it."""
+    def write(self, step: int, values: dict[str, float], shown: str) -> None:
+        """One line for the steps since the last one; every process calls it.
+
+        Args:
+            shown: what of it stands beside the bar, in words.
+        """
         now = time.perf_counter()
         seconds, self.last_time = now - self.last_time - self.diagnosed, now
         rate, memory = (step - self.last_step) * self.pictures_per_step / seconds, used_memory(self.accelerator.device)
@@ -169,8 +205,7 @@ class MetricsLog:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         self.bar.set_postfix_str(
-            f"loss {line['reconstruction_loss']:.3f}, features fill {line['participation_ratio']:.1f} dimensions, "
-            f"{rate:.0f} pictures/s ({line['mfu']:.0%} MFU, {line['data_wait']:.0%} waiting)"
+            f"{shown}, {rate:.0f} pictures/s ({line['mfu']:.0%} MFU, {line['data_wait']:.0%} waiting)"
         )
         tracked = {name: value for name, value in line.items() if name != "step" and value is not None}
         self.accelerator.log(tracked, step=step)

@@ -1,7 +1,10 @@
 """The learning rate as a function of the step, and which parameters decay."""
 
 import math
+import re
+from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 
@@ -19,6 +22,49 @@ def learning_rate_at(step: float, total_steps: float, warmup_steps: float, peak:
     return minimum + (peak - minimum) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """Length and height of the learning-rate curve, in optimiser steps."""
+
+    total_steps: int
+    warmup_steps: float
+    learning_rate: float
+
+
+def make_schedule(
+    total_steps: int,
+    steps_per_epoch: int,
+    pictures_per_step: int,
+    base_learning_rate: float,
+    warmup_epochs: float | None,
+    usual_warmup: int,
+) -> Schedule:
+    """The curve of a run.
+
+    Args:
+        base_learning_rate: for 256 pictures a step; scaled by their number.
+        warmup_epochs: None for one in `usual_warmup` of the steps.
+
+    Raises:
+        ValueError: the warm-up is longer than the run.
+    """
+    warmup = total_steps / usual_warmup if warmup_epochs is None else warmup_epochs * steps_per_epoch
+    if warmup > total_steps:
+        raise ValueError(
+            f"--warmup_epochs {warmup_epochs:g} is {warmup:g} steps, longer than the whole run of {total_steps}; lower "
+            f"it, or leave it out for {1 / usual_warmup:.0%} of the run"
+        )
+    return Schedule(total_steps, warmup, base_learning_rate * pictures_per_step / 256)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int, minimum: float = 0.0) -> float:
+    """Put the optimiser at the rate of a step, each group times its `lr_scale` if it has one; returns the rate."""
+    rate = learning_rate_at(step, schedule.total_steps, schedule.warmup_steps, schedule.learning_rate, minimum)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+    return rate
+
+
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two parameter groups for AdamW: trainable tensors of more than one dimension decay, the others do not.
 
@@ -29,3 +75,30 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
+
+
+def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
+    """Parameter groups for AdamW in which every layer learns more slowly than the one above it.
+
+    Each has a `lr_scale`, which `set_learning_rate` multiplies the rate by. With L layers in the encoder it is 1 for
+    the head and the norms after the encoder, `layer_decay` to the power of L - i for layer i from 0 on, and to the
+    power of L + 1 for the tokens and the patch embedding. As in MAE's fine-tuning, tensors of one dimension and the
+    class token have no weight decay.
+
+    Args:
+        model: a `UMAEForImageClassification`.
+        layer_decay: 1 is the same rate everywhere, 0 trains the head alone.
+
+    Source: Bao et al. 2022 (BEiT), appendix; He et al. 2022 (MAE), appendix A.2.
+    """
+    top = model.config.num_hidden_layers + 1
+    groups: dict[tuple[int, float], dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        inner = re.match(r"vit\.encoder\.layer\.(\d+)\.", name)
+        depth = 0 if name.startswith("vit.embeddings.") else int(inner[1]) + 1 if inner else top
+        decay = 0.0 if parameter.ndim <= 1 or name.endswith(".cls_token") else weight_decay
+        group = {"params": [], "weight_decay": decay, "lr_scale": layer_decay ** (top - depth)}
+        groups.setdefault((depth, decay), group)["params"].append(parameter)
+    return list(groups.values())

@@ -8,7 +8,7 @@ crops, flips and masks for the same picture in the same epoch.
 import torch
 
 # What a number is for. Streams of different purposes are independent; the values are part of a run's identity.
-ORDER, CROP, FLIP, MASK, STEP = range(5)
+ORDER, CROP, FLIP, MASK, STEP, AUGMENT, ERASE, MIX = range(8)
 
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as int64: 2**64 divided by the golden ratio
 

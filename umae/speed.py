@@ -4,9 +4,10 @@ import time
 
 import psutil
 import torch
+from transformers import PreTrainedModel
 
 from configuration_umae import UMAEConfig
-from modeling_umae import UMAEForPreTraining, UMAELayer
+from modeling_umae import UMAELayer
 
 
 def training_flops(config: UMAEConfig) -> int:
@@ -48,7 +49,7 @@ def _layer_flops(tokens: int, queries: int, size: int, inner: int) -> int:
     return linear + 4 * queries * tokens * size
 
 
-def compile_layers(model: UMAEForPreTraining) -> None:
+def compile_layers(model: PreTrainedModel) -> None:
     """Compile layer by layer: all of a kind share their code, and names of parameters stay as they are."""
     for module in model.modules():
         if isinstance(module, UMAELayer):
@@ -67,6 +68,12 @@ def used_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss
+
+
+def ideal_seconds(flops: int, device: torch.device, mixed_precision: str, processes: int) -> float:
+    """How long so many operations take at the rate that all processes together reach at plain matrix products."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
+    return flops / matmul_rate(device, dtype) / processes
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

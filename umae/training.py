@@ -17,12 +17,13 @@ LOGGED = ("loss", "reconstruction_loss", "uniformity_loss", "feature_norm", "gra
 MOST_OVERFLOWS = 20  # gradients in a row that are not finite, in fp16, whose scale is then beyond help
 
 
-def no_failure(device: torch.device) -> torch.Tensor:
-    """What `train_step` notes its first failure in, on this process.
+def no_failure(device: torch.device, values: int = len(LOGGED)) -> torch.Tensor:
+    """What a step notes its first failure in, on this process, see `remember_failure`.
 
-    float32 (7,): the step's number (0: none), gradients in a row that were not finite, and a flag for each of LOGGED.
+    float32 (2 + values,): the step's number (0: none), gradients in a row that were not finite, and a flag for each of
+    the logged values, of `train_step` by default.
     """
-    return torch.zeros(2 + len(LOGGED), device=device)
+    return torch.zeros(2 + values, device=device)
 
 
 def train_step(
@@ -97,7 +98,12 @@ def train_step(
 
 
 def remember_failure(accelerator, optimizer, values: torch.Tensor, step: int, failed: torch.Tensor) -> None:
-    """Note in `failed` the first value that is not finite; from then on the fused optimiser skips every step."""
+    """Note in `failed` the first value that is not finite; from then on the fused optimiser skips every step.
+
+    Args:
+        values: float32, the logged values of this step, the gradient's norm last.
+        step: the optimiser steps before this one.
+    """
     bad = (~torch.isfinite(values)).float()
     failed[1] = (failed[1] + 1) * bad[-1]
     bad[-1] = failed[1] >= (1 if accelerator.scaler is None else MOST_OVERFLOWS)

@@ -1,0 +1,558 @@
+#!/usr/bin/env python
+"""Fine-tune a pre-trained encoder on labelled pictures, as a whole, by MAE's recipe.
+
+    python run_finetune.py --model_name_or_path runs/digits --output_dir runs/digits_finetuned
+    accelerate launch run_finetune.py --model_name_or_path runs/mine --dataset_name labelled_pictures \
+        --output_dir runs/mine_finetuned
+
+Run the same command again after an interruption and it continues from its newest checkpoint. The output folder gets
+`finetune.json`, with accuracy and protocol, and a classifier that `pipeline("image-classification")` runs.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from script_arguments import Between, check_launch, flag, one_line_refusals, parse_arguments
+
+
+@dataclass
+class DataArguments:
+    dataset_name: str = flag("digits", "Name on the Hub, local folder of pictures or of parquet, or `digits`.")
+    dataset_config_name: str | None = flag(None, "Configuration of a Hub data set.")
+    train_split: str = flag("train", "Split to train on; slices such as `train[:10%%]` for Hub data sets and parquet.")
+    test_split: str | None = flag(None, "Split that is judged. [test, or else validation]")
+    image_column_name: str | None = flag(None, "Column of the pictures; found by its type if there is one.")
+    label_column_name: str | None = flag(None, "Column of the labels; found by its type or name.")
+    max_unreadable_share: Annotated[float, Between(0, 1)] = flag(
+        0.01, "Share of the training pictures that may be unreadable, and are left out."
+    )
+    dataloader_num_workers: Annotated[int | None, Between(0)] = flag(
+        None, "Processes that read pictures, for each of training. [a core each beside a GPU]"
+    )
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(metadata={"help": "Encoder to start from: a folder, Hub id or file, of any MAE."})
+    pooling: Literal["cls", "mean"] = flag("mean", "The classifier's feature: class token or mean of the patches.")
+    drop_path_rate: Annotated[float, Between(0, 1)] = flag(
+        0.1, "Share of the pictures that skip a branch of the last layer; below 1."
+    )
+
+
+@dataclass
+class AugmentationArguments:
+    min_crop_scale: Annotated[float, Between(0, 1)] = flag(0.08, "Least share of a picture's area in a crop; 1 is all.")
+    horizontal_flip: Annotated[float, Between(0, 1)] = flag(
+        0.5, "Share of the pictures that are mirrored; 0 where left and right matter."
+    )
+    rand_augment: Annotated[float, Between(0, 10)] = flag(9.0, "Magnitude of RandAugment, 2 operations; 0 for none.")
+    random_erasing: Annotated[float, Between(0, 1)] = flag(0.25, "Share of the pictures that get a box of noise.")
+    mixup: Annotated[float, Between(0, 1)] = flag(0.8, "Alpha of mixup; 0 for none.")
+    cutmix: Annotated[float, Between(0, 1)] = flag(1.0, "Alpha of cutmix; 0 for none. With mixup, half the pairs each.")
+    label_smoothing: Annotated[float, Between(0, 1)] = flag(0.1, "Share of the target that all classes get alike.")
+
+
+@dataclass
+class TrainingArguments:
+    output_dir: str = field(metadata={"help": "The run folder: classifier, report, metrics, card and checkpoints."})
+    recipe: str | None = flag(None, "YAML file with values for these flags; flags override it.")
+    num_train_epochs: Annotated[int, Between(1)] = flag(100, "Passes over the pictures.")
+    max_train_steps: Annotated[int | None, Between(1)] = flag(
+        None, "Optimiser steps; overrides the epochs and sets the schedule's length."
+    )
+    per_device_train_batch_size: Annotated[int, Between(1)] = flag(64, "Pictures of a forward pass on each process.")
+    per_device_eval_batch_size: Annotated[int, Between(1)] = flag(256, "The same, of the test pictures.")
+    gradient_accumulation_steps: Annotated[int, Between(1)] = flag(1, "Forward passes for each optimiser step.")
+    base_learning_rate: Annotated[float, Between(0)] = flag(
+        5e-4, "Learning rate for 256 pictures a step; scaled by the effective batch."
+    )
+    min_learning_rate: Annotated[float, Between(0)] = flag(1e-6, "Learning rate at the end, not scaled.")
+    layer_decay: Annotated[float, Between(0, 1)] = flag(
+        0.65, "Each layer's learning rate as a share of that of the layer above."
+    )
+    weight_decay: Annotated[float, Between(0)] = flag(0.05, "AdamW's decay of tensors with more than one dimension.")
+    warmup_epochs: Annotated[float | None, Between(0)] = flag(
+        None, "Epochs of linear warm-up. [a twentieth of the steps]"
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
+        None, "[what `accelerate` says unless no; then bf16 if the hardware has it]"
+    )
+    torch_compile: bool = flag(False, "Compile every layer; takes a minute or two, and pays on GPUs.")
+    gradient_checkpointing: bool = flag(False, "Compute activations twice instead of keeping them: larger batches fit.")
+    checkpointing_steps: Annotated[int, Between(1)] = flag(500, "Steps between checkpoints.")
+    checkpoints_total_limit: Annotated[int, Between(1)] = flag(2, "Checkpoints to keep.")
+    logging_steps: Annotated[int, Between(1)] = flag(
+        50, "Steps between lines of metrics.jsonl, each the mean since the line before."
+    )
+    eval_steps: Annotated[int | None, Between(0)] = flag(
+        None, "Steps between looks at the test split; 0 for the end only. [an epoch]"
+    )
+    report_to: str = flag("none", "Trackers, separated by commas: tensorboard, wandb, trackio.")
+    seed: Annotated[int, Between(0, 2**32 - 1)] = flag(0, "Of the head, order, crops and augmentations.")
+    push_to_hub: bool = flag(False, "Upload the finished run to the Hub.")
+    hub_model_id: str | None = flag(None, "Repository to upload to: `name/model`. [name of output_dir]")
+    hub_private_repo: bool = flag(False, "If the repository has to be made, make it private.")
+
+
+BETAS = (0.9, 0.999)  # of AdamW
+USUAL_WARMUP = 20  # one in so many steps: 5 of MAE's 100 epochs
+REPORT = "finetune.json"
+TYPES = (DataArguments, ModelArguments, AugmentationArguments, TrainingArguments)
+
+
+if __name__ == "__main__":  # --help and slips of the pen are answered before the imports below, which take seconds
+    with one_line_refusals("run_finetune.py"):
+        parse_arguments(TYPES, sys.argv[1:])
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import BaseImageProcessor
+from transformers.utils.logging import disable_progress_bar
+
+from umae import UMAEConfig, UMAEForImageClassification, cards, checkpoints, hub
+from umae.augmentation import Strengths, augment
+from umae.classes import load_labelled
+from umae.classification import LOGGED, accuracy, classification_step, guess
+from umae.convert import load_exactly, read_model
+from umae.data import Pictures, Plan, TrainingPictures, check_fills_a_step, decode_all, training_loader
+from umae.failures import explained_out_of_memory, report_unreadable, stop_if_failed, tell_on
+from umae.features import load_processor
+from umae.interruption import StopRequest
+from umae.launch import close, fast_attention, make_accelerator, usual_workers
+from umae.runs import MetricsLog, hold_folder, looks, newest_checkpoint, open_run, write_run
+from umae.schedules import Schedule, layer_decay_groups, make_schedule, set_learning_rate
+from umae.speed import compile_layers, encoder_flops, ideal_seconds
+from umae.training import no_failure
+from umae.transforms import evaluation_processor
+
+
+def main(argv: list[str]) -> None:
+    data_args, model_args, augmentation_args, args = parse_arguments(TYPES, argv)
+    accelerator = make_accelerator(
+        os.environ, args.mixed_precision, args.gradient_accumulation_steps, args.report_to, Path(args.output_dir)
+    )
+    check_launch(os.environ, accelerator.num_processes)
+    set_seed(args.seed)
+    disable_progress_bar()  # transformers' own; training has one
+
+    train_pictures, test_pictures, names = load_data(accelerator, data_args)
+    train_pictures.check_readable()
+    model = make_model(accelerator, model_args, names)
+    plan = make_plan(accelerator, train_pictures, args)
+    job = Job(
+        accelerator=accelerator,
+        folder=Path(args.output_dir),
+        train=train_pictures,
+        test=test_pictures,
+        names=names,
+        config=model.config,
+        processor=make_processor(model_args.model_name_or_path, model.config),
+        plan=plan,
+        schedule=make_schedule(
+            args.max_train_steps or args.num_train_epochs * plan.steps_per_epoch,
+            plan.steps_per_epoch,
+            plan.pictures_per_step,
+            args.base_learning_rate,
+            args.warmup_epochs,
+            USUAL_WARMUP,
+        ),
+        min_crop_scale=augmentation_args.min_crop_scale,
+        strengths=make_strengths(augmentation_args, plan),
+        workers=usual_workers(accelerator.device)
+        if data_args.dataloader_num_workers is None
+        else data_args.dataloader_num_workers,
+        max_unreadable_share=data_args.max_unreadable_share,
+        args=args,
+    )
+    repo_id = None
+    if args.push_to_hub and accelerator.is_main_process:  # rights are asked for now rather than after hours of training
+        repo_id = hub.check_access(args.hub_model_id or job.folder.resolve().name, args.hub_private_repo)
+
+    record = open_run(accelerator, job.folder, identity_of(job, model_args.model_name_or_path))
+    if record["finished"]:
+        accelerator.print(f"{job.folder} holds this run, finished; nothing to do")
+    else:
+        with hold_folder(accelerator, job.folder, record), StopRequest() as stop:
+            announce(job, record, model)
+            progress = train(job, record, model, stop)
+            if not stop.signal:
+                judged = progress.judged or judge(job, progress)
+                if accelerator.is_main_process:
+                    finish(job, record, judged)
+        if stop.signal:
+            close(accelerator)
+            raise SystemExit(128 + stop.signal)
+    close(accelerator)
+    if repo_id is not None:
+        hub.push_finished(job.folder, repo_id)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What will be done
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, and with what; nothing of it changes.
+
+    Args:
+        names: of the classes, by label.
+        workers: loader processes beside each of training.
+    """
+
+    accelerator: Accelerator
+    folder: Path
+    train: Pictures
+    test: Pictures
+    names: list[str]
+    config: UMAEConfig
+    processor: BaseImageProcessor
+    plan: Plan
+    schedule: Schedule
+    min_crop_scale: float
+    strengths: Strengths
+    workers: int
+    max_unreadable_share: float
+    args: TrainingArguments
+
+
+def load_data(accelerator: Accelerator, args: DataArguments) -> tuple[Pictures, Pictures, list[str]]:
+    """The pictures to train on, those to judge by, the names of the classes."""
+    with accelerator.main_process_first():  # the others find the main process' cache
+        return load_labelled(
+            args.dataset_name, args.dataset_config_name, args.train_split, args.test_split, args.image_column_name,
+            args.label_column_name,
+        )  # fmt: skip
+
+
+def make_model(accelerator: Accelerator, args: ModelArguments, names: list[str]) -> UMAEForImageClassification:
+    """The pre-trained encoder under a fresh head; as in MAE, with a fresh norm after the mean of the patches instead of
+    the encoder's own."""
+    config, tensors = read_model(args.model_name_or_path)
+    config.pooling, config.final_layernorm = args.pooling, args.pooling == "cls"
+    config.drop_path_rate = args.drop_path_rate
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: label for label, name in enumerate(names)}
+    config.name_or_path = args.model_name_or_path
+    model = UMAEForImageClassification._from_config(
+        config, attn_implementation=fast_attention(accelerator), dtype=torch.float32
+    )
+    left = ("decoder.", "classifier.", "vit.fc_norm.") + (() if config.final_layernorm else ("vit.layernorm.",))
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(left)}
+    return load_exactly(model, tensors, args.model_name_or_path, may_be_fresh=("classifier.", "vit.fc_norm."))
+
+
+def make_processor(name_or_path: str, config: UMAEConfig) -> BaseImageProcessor:
+    """The encoder's own; files of the original code have none, and mean MAE's."""
+    if Path(name_or_path).is_file():
+        return evaluation_processor(config.image_height_width)
+    return load_processor(name_or_path)
+
+
+def make_plan(accelerator: Accelerator, pictures: Pictures, args: TrainingArguments) -> Plan:
+    plan = Plan(
+        pictures=len(pictures),
+        batch_size=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        processes=accelerator.num_processes,
+        seed=args.seed,
+    )
+    check_fills_a_step(plan, pictures.description)
+    return plan
+
+
+def make_strengths(args: AugmentationArguments, plan: Plan) -> Strengths:
+    if args.min_crop_scale == 0:
+        raise ValueError("--min_crop_scale 0 would show crops of nothing; use more than 0, 0.08 is usual")
+    values = dataclasses.asdict(args)
+    strengths = Strengths(**{name: values[name] for name in Strengths.__annotations__})
+    if strengths.mixes and plan.batch_size % 2:
+        raise ValueError(
+            f"--per_device_train_batch_size {plan.batch_size} is odd, and mixup and cutmix take pictures in pairs; use "
+            f"{plan.batch_size + 1}, or --mixup 0 --cutmix 0"
+        )
+    return strengths
+
+
+def identity_of(job: Job, initial_weights: str) -> dict[str, Any]:
+    """What makes this run this run, whatever machine goes on with it."""
+    fields = job.config.to_dict()
+    return {
+        "task": "fine-tuning",
+        "dataset": job.train.description,
+        "pictures": len(job.train),
+        "dataset_fingerprint": job.train.fingerprint(),
+        "test_dataset": job.test.description,
+        "classes": job.names,
+        "initial_weights": initial_weights,
+        "config": {name: fields[name] for name in UMAEConfig.__annotations__ if name in fields},
+        "seed": job.args.seed,
+        "pictures_per_step": job.plan.pictures_per_step,
+        "gradient_accumulation_steps": job.plan.accumulation,
+        **dataclasses.asdict(job.schedule),
+        "min_learning_rate": job.args.min_learning_rate,
+        "layer_decay": job.args.layer_decay,
+        "optimizer": "AdamW",
+        "betas": BETAS,
+        "weight_decay": job.args.weight_decay,
+        "mixed_precision": job.accelerator.mixed_precision,
+        "min_crop_scale": job.min_crop_scale,
+        **dataclasses.asdict(job.strengths),
+    }
+
+
+def announce(job: Job, record: dict[str, Any], model: UMAEForImageClassification) -> None:
+    """Print what is about to be done, before it is done."""
+    identity, config, plan = record["identity"], job.config, job.plan
+    height, width = config.image_height_width
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    changes = {"crops from": job.min_crop_scale, **dataclasses.asdict(job.strengths)}
+    lines = {
+        "pictures": f"{len(job.train):,} from {job.train.description}, judged on {len(job.test):,} from "
+        f"{job.test.description}; {len(job.names)} classes",
+        "model": f"{millions:.1f} million parameters, {height} x {width} pixels, pooling {config.pooling}, from "
+        f"{config.name_or_path}",
+        "steps": f"{identity['total_steps']:,} ({identity['total_steps'] / plan.steps_per_epoch:.4g} epochs), "
+        f"{identity['warmup_steps']:g} of them warm-up",
+        "effective batch": f"{plan.pictures_per_step} = {plan.batch_size} per device x {plan.processes} "
+        f"process{'es' if plan.processes > 1 else ''} x {plan.accumulation} accumulated",
+        "learning rate": f"{identity['learning_rate']:.3g} at its peak, times {identity['layer_decay']:g} for each "
+        f"layer below",
+        "regularisation": f"drop path {config.drop_path_rate:g}, "
+        + ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in changes.items()),
+        "precision": f"{identity['mixed_precision']} on {record['hardware']}",
+    }
+    for name, text in lines.items():
+        job.accelerator.print(f"  {name:<16} {text}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@dataclass
+class Progress:
+    """What training changes, and a checkpoint holds.
+
+    Args:
+        step: optimiser steps done.
+        window: (2, values), sums of the LOGGED values since the last line, and how many of each.
+        judged: what `judge` found after the last step, None before.
+    """
+
+    step: int
+    model: torch.nn.Module
+    optimizer: AcceleratedOptimizer
+    window: torch.Tensor
+    judged: dict[str, Any] | None = None
+
+
+def train(job: Job, record: dict[str, Any], model: UMAEForImageClassification, stop: StopRequest) -> Progress:
+    """From the newest checkpoint, if there is one, to the last step; leaves `step-N/` of the last step behind.
+
+    Stopped by a signal, it leaves `step-N/` of the step it was at.
+    """
+    accelerator, args, plan, total = job.accelerator, job.args, job.plan, job.schedule.total_steps
+    progress = start(job, model)
+    accelerator.init_trackers("umae", config={name: str(value) for name, value in record["identity"].items()})
+    # The backward pass is two products for each of the forward's
+    flops = 3 * encoder_flops(job.config, job.config.grid[0] * job.config.grid[1])
+    ideal = ideal_seconds(flops, accelerator.device, accelerator.mixed_precision, accelerator.num_processes)
+    log = MetricsLog(accelerator, job.folder, progress.step, plan.pictures_per_step, ideal)
+    micro_batches = log.waited_for(make_loader(job, range(progress.step, total)))
+    failed, tell = no_failure(accelerator.device, len(LOGGED)), tell_on(accelerator.is_main_process)
+    place = (job.train.place, job.train.description)
+    labels = job.train.labels().to(accelerator.device)
+    unreadable: dict[int, str] = {}
+    seen: dict[int, list[int]] = {}  # pictures of every step since the last look at `failed`
+    every = plan.steps_per_epoch if args.eval_steps is None else args.eval_steps
+
+    clock, seconds_before = time.perf_counter(), record["seconds"]
+    progress.model.train()
+    for step in log.progress(total):
+        learning_rate = set_learning_rate(progress.optimizer, job.schedule, step, args.min_learning_rate)
+        batches = [next(micro_batches) for _ in range(plan.accumulation)]
+        for batch in batches:
+            unreadable |= batch["refusals"]
+        seen[step + 1] = [index for batch in batches for index in batch["index"].tolist()]
+        with explained_out_of_memory(plan.batch_size):
+            values = classification_step(
+                accelerator, progress.model, progress.optimizer, batches, failed, labels, step=step, seed=args.seed,
+                num_classes=len(job.names), strengths=job.strengths, mean=job.processor.image_mean,
+                std=job.processor.image_std,
+            )  # fmt: skip
+        progress.window += torch.stack([values.nan_to_num(0, 0, 0), values.isfinite()])  # gradients overflow in fp16
+        progress.step = done = step + 1
+
+        last = done == total
+        logs, saves = (last or done % steps == 0 for steps in (args.logging_steps, args.checkpointing_steps))
+        stopped = stop.has_come(accelerator, done) and not last
+        if logs or saves or stopped:
+            stop_if_failed(failed, *place, seen, LOGGED, own=("loss",))
+            seen.clear()
+        if logs:
+            report_unreadable(unreadable, record, plan.pictures, job.max_unreadable_share, tell)
+            line = {"epoch": done / plan.steps_per_epoch, **means(accelerator, progress.window)}
+            line["learning_rate"] = learning_rate
+            if looks(done, total, args.logging_steps, every):
+                with log.diagnosing(), explained_out_of_memory(plan.batch_size):
+                    judged = judge(job, progress)
+                progress.judged = judged if last else None
+                line |= {f"test_{name}": value for name, value in judged["accuracy"].items()}
+                tell(f"step {done:,}: " + in_words(judged["accuracy"]))
+            log.write(done, line, f"loss {line['loss']:.3f}")
+        if saves or stopped:
+            record["seconds"] = seconds_before + time.perf_counter() - clock
+            save(job, record, progress)
+        if stopped:
+            accelerator.print(f"\nstopped by a signal after step {done}; the same command goes on from there")
+            break
+    return progress
+
+
+def start(job: Job, model: UMAEForImageClassification) -> Progress:
+    """The beginning, or where the newest checkpoint has left off."""
+    accelerator, args = job.accelerator, job.args
+    if args.gradient_checkpointing:  # transformers is renaming it
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if args.torch_compile:
+        compile_layers(model)
+    groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True))
+    window = torch.zeros(2, len(LOGGED), device=accelerator.device)
+    newest = newest_checkpoint(accelerator, job.folder)
+    if newest is None:
+        return Progress(0, model, optimizer, window)
+    checkpoints.restore_model(model, UMAEForImageClassification.from_pretrained(newest).state_dict())
+    tensors, state = checkpoints.read_training_state(newest)
+    window.copy_(tensors.pop("window"))
+    checkpoints.restore_optimizer(model, optimizer.optimizer, tensors)
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    accelerator.print(f"continuing from {newest}")
+    return Progress(state["step"], model, optimizer, window)
+
+
+def make_loader(job: Job, steps: range) -> DataLoader:
+    """This process' micro-batches of some steps."""
+    processor, size = job.processor, job.config.image_height_width
+    changed = partial(
+        augment, seed=job.plan.seed, strengths=job.strengths, mean=processor.image_mean, std=processor.image_std
+    )
+    decoded = decode_all(job.train, show_progress=job.accelerator.is_main_process)
+    pictures = TrainingPictures(job.train, size, job.plan.seed, decoded, job.min_crop_scale, changed)
+    rank, on_gpu = job.accelerator.process_index, job.accelerator.device.type == "cuda"
+    return training_loader(pictures, job.plan, rank, steps.start, steps.stop, job.workers, pin_memory=on_gpu)
+
+
+def means(accelerator: Accelerator, window: torch.Tensor) -> dict[str, float | None]:
+    """The logged values of the steps in the window, averaged over steps and processes; empties the window.
+
+    A step whose gradient overflowed in fp16 does not count for `grad_norm`, which is None if they all did.
+    """
+    sums, counts = accelerator.reduce(window, "mean").tolist()
+    window.zero_()
+    return {name: total / count if count else None for name, total, count in zip(LOGGED, sums, counts, strict=True)}
+
+
+def judge(job: Job, progress: Progress) -> dict[str, Any]:
+    """Accuracies on the test pictures, in 0..1, and those that cannot be read, which count as wrong; every process
+    calls it."""
+    guesses, unreadable = guess(
+        progress.model, job.test, job.processor, job.args.per_device_eval_batch_size, job.workers, len(job.names),
+        job.accelerator,
+    )  # fmt: skip
+    return {"accuracy": accuracy(guesses, job.test.labels()), "unreadable": unreadable}
+
+
+def in_words(accuracy: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('top', 'top-')} {value:.2%}" for name, value in accuracy.items())
+
+
+def save(job: Job, record: dict[str, Any], progress: Progress) -> None:
+    """Write `step-N/`; every process takes part, the main one writes."""
+    accelerator, model = job.accelerator, progress.model
+    state_dict = checkpoints.model_tensors(model)
+    tensors = checkpoints.optimizer_tensors(model, progress.optimizer.optimizer)
+    # What every process goes on with, resumed or not
+    progress.window.copy_(accelerator.reduce(progress.window, "mean"))
+    tensors["window"] = progress.window.cpu()
+    state = {"step": progress.step, "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
+
+    def write(target: Path) -> None:
+        accelerator.unwrap_model(model).save_pretrained(target, state_dict=state_dict)
+        job.processor.save_pretrained(target)
+        checkpoints.write_training_state(target, tensors, state)
+
+    if accelerator.is_main_process:
+        size = sum(tensor.nbytes for tensor in (*state_dict.values(), *tensors.values()))
+        checkpoints.save_checkpoint(job.folder, progress.step, write, job.args.checkpoints_total_limit, size)
+        write_run(job.folder, record)
+    accelerator.wait_for_everyone()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What stands at the end
+
+
+def finish(job: Job, record: dict[str, Any], judged: dict[str, Any]) -> None:
+    """Put the last checkpoint's model at the top of the run folder, with what it is worth and a card."""
+    folder = job.folder
+    for file in (folder / f"step-{job.schedule.total_steps}").iterdir():
+        if file.name not in checkpoints.ONLY_FOR_TRAINING:
+            checkpoints.copy_file(file, folder / file.name)
+    report = {name: percent(judged["accuracy"].get(name)) for name in ("top1", "top5")}
+    report["protocol"] = protocol(job, record, judged["unreadable"])
+    checkpoints.write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
+    checkpoints.write_text(folder / "README.md", cards.finetune_card(folder))
+    record["finished"] = True
+    write_run(folder, record)
+    for error in judged["unreadable"]:
+        tqdm.write(f"counted as wrong: {error}")
+    print(
+        f"finished in {cards.duration(record['seconds'])}: {in_words(judged['accuracy'])} of {len(job.test):,} "
+        f"pictures from {job.test.description}\nclassifier, {REPORT} and card in {folder}"
+    )
+
+
+def percent(fraction: float | None) -> float | None:
+    return None if fraction is None else round(100 * fraction, 2)
+
+
+def protocol(job: Job, record: dict[str, Any], unreadable: list[str]) -> dict[str, Any]:
+    """Everything needed to repeat the numbers and to judge them."""
+    identity, model = record["identity"], Path(record["identity"]["initial_weights"])
+    of_training = (
+        "seed", "total_steps", "warmup_steps", "pictures_per_step", "gradient_accumulation_steps", "learning_rate",
+        "min_learning_rate", "layer_decay", "optimizer", "betas", "weight_decay", "mixed_precision",
+    )  # fmt: skip
+    return {
+        "model": model.resolve().name if model.exists() else str(model),
+        "train": {"data": job.train.description, "pictures": len(job.train), "unreadable": len(record["unreadable"])},
+        "test": {"data": job.test.description, "pictures": len(job.test), "counted_as_wrong": unreadable},
+        "classes": len(job.names),
+        "accuracy": "in percent, after the last step; no step was chosen by it",
+        "head": f"linear on the {job.config.pooling} feature, trained with the whole encoder",
+        "drop_path_rate": job.config.drop_path_rate,
+        "training": {name: identity[name] for name in of_training},
+        "augmentation": {"min_crop_scale": job.min_crop_scale, **dataclasses.asdict(job.strengths)},
+        "evaluation_transform": json.loads(job.processor.to_json_string()),
+        "versions": record["versions"],
+    }
+
+
+if __name__ == "__main__":
+    with one_line_refusals("run_finetune.py"):
+        main(sys.argv[1:])

@@ -1,0 +1,74 @@
+"""What a run of training is started on: device, processes, precision, trackers, readers of pictures."""
+
+import os
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedDataParallelKwargs, str_to_bool
+
+from umae.speed import has_fast_bf16
+
+PATIENCE = timedelta(minutes=30)  # with a process that does not answer; one that has died is noticed at once
+
+
+def make_accelerator(
+    environ: Mapping[str, str],
+    mixed_precision: str | None,
+    gradient_accumulation_steps: int,
+    report_to: str,
+    folder: Path,
+) -> Accelerator:
+    """The accelerator of a training run.
+
+    Args:
+        environ: of the process; Accelerate's launchers say there what they were asked for.
+        mixed_precision: None for what `environ` says unless no, then bf16 if the hardware has it.
+        report_to: names of trackers, separated by commas, or "none".
+        folder: of the run; trackers write to `logs` in it.
+
+    Raises:
+        ValueError: a tracker is not installed or not known.
+    """
+    trackers = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
+    available = [str(name) for name in get_available_trackers()]
+    for name in trackers:  # Accelerate would drop it without a word
+        if name not in available:
+            raise ValueError(
+                f"--report_to {name}: not installed or not known; here are {', '.join(available) or 'none'}"
+            )
+    on_cpu = bool(str_to_bool(environ.get("ACCELERATE_USE_CPU", "false")))
+    device = PartialState(cpu=on_cpu, timeout=PATIENCE).device
+    asked = mixed_precision or environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed_precision is None and asked == "no" and has_fast_bf16(device):
+        asked = "bf16"
+    return Accelerator(
+        mixed_precision=asked,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        log_with=trackers or None,
+        project_dir=folder / "logs",
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # the position tables never change
+    )
+
+
+def close(accelerator: Accelerator) -> None:
+    """Let go of models, processes and trackers."""
+    accelerator.free_memory()  # a DistributedDataParallel that outlives its process group can hang the process
+    accelerator.end_training()
+
+
+def fast_attention(accelerator: Accelerator) -> str:
+    """The attention to train with: on CPUs in bf16 the backward pass of the fused one is many times slower."""
+    return "eager" if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" else "sdpa"
+
+
+def usual_workers(device: torch.device) -> int:
+    """Loader processes beside each of training: one a core beside GPUs, which share them; none where training itself
+    takes the cores."""
+    if device.type == "cpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(16, cores // max(1, torch.accelerator.device_count()))
