@@ -25,7 +25,7 @@ from transformers import AutoImageProcessor
 
 import run_pretrain
 import umae
-from umae import seeding, training
+from umae import launch, seeding, training
 from umae.checkpoints import newest_whole
 from umae.convert import read_weights
 from umae.runs import SPEED
@@ -504,7 +504,7 @@ def test_accelerate_launches_the_script(tmp_path):
 )
 def test_precision_is_what_was_said_or_what_the_hardware_has(monkeypatch, tmp_path, launcher, fast, flags, expected):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
-    monkeypatch.setattr(run_pretrain, "has_fast_bf16", lambda device: fast)
+    monkeypatch.setattr(launch, "has_fast_bf16", lambda device: fast)
     run_pretrain.main([*small_recipe(tmp_path), *flags])
     assert json.loads((tmp_path / "run" / "run.json").read_text())["identity"]["mixed_precision"] == expected
 
