@@ -62,9 +62,10 @@ from transformers.utils.logging import disable_progress_bar
 from modeling_umae import UMAEForImageClassification, UMAEModel
 from umae.cards import probe_card
 from umae.checkpoints import write_text
+from umae.classes import load_labelled
 from umae.collapse import effective_rank, uniformity
 from umae.convert import encoder_from_pretrained, set_pooling
-from umae.data import Pictures, load_pictures, split_names
+from umae.data import Pictures
 from umae.features import extract_features, load_processor
 from umae.mae_probe import PROTOCOL as MAE_PROTOCOL
 from umae.mae_probe import ProbeSchedule, train_mae_probe
@@ -87,8 +88,10 @@ def main(argv: list[str]) -> None:
     pooling = args.pooling or encoder.config.pooling
     processor = load_processor(args.model_name_or_path)
     with accelerator.main_process_first():  # the others find the main process' cache
-        train, test = load_splits(args)
-    names = class_names(train, test)
+        train, test, names = load_labelled(
+            args.dataset_name, args.dataset_config_name, args.train_split, args.test_split, args.image_column_name,
+            args.label_column_name,
+        )  # fmt: skip
 
     seeds, layers = parse_seeds(args.seeds), parse_layers(args.layers, encoder.config.num_hidden_layers)
     shares = [share.strip() for share in (args.low_shot or "").split(",") if share.strip()]
@@ -160,47 +163,6 @@ def parse_layers(text: str, count: int) -> list[int]:
             f"encoder has {count} layers and its last is always judged"
         )
     return sorted({int(word) for word in words})
-
-
-def load_splits(args: ProbeArguments) -> tuple[Pictures, Pictures]:
-    """The pictures to train heads on, and those to judge them by."""
-    columns = (args.image_column_name, args.label_column_name)
-    train = load_pictures(args.dataset_name, args.dataset_config_name, args.train_split, *columns)
-    test_split = args.test_split or find_test_split(split_names(args.dataset_name, args.dataset_config_name))
-    if test_split == args.train_split:
-        raise ValueError(f"--train_split and --test_split are both {test_split}; a head is judged on other pictures")
-    return train, load_pictures(args.dataset_name, args.dataset_config_name, test_split, *columns)
-
-
-def find_test_split(splits: list[str]) -> str:
-    for name in ("test", "validation"):
-        if name in splits:
-            return name
-    raise ValueError(f"there is no split test or validation; name one of {', '.join(splits)} with --test_split")
-
-
-def class_names(train: Pictures, test: Pictures) -> list[str]:
-    """The names of the classes, their numbers if they have none. Raises `ValueError` if the splits' labels differ."""
-    found, highest_test = train.labels().unique().tolist(), int(test.labels().max())
-    highest, names = found[-1], train.label_names
-    if names != test.label_names:
-        raise ValueError(
-            f"{train.description} and {test.description} do not have the same classes: {_listed(names)} and "
-            f"{_listed(test.label_names)}"
-        )
-    names = names or [str(label) for label in range(highest + 1)]
-    if max(highest, highest_test) >= len(names):
-        raise ValueError(
-            f"{test.description} has labels up to {highest_test}, {train.description} up to {highest} of {len(names)} "
-            f"classes"
-        )
-    if len(found) < 2:
-        raise ValueError(f"{train.description} has the class {names[highest]} only; expected at least 2 classes")
-    return names
-
-
-def _listed(names: list[str] | None) -> str:
-    return "plain numbers" if names is None else f"{len(names)} names ({', '.join(names[:20])})"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -110,3 +110,15 @@ def test_what_is_no_run_is_refused(runs, tmp_path):
     (tmp_path / "run.json").write_text((runs / "umae" / "run.json").read_text())
     with pytest.raises(ValueError, match="has not logged a line yet"):
         report.report([tmp_path])
+
+
+def test_a_fine_tuning_is_shown_beside_probes(runs, tmp_path):
+    protocol = {"model": "umae", "test": {"data": "digits (test)"}}
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "run.json").write_text(json.dumps({"identity": {"task": "fine-tuning"}}))
+    with pytest.raises(ValueError, match="a fine-tuning that has not finished"):
+        report.report([tmp_path / "tuned"])
+    (tmp_path / "tuned" / "finetune.json").write_text(json.dumps({"top1": 95.26, "top5": 99.7, "protocol": protocol}))
+    text = report.report([tmp_path / "tuned", runs / "probe"])
+    assert re.search(r"<th>top1, fine-tuned</th>\s*<td>95.26</td>\s*<td></td>", text)
+    assert re.search(r"<th>top1, cls</th>\s*<td></td>\s*<td>50.0</td>", text)

@@ -1,6 +1,6 @@
 """One page from one or several runs, to look at and to compare.
 
-python -m umae.report runs/umae runs/mae runs/umae_probe --output report.html
+python -m umae.report runs/umae runs/mae runs/umae_probe runs/umae_finetuned --output report.html
 
 The page holds everything it shows: no network, no other file, no path of this machine.
 """
@@ -101,11 +101,11 @@ def report(folders: Sequence[Path]) -> str:
     Raises:
         ValueError: a folder is neither, or its run has not logged a line yet.
     """
-    runs = {folder: _run_of(folder) for folder in folders if (folder / "run.json").exists()}
-    probes = [folder for folder in folders if folder not in runs]
-    for folder in probes:
-        if not (folder / "linear_probe.json").exists():
+    probes = [folder for folder in folders if _report_of(folder).exists()]
+    for folder in folders:
+        if folder not in probes and not (folder / "run.json").exists():
             raise ValueError(f"{folder} holds neither a run (run.json) nor a probe (linear_probe.json)")
+    runs = {folder: _run_of(folder) for folder in folders if folder not in probes}
     names, settings = _names(folders), _side_by_side([_settings(run) for run in runs.values()])
     return PAGE.render(
         names=list(names.values()),
@@ -143,6 +143,8 @@ def _names(folders: Sequence[Path]) -> dict[Path, str]:
 def _run_of(folder: Path) -> dict[str, Any]:
     run = json.loads((folder / "run.json").read_text())
     lines = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
+    if run["identity"].get("task") == "fine-tuning":
+        raise ValueError(f"{folder} holds a fine-tuning that has not finished; wait for its finetune.json")
     if not lines:
         raise ValueError(f"{folder} has not logged a line yet; wait for --logging_steps steps")
     return {**run, "lines": lines}
@@ -174,8 +176,20 @@ def _settings(run: dict[str, Any]) -> dict[str, Any]:
     return {**identity, **run["identity"]["config"], "hardware": run["hardware"], **run["versions"]}
 
 
+def _report_of(folder: Path) -> Path:
+    """Of a probe or of a finished fine-tuning."""
+    name = "finetune.json" if (folder / "finetune.json").exists() else "linear_probe.json"
+    return folder / name
+
+
 def _accuracies(folder: Path) -> dict[str, Any]:
-    found = json.loads((folder / "linear_probe.json").read_text())
+    found = json.loads(_report_of(folder).read_text())
+    if "cls" not in found:
+        return {
+            "encoder": found["protocol"]["model"],
+            "judged on": found["protocol"]["test"]["data"],
+            **{f"{name}, fine-tuned": found[name] for name in ("top1", "top5")},
+        }
     names = ("top1", "top5", "knn20_top1", "effective_rank")
     return {
         "encoder": found["protocol"]["model"],
