@@ -233,7 +233,9 @@ def load_watched(accelerator: Accelerator, args: DataArguments, pictures: Pictur
     try:
         names = split_names(args.dataset_name, args.dataset_config_name)
         split = next((name for name in ("test", "validation") if name in names and name not in args.train_split), None)
-        return pictures if split is None else load_data(accelerator, args, split)
+        watched = pictures if split is None else load_data(accelerator, args, split)
+        watched.check_readable()
+        return watched
     except (ValueError, OSError) as error:  # they are worth a look, not a refusal
         accelerator.print(f"held-out pictures cannot be loaded, so those of training are looked at: {error}")
         return pictures
@@ -477,6 +479,8 @@ def look(job: Job, monitor: Monitor, progress: Progress, batch: dict) -> dict[st
 
 def in_words(values: dict[str, float], config: UMAEConfig) -> str:
     """Diagnostics on one line."""
+    if "effective_rank_cls" not in values:
+        return "nothing that is looked at can be measured: no picture can be read, or no feature is finite"
     ranks = " and ".join(f"{values[f'effective_rank_{pooling}']:.1f} ({pooling})" for pooling in ("cls", "mean"))
     text = f"effective rank {ranks} of {config.hidden_size}"
     for name, title in {"online_top1": "linear classifier", "online_knn_top1": "nearest neighbours"}.items():

@@ -106,6 +106,18 @@ def test_looking_leaves_the_weights_as_they_are(finished, tmp_path):
     assert lines == [{name: value for name, value in line.items() if name in lines[0]} for line in metrics(folder)]
 
 
+def test_a_test_split_that_cannot_be_read_is_not_looked_at(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    settings = folder_with_bad_pictures(tmp_path / "pictures" / "train", 16, bad=0).replace("/train", "")
+    (tmp_path / "pictures" / "test").mkdir()
+    for i in range(4):
+        (tmp_path / "pictures" / "test" / f"{i}.jpg").write_bytes(b"<html>")
+    command = f"{settings} --output_dir {tmp_path / 'run'} --per_device_train_batch_size 8 --max_train_steps 2".split()
+    printed = run("run_pretrain.py", *command).stdout
+    assert "held-out pictures cannot be loaded, so those of training are looked at: none of the 4" in printed
+    assert "looked at        folder pictures (train)" in printed and "effective rank" in printed
+
+
 def test_two_processes_see_in_the_features_what_one_sees(finished, tmp_path):
     folder, _ = finished
     torchrun(2, "run_pretrain.py", "--output_dir", tmp_path / "run", *SHORT, "--per_device_train_batch_size", 64)

@@ -157,9 +157,10 @@ class Monitor:
         """
         values = self.gradient_norms(model, batch, step)
         model.eval()
-        encoded = torch.cat([self._encode(model, place) for place in range(len(self.watched.index))])
-        encoded = encoded[: self.watched.count]
-        shown = self._reconstruct(model)
+        with torch.compiler.set_stance("force_eager"):  # other shapes than training's are not worth compiling
+            encoded = torch.cat([self._encode(model, place) for place in range(len(self.watched.index))])
+            encoded = encoded[: self.watched.count]
+            shown = self._reconstruct(model)
         model.train()
         return (self._measures(encoded.cpu()) | values, shown) if self.accelerator.is_main_process else ({}, {})
 
@@ -219,6 +220,8 @@ class Monitor:
     def _measures(self, encoded: torch.Tensor) -> dict[str, float]:
         diagnosis, values = Diagnosis(), {}
         diagnosis.add(encoded[:, : 2 * VIEWS])
+        if diagnosis.count == 0:  # a run does not end for want of something to look at
+            return values
         for pooling, measures in diagnosis.measures().items():
             values |= {f"{name}_{pooling}": value for name, value in measures.items()}
         readable = encoded.isfinite().all(dim=(1, 2))
