@@ -74,6 +74,7 @@ from umae.probing import LINEAR_PROTOCOL, LinearHead, knn_classify, low_shot, ra
 
 NEIGHBOURS, TEMPERATURE = (10, 20), 0.07  # of k-NN, as DINO evaluates
 REPORT = "linear_probe.json"
+STATE = "unfinished-seed-{seed}.safetensors"  # of protocol mae, until the report is there
 
 
 def main(argv: list[str]) -> None:
@@ -108,11 +109,12 @@ def main(argv: list[str]) -> None:
     train_set, test_set = Judged(extract(train), train.labels()), Judged(extract(test), test.labels())
     trained, record = [], {}
     if args.protocol == "mae":  # every process takes part
+        output.mkdir(parents=True, exist_ok=True)
         schedule = ProbeSchedule(args.num_train_epochs, args.warmup_epochs, args.base_learning_rate)
         for seed in seeds:
             heads, record[seed] = train_mae_probe(
                 encoder, train, processor, len(names), schedule, args.per_device_train_batch_size, seed,
-                args.dataloader_num_workers, accelerator,
+                args.dataloader_num_workers, accelerator, output / STATE.format(seed=seed),
             )  # fmt: skip
             trained.append(heads)
     if accelerator.is_main_process:
@@ -128,6 +130,8 @@ def main(argv: list[str]) -> None:
         write_text(output / REPORT, json.dumps(report, indent=2) + "\n")
         save_classifier(output, set_pooling(encoder, pooling), trained[0][pooling], names, processor)
         write_text(output / "README.md", probe_card(output))
+        for seed in seeds:
+            (output / STATE.format(seed=seed)).unlink(missing_ok=True)
         print_table(report, output)
     accelerator.end_training()
 
@@ -137,10 +141,11 @@ def main(argv: list[str]) -> None:
 
 
 def check_output(output: Path) -> None:
-    """Raise `ValueError` unless the folder is new, empty, or that of an earlier probe, which is overwritten."""
+    """Raise `ValueError` unless the folder is new, empty, or an earlier probe's, which is finished or overwritten."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; give a folder as --output_dir")
-    if output.is_dir() and any(output.iterdir()) and not (output / REPORT).exists():
+    marks = (REPORT, STATE.format(seed="*"))
+    if output.is_dir() and any(output.iterdir()) and not any(any(output.glob(mark)) for mark in marks):
         raise ValueError(f"{output} is not empty and holds no {REPORT}; give a new or empty --output_dir")
 
 

@@ -47,12 +47,12 @@ def model(tmp_path):
     return tmp_path / "model"
 
 
-def test_every_epochs_loss_is_that_of_the_protocol_step_by_step(model):
+def test_every_epochs_loss_is_that_of_the_protocol_step_by_step(model, tmp_path):
     epochs, batch_size, seed = 4, 256, 3
     pictures, processor = load_pictures("digits"), load_processor(model)
     encoder, schedule = encoder_from_pretrained(model, pooling="mean"), ProbeSchedule(epochs, 1, 10.0)
     heads, record = train_mae_probe(
-        encoder, pictures, processor, 10, schedule, batch_size, seed, 0, Accelerator(cpu=True)
+        encoder, pictures, processor, 10, schedule, batch_size, seed, 0, Accelerator(cpu=True), tmp_path / "state"
     )
 
     encoder = encoder_from_pretrained(model, pooling="mean").double()
@@ -114,10 +114,38 @@ def test_the_learning_rate_is_that_of_the_published_probe():
     assert schedule.learning_rate(90 * per_epoch, plan) == pytest.approx(0, abs=1e-12)
 
 
-def test_too_few_pictures_and_too_long_a_warm_up_are_refused(model):
+def test_a_probe_that_was_interrupted_goes_on_to_the_same_bits(model, tmp_path, monkeypatch):
+    def train(state, base_learning_rate=1.0):
+        encoder, schedule = encoder_from_pretrained(model, pooling="mean"), ProbeSchedule(3, 1, base_learning_rate)
+        rest = (10, schedule, 256, 0, 0, Accelerator(cpu=True), tmp_path / state)
+        return train_mae_probe(encoder, load_pictures("digits"), load_processor(model), *rest)
+
+    heads, record = train("whole")
+    assert not (tmp_path / "whole.tmp").exists()
+    steps = []
+
+    def interrupted(head, *args, step=BatchNormHead.step):
+        if len(steps) == 2 * (5 + 2):  # in the middle of the second epoch; there are two heads and five steps
+            raise KeyboardInterrupt
+        steps.append(None)
+        return step(head, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(BatchNormHead, "step", interrupted)
+        train("cut")
+    with pytest.raises(ValueError, match="cut is half of the same work with other schedule; start it as before"):
+        train("cut", base_learning_rate=2.0)
+    resumed_heads, resumed = train("cut")
+    assert resumed == record
+    for name, head in heads.items():
+        assert torch.equal(head.weight, resumed_heads[name].weight) and torch.equal(head.bias, resumed_heads[name].bias)
+    assert train("cut")[1] == record, "and when it had finished"
+
+
+def test_too_few_pictures_and_too_long_a_warm_up_are_refused(model, tmp_path):
     encoder, pictures = encoder_from_pretrained(model, pooling="mean"), load_pictures("digits")
-    rest = (load_processor(model), 10)
+    first, rest = (load_processor(model), 10), (0, 0, Accelerator(cpu=True), tmp_path / "state")
     with pytest.raises(ValueError, match="holds 1438 pictures, fewer than one step of 2000; lower --per_device"):
-        train_mae_probe(encoder, pictures, *rest, ProbeSchedule(), 2000, 0, 0, Accelerator(cpu=True))
+        train_mae_probe(encoder, pictures, *first, ProbeSchedule(), 2000, *rest)
     with pytest.raises(ValueError, match="--warmup_epochs 10 is no less than --num_train_epochs 5; lower it"):
-        train_mae_probe(encoder, pictures, *rest, ProbeSchedule(epochs=5), 256, 0, 0, Accelerator(cpu=True))
+        train_mae_probe(encoder, pictures, *first, ProbeSchedule(epochs=5), 256, *rest)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -124,6 +124,28 @@ def write_text(path: Path, text: str) -> None:
     temporary.write_text(text)
     _fsync(temporary)
     os.replace(temporary, path)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], identity: dict[str, Any]) -> None:
+    """Replace a file of tensors atomically; `identity` says what they are the state of."""
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary, metadata={"identity": json.dumps(identity, sort_keys=True)})
+    _fsync(temporary)
+    os.replace(temporary, path)
+
+
+def read_tensors(path: Path, identity: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What `write_tensors` wrote, on the CPU; raises `ValueError` if it is the state of something else."""
+    with safe_open(path, "pt") as file:
+        found = json.loads((file.metadata() or {}).get("identity", "{}"))
+    expected = json.loads(json.dumps(identity))
+    if found != expected:
+        names = [name for name in expected if found.get(name) != expected[name]]
+        raise ValueError(
+            f"{path} is half of the same work with other {', '.join(names)}; start it as before, delete the file, or "
+            f"give another --output_dir"
+        )
+    return load_file(path)
 
 
 def copy_file(source: Path, target: Path) -> None:

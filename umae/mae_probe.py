@@ -4,8 +4,10 @@ He et al. 2022, appendix A.1 and table 9; facebookresearch/mae, `main_linprobe.p
 a linear layer, LARS without weight decay, random resized crops and flips.
 """
 
+import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +16,10 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
 from modeling_umae import UMAEModel
+from umae.checkpoints import read_tensors, write_tensors
 from umae.data import Pictures, Plan, TrainingPictures, decode_all, training_loader
 from umae.features import both_poolings
+from umae.launch import fast_attention
 from umae.probing import LinearHead
 from umae.schedules import learning_rate_at
 from umae.training import flipped_and_normalized, on_device
@@ -62,6 +66,11 @@ class BatchNormHead:
         self.momenta = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
         self.mean, self.variance = torch.zeros_like(self.weight[0]), torch.ones_like(self.weight[0])
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All it needs to go on; written to, they put it back."""
+        names = ("weight", "bias", "weight_momentum", "bias_momentum", "mean", "variance")
+        return dict(zip(names, (self.weight, self.bias, *self.momenta, self.mean, self.variance), strict=True))
+
     def step(self, features: torch.Tensor, labels: torch.Tensor, learning_rate: float) -> torch.Tensor:
         """One step on (batch, D) and int64 (batch,); the same on every process. Returns the cross entropy before it."""
         variance, mean = torch.var_mean(features, dim=0, correction=0)
@@ -96,20 +105,24 @@ def train_mae_probe(
     seed: int,
     num_workers: int,
     accelerator: Accelerator,
+    state: Path,
 ) -> tuple[dict[str, LinearHead], dict[str, Any]]:
     """A head on the class token and one on the mean of the patches, trained side by side.
 
-    Every process encodes its share of a batch, and takes the same step on all of it.
+    Every process encodes its share of a batch, and takes the same step on all of it. Called again after an
+    interruption, it goes on after the last whole epoch, to the same bits.
 
     Args:
         encoder: frozen, loaded with `pooling="mean"`; in the accelerator's precision.
         batch_size: pictures of a forward pass on each process.
+        state: the file for what it needs to go on, in a folder that all processes see; replaced after every epoch.
 
     Returns:
         The heads by `cls` and `mean`, and a record: effective batch, steps, mean loss of every epoch.
 
     Raises:
-        ValueError: there are fewer pictures than a batch, or the warm-up is longer than the whole.
+        ValueError: there are fewer pictures than a batch, the warm-up is longer than the whole, or `state` is that of
+            another probe.
     """
     device = accelerator.device
     plan = Plan(len(pictures), batch_size, 1, accelerator.num_processes, seed)
@@ -124,23 +137,39 @@ def train_mae_probe(
         )
     labels = pictures.labels().to(device)
     heads = {name: BatchNormHead(num_classes, encoder.config.hidden_size, seed, device) for name in ("cls", "mean")}
-    encoder.to(device).eval()
-    total, losses = schedule.epochs * plan.steps_per_epoch, []
-    bar = tqdm(total=total, desc="linear probe", unit="step", disable=not accelerator.is_main_process)
-    for step, (encoded, index) in enumerate(
-        encoded_batches(encoder, pictures, processor, plan, total, num_workers, accelerator)
-    ):
+    encoder.to(device).eval().set_attn_implementation(fast_attention(accelerator))
+    total, losses = schedule.epochs * plan.steps_per_epoch, torch.empty(0, len(heads), device=device)
+    tensors = {f"{name}.{key}": tensor for name, head in heads.items() for key, tensor in head.tensors().items()}
+    identity = {
+        "weights": _hash(encoder),
+        "pictures": pictures.fingerprint(),
+        "preprocessing": processor.to_json_string(),
+        "mixed_precision": accelerator.mixed_precision,
+        "schedule": asdict(schedule),
+        "pictures_per_step": plan.pictures_per_step,
+        "seed": seed,
+    }
+    if state.exists():
+        found = read_tensors(state, identity)
+        losses = found.pop("losses").to(device)
+        for name, tensor in found.items():
+            tensors[name].copy_(tensor)
+    bar = tqdm(
+        total=total, initial=len(losses), desc="linear probe", unit="step", disable=not accelerator.is_main_process
+    )
+    batches = encoded_batches(encoder, pictures, processor, plan, len(losses), total, num_workers, accelerator)
+    for step, (encoded, index) in enumerate(batches, start=len(losses)):
         learning_rate = schedule.learning_rate(step, plan)
-        losses.append(
-            torch.stack(
-                [head.step(encoded[:, i], labels[index], learning_rate) for i, head in enumerate(heads.values())]
-            )
-        )
+        found = [head.step(encoded[:, i], labels[index], learning_rate) for i, head in enumerate(heads.values())]
+        losses = torch.cat([losses, torch.stack(found)[None]])
         bar.update()
+        if (step + 1) % plan.steps_per_epoch == 0:
+            if not losses.isfinite().all():
+                raise ValueError(f"the probe's loss was not finite by step {step + 1}; lower --base_learning_rate")
+            if accelerator.is_main_process:
+                write_tensors(state, tensors | {"losses": losses}, identity)
     bar.close()
-    means = torch.stack(losses).view(schedule.epochs, plan.steps_per_epoch, 2).mean(dim=1)  # (epochs, heads)
-    if not means.isfinite().all():
-        raise ValueError("the probe's loss was not finite; lower --base_learning_rate")
+    means = losses.view(schedule.epochs, plan.steps_per_epoch, len(heads)).mean(dim=1)
     peak = schedule.base_learning_rate * plan.pictures_per_step / 256
     record = {"pictures_per_step": plan.pictures_per_step, "steps": total, "learning_rate": peak}
     record["epoch_losses"] = {name: means[:, i].tolist() for i, name in enumerate(heads)}
@@ -152,7 +181,8 @@ def encoded_batches(
     pictures: Pictures,
     processor: BaseImageProcessor,
     plan: Plan,
-    steps: int,
+    start_step: int,
+    stop_step: int,
     num_workers: int,
     accelerator: Accelerator,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -161,7 +191,7 @@ def encoded_batches(
     decoded = decode_all(pictures, show_progress=accelerator.is_main_process)
     crops = TrainingPictures(pictures, config.image_height_width, plan.seed, decoded, MIN_SCALE)
     loader = training_loader(
-        crops, plan, accelerator.process_index, 0, steps, num_workers, pin_memory=device.type == "cuda"
+        crops, plan, accelerator.process_index, start_step, stop_step, num_workers, pin_memory=device.type == "cuda"
     )
     for batch in loader:
         for reason in batch["refusals"].values():
@@ -170,3 +200,11 @@ def encoded_batches(
             pixels = flipped_and_normalized(batch, device, plan.seed, processor.image_mean, processor.image_std)
             encoded = both_poolings(encoder, pixels).float()
         yield accelerator.gather(encoded), accelerator.gather(on_device(batch["index"], device))
+
+
+def _hash(encoder: UMAEModel) -> str:
+    """SHA-256 of the weights."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        found.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
