@@ -44,10 +44,15 @@ class ProbeArguments:
     seeds: str = flag("0", "Of the heads' weights, order and parts: `0,1,2` gives means and deviations.")
     layers: str = flag("last", "Also judge the features after these layers: `3,6,9` or `all`. Protocol cached.")
     low_shot: str | None = flag(None, "Also train on parts of every class: `1%%,10%%,5`. Protocol cached.")
+    augmented_passes: Annotated[int, Between(0)] = flag(
+        0, "Also train the heads on so many random crops of every picture. Protocol cached."
+    )
+    attentive: bool = flag(False, "Also train an attentive head on the patch tokens, which wait on the disk meanwhile.")
     num_train_epochs: Annotated[int, Between(1)] = flag(90, "Of protocol mae.")
     warmup_epochs: Annotated[float, Between(0)] = flag(10, "Of protocol mae.")
     base_learning_rate: Annotated[float, Between(0)] = flag(0.1, "Of protocol mae; for 256 pictures a step.")
     per_device_train_batch_size: Annotated[int, Between(2)] = flag(512, "Of protocol mae; pictures on each process.")
+    torch_compile: bool = flag(False, "Compile every layer for protocol mae; takes a minute.")
 
 
 if __name__ == "__main__":  # --help and slips of the pen are answered before the imports below, which take seconds
@@ -60,13 +65,14 @@ from transformers import BaseImageProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_umae import UMAEForImageClassification, UMAEModel
+from umae.attentive import ATTENTIVE_PROTOCOL, AttentiveHead, train_attentive_head
 from umae.cards import probe_card
 from umae.checkpoints import write_text
 from umae.classes import load_labelled
 from umae.collapse import effective_rank, uniformity
 from umae.convert import encoder_from_pretrained, set_pooling
 from umae.data import Pictures
-from umae.features import extract_features, load_processor
+from umae.features import CROP_SCALE, extract_features, load_processor
 from umae.mae_probe import PROTOCOL as MAE_PROTOCOL
 from umae.mae_probe import ProbeSchedule, train_mae_probe
 from umae.metrics import TopKAccuracy
@@ -98,15 +104,21 @@ def main(argv: list[str]) -> None:
     shares = [share.strip() for share in (args.low_shot or "").split(",") if share.strip()]
     for share in shares:
         low_shot(train.labels(), share, seed=0)  # refused now rather than after the pictures have been encoded
-    if args.protocol == "mae" and (layers or shares):
-        raise ValueError("--layers and --low_shot need features that are computed once; leave out --protocol mae")
+    if args.protocol == "mae" and (layers or shares or args.augmented_passes):
+        raise ValueError("--layers, --low_shot and --augmented_passes are of protocol cached; leave out --protocol mae")
 
     set_pooling(encoder, "mean")  # one pass then gives both features
     extract = partial(
         extract_features, encoder, processor=processor, batch_size=args.per_device_eval_batch_size,
         num_workers=args.dataloader_num_workers, accelerator=accelerator, layers=layers,
     )  # fmt: skip
-    train_set, test_set = Judged(extract(train), train.labels()), Judged(extract(test), test.labels())
+    tokens_in = output if args.attentive else None
+    train_set = Judged.of(
+        extract(train, tokens_in=tokens_in),
+        *(extract(train, view=view) for view in range(args.augmented_passes)),
+        labels=train.labels(),
+    )
+    test_set = Judged.of(extract(test, tokens_in=tokens_in), labels=test.labels())
     trained, record = [], {}
     if args.protocol == "mae":  # every process takes part
         output.mkdir(parents=True, exist_ok=True)
@@ -115,14 +127,19 @@ def main(argv: list[str]) -> None:
             heads, record[seed] = train_mae_probe(
                 encoder, train, processor, len(names), schedule, args.per_device_train_batch_size, seed,
                 args.dataloader_num_workers, accelerator, output / STATE.format(seed=seed),
+                args.torch_compile,
             )  # fmt: skip
             trained.append(heads)
     if accelerator.is_main_process:
         train_set, test_set = train_set.on(accelerator.device), test_set.on(accelerator.device)
         if not trained:
             print(f"training linear heads on {len(train_set.features)} kinds of features")
-            trained = [train_linear_heads(train_set.features, train_set.labels, len(names), seed) for seed in seeds]
+            trained = [train_linear_heads(train_set.views, train_set.labels, len(names), seed) for seed in seeds]
         report = judge(train_set, test_set, trained, len(names))
+        if args.attentive:
+            report["attentive"] = judge_attentive(
+                train_set, test_set, seeds, len(names), encoder.config.num_attention_heads, accelerator.device
+            )
         if shares:
             report["low_shot"] = {share: judge_part(train_set, test_set, share, seeds, len(names)) for share in shares}
         report["protocol"] = protocol(args, train, test, names, pooling, processor, seeds, record)
@@ -176,16 +193,36 @@ def parse_layers(text: str, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Judged:
-    """Kinds of features by their names, (N, D) each, and labels, int64 (N,)."""
+    """What is known of a set of pictures.
 
-    features: dict[str, torch.Tensor]
+    Args:
+        views: kinds of features by their names, (V, N, D) each: of the pictures, and of augmentations of them.
+        labels: int64 (N,).
+        tokens: float16 (N, T, D), on the CPU, if there is to be an attentive probe.
+    """
+
+    views: dict[str, torch.Tensor]
     labels: torch.Tensor
+    tokens: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, features: dict[str, torch.Tensor], *augmented: dict[str, torch.Tensor], labels: torch.Tensor):
+        tokens = features.pop("tokens", None)
+        return cls(
+            {name: torch.stack([one[name] for one in (features, *augmented)]) for name in features}, labels, tokens
+        )
+
+    @property
+    def features(self) -> dict[str, torch.Tensor]:
+        """Those of the pictures themselves, (N, D) each."""
+        return {name: views[0] for name, views in self.views.items()}
 
     def on(self, device: torch.device) -> "Judged":
-        return Judged({name: values.to(device) for name, values in self.features.items()}, self.labels.to(device))
+        views = {name: values.to(device) for name, values in self.views.items()}
+        return Judged(views, self.labels.to(device), self.tokens)
 
     def part(self, rows: torch.Tensor) -> "Judged":
-        return Judged({name: values[rows] for name, values in self.features.items()}, self.labels[rows])
+        return Judged({name: values[:, rows] for name, values in self.views.items()}, self.labels[rows])
 
 
 def judge(
@@ -211,16 +248,30 @@ def judge_part(
     train: Judged, test: Judged, share: str, seeds: Sequence[int], num_classes: int
 ) -> dict[str, dict[str, Any]]:
     """Linear heads trained on a part of every class, another one for each seed."""
-    found: dict[str, list] = {name: [] for name in train.features}
+    found: dict[str, list] = {name: [] for name in train.views}
     for seed in seeds:
         part = train.part(low_shot(train.labels, share, seed).to(train.labels.device))
-        for name, head in train_linear_heads(part.features, part.labels, num_classes, seed).items():
+        for name, head in train_linear_heads(part.views, part.labels, num_classes, seed).items():
             found[name].append(judge_head(head, test.features[name], test.labels))
     return {name: {"pictures": len(part.labels), **over_seeds(results)} for name, results in found.items()}
 
 
-def judge_head(head: LinearHead, features: torch.Tensor, labels: torch.Tensor) -> dict[str, float | None]:
-    found = accuracy(rank_classes(head(features), 5 if len(head.bias) > 5 else 1), labels)
+def judge_attentive(
+    train: Judged, test: Judged, seeds: Sequence[int], num_classes: int, num_attention_heads: int, device: torch.device
+) -> dict[str, Any]:
+    """An attentive head on the patch tokens, for each seed."""
+    heads = (
+        train_attentive_head(train.tokens, train.labels, num_classes, num_attention_heads, seed, device)
+        for seed in seeds
+    )
+    return over_seeds([judge_head(head, test.tokens, test.labels) for head in heads])
+
+
+def judge_head(
+    head: LinearHead | AttentiveHead, features: torch.Tensor, labels: torch.Tensor
+) -> dict[str, float | None]:
+    scores = head(features)
+    found = accuracy(rank_classes(scores, 5 if scores.shape[1] > 5 else 1), labels)
     chosen = {name: percent(value) if name.endswith("top1") else value for name, value in head.chosen.items()}
     return {"top1": percent(found["top1"]), "top5": percent(found["top5"]) if "top5" in found else None, **chosen}
 
@@ -272,7 +323,8 @@ def protocol(
             "mean": "fc_norm of the mean of the patch tokens (no learned scale unless pre-trained with it), likewise",
         },
         "linear_protocol": args.protocol,
-        "linear": LINEAR_PROTOCOL if args.protocol == "cached" else mae_protocol(args, record),
+        "linear": cached_protocol(args) if args.protocol == "cached" else mae_protocol(args, record),
+        **({"attentive": ATTENTIVE_PROTOCOL} if args.attentive else {}),
         "knn": {"k": list(NEIGHBOURS), "temperature": TEMPERATURE, "vote": "exp(cosine / temperature)"},
         "effective_rank_and_uniformity": "of the test features",
         "classifier_pooling": pooling,
@@ -281,6 +333,16 @@ def protocol(
         "evaluation_transform": json.loads(processor.to_json_string()),
         "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "pillow")},
     }
+
+
+def cached_protocol(args: ProbeArguments) -> dict[str, Any]:
+    augmentation = "none"
+    if args.augmented_passes:
+        augmentation = (
+            f"every picture as it is and as {args.augmented_passes} random resized crops of {CROP_SCALE:.0%} to 100 % "
+            "of its area, half of them flipped, in turns from epoch to epoch; features are computed once"
+        )
+    return LINEAR_PROTOCOL | {"augmentation": augmentation, "augmented_passes": args.augmented_passes}
 
 
 def mae_protocol(args: ProbeArguments, record: dict[int, dict[str, Any]]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def main() -> None:
     seconds = measure.interleave(
         {
             "encoder": lambda: encode(encoder, pixel_values),
-            "heads": lambda: train_linear_heads({"cls": features}, labels, CLASSES, seed=0),
+            "heads": lambda: train_linear_heads({"cls": features[None]}, labels, CLASSES, seed=0),
             "k-NN": lambda: knn_classify(features, labels, judged, CLASSES),
         },
         args.repetitions,

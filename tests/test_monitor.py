@@ -13,7 +13,7 @@ from umae import seeding
 from umae.collapse import effective_rank
 from umae.convert import set_pooling
 from umae.data import Pictures, Plan, load_pictures
-from umae.features import both_poolings
+from umae.features import frozen_features
 from umae.monitor import SHARE, Monitor, classes_of, usual_steps, watch
 from umae.speed import encoder_flops, training_flops
 from umae.transforms import evaluation_processor, normalize
@@ -41,7 +41,7 @@ def test_a_look_measures_the_features_of_the_whole_pictures(pooling):
     pictures, processor = load_pictures("digits", split="test"), evaluation_processor((16, 16))
     pixel_values = torch.cat([processor(pictures.read(i), return_tensors="pt")["pixel_values"] for i in range(359)])
     with torch.no_grad():
-        features = both_poolings(set_pooling(model.vit.eval(), "mean"), pixel_values)
+        features = frozen_features(set_pooling(model.vit.eval(), "mean"), pixel_values)
     for column, name in enumerate(("cls", "mean")):
         assert values[f"effective_rank_{name}"] == pytest.approx(effective_rank(features[:, column]), rel=1e-4)
         assert values[f"participation_ratio_{name}"] == pytest.approx(1 / values[f"uniformity_{name}"])

@@ -30,7 +30,7 @@ def top1(head, features, labels):
 
 
 def one_head(features, labels, classes, seed):
-    return train_linear_heads({"it": features}, labels, classes, seed)["it"]
+    return train_linear_heads({"it": features[None]}, labels, classes, seed)["it"]
 
 
 def test_a_linear_head_reaches_logistic_regression_on_the_digits():
@@ -67,34 +67,37 @@ def test_heads_do_not_depend_on_scale_and_offset_of_the_features():
 
 
 def test_folding_the_standardisation_into_the_head_is_exact():
-    """A head trained on standardised features by torch's own autograd and SGD is the folded one."""
+    """A head trained on standardised features by torch's own autograd and SGD is the folded one; of two views of the
+    pictures, every other epoch is of the second."""
     features, labels = clusters(64)
-    (weight,), (bias,) = train_heads([features], labels, 4, [[(0.1, 1e-3)]], torch.Generator().manual_seed(0))
+    views = torch.stack([features, features * 1.1 + torch.linspace(-1, 1, 12)])
+    (weight,), (bias,) = train_heads([views], labels, 4, [[(0.1, 1e-3)]], torch.Generator().manual_seed(0))
 
     generator = torch.Generator().manual_seed(0)
-    standardised = (features - features.mean(0)) / (features.var(0, correction=0) + 1e-6).sqrt()
+    every = views.flatten(0, 1)
+    standardised = (views - every.mean(0)) / (every.var(0, correction=0) + 1e-6).sqrt()
     linear = torch.nn.Linear(12, 4)
     linear.weight.data = 0.01 * torch.randn(12, 4, generator=generator).T.contiguous()
     linear.bias.data.zero_()
     groups = [{"params": [linear.weight], "weight_decay": 1e-3}, {"params": [linear.bias]}]
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     step, steps = 0, probing.EPOCHS * 16
-    for _ in range(probing.EPOCHS):
+    for epoch in range(probing.EPOCHS):
         for batch in torch.randperm(64, generator=generator).split(4):
             for group in optimizer.param_groups:
                 group["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(linear(standardised[batch]), labels[batch]).backward()
+            torch.nn.functional.cross_entropy(linear(standardised[epoch % 2, batch]), labels[batch]).backward()
             optimizer.step()
             step += 1
-    expected = linear(standardised)
+    expected = linear(standardised[0])
     assert (features @ weight[0].T + bias[0] - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_heads_side_by_side_are_those_trained_one_by_one():
     """On two kinds of feature, in float64."""
     features, labels = clusters(100)
-    kinds = [features.double(), features.double().square()]
+    kinds = [features.double()[None], features.double().square()[None]]
     grid = [(0.01, 0.0), (0.03, 1e-3), (0.1, 1e-2)]
     weights, biases = train_heads(kinds, labels, 4, [grid, grid[::-1]], torch.Generator().manual_seed(0))
     for kind, settings in enumerate((grid, grid[::-1])):
@@ -107,8 +110,8 @@ def test_heads_side_by_side_are_those_trained_one_by_one():
 def test_the_best_learning_rate_wins_and_of_equal_ones_the_surest():
     labels = torch.tensor([0, 1])
     right, surer, wrong = (torch.tensor(m).float() for m in ([[1, 0], [0, 1]], [[2, 0], [0, 2]], [[9, 0], [9, 0]]))
-    assert probing._best_head(torch.stack([wrong, right, surer]), labels) == (2, 1.0)
-    assert probing._best_head(torch.stack([right, wrong]), labels) == (0, 1.0)
+    assert probing.best_head(torch.stack([wrong, right, surer]), labels) == (2, 1.0)
+    assert probing.best_head(torch.stack([right, wrong]), labels) == (0, 1.0)
 
 
 def test_the_learning_rate_is_chosen_on_pictures_that_the_heads_did_not_see(monkeypatch):
@@ -119,7 +122,7 @@ def test_the_learning_rate_is_chosen_on_pictures_that_the_heads_did_not_see(monk
     train = probing.train_heads
 
     def spy(features, *args):
-        trained_on.append(len(features[0]))
+        trained_on.append(features[0].shape[1])
         return train(features, *args)
 
     monkeypatch.setattr(probing, "train_heads", spy)

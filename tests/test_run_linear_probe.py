@@ -269,17 +269,22 @@ def test_two_processes_report_what_one_does_by_either_protocol(tmp_path):
     UMAEForPreTraining(fresh_config(image_size=8, patch_size=2)).save_pretrained(tmp_path / "model")
     evaluation_processor((8, 8)).save_pretrained(tmp_path / "model")
     flags = ("--model_name_or_path", tmp_path / "model", "--dataset_name", "digits", "--layers", "1")
+    cached = (*flags, "--attentive", "--augmented_passes", "1")
     mae = (*flags[:4], "--protocol", "mae", "--num_train_epochs", "3", "--warmup_epochs", "1")
-    for kind, words, batch in (("cached", flags, ()), ("mae", mae, ("--per_device_train_batch_size",))):
+    for kind, words, batch in (("cached", cached, ()), ("mae", mae, ("--per_device_train_batch_size",))):
         found = []
         for processes in (1, 2):
             output = tmp_path / f"{kind}{processes}"
             share = (*batch, 256 // processes) if batch else ()
             torchrun(processes, "run_linear_probe.py", *words, "--output_dir", output, *share)
             found.append(report(output))
-        for name in ("cls", "mean"):
+        for name in found[0].keys() - {"protocol"}:
             assert found[0][name] == found[1][name], (kind, name)
-    assert "cls@1" in report(tmp_path / "cached1") and "cls@1" not in report(tmp_path / "mae1")
+    attentive = report(tmp_path / "cached1")["attentive"]
+    assert 60 < attentive["top1"] <= attentive["top5"] and "cls@1" in report(tmp_path / "cached1")
+    card = (tmp_path / "cached1" / "README.md").read_text()
+    assert f"| attentive probe top-1, % | {attentive['top1']} |" in card and "attentive features" not in card
+    assert "cls@1" not in report(tmp_path / "mae1")
     record = report(tmp_path / "mae1")["protocol"]["linear"]
     assert record["epochs"] == 3 and record["of_each_seed"][0]["pictures_per_step"] == 256
 
@@ -310,6 +315,7 @@ def test_seeds_layers_and_parts_are_reported_with_their_deviation(model, folder,
         (("--seeds", "-1"), "expected different whole numbers"),
         (("--low_shot", "0%"), "'0%' is no part of a training set"),
         (("--protocol", "mae", "--low_shot", "5"), "leave out --protocol mae"),
+        (("--protocol", "mae", "--augmented_passes", "1"), "leave out --protocol mae"),
     ],
     ids=str,
 )

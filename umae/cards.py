@@ -127,22 +127,14 @@ def probe_card(folder: Path) -> str:
     protocol = report["protocol"]
     metrics = {"top1": "linear probe top-1", "top5": "linear probe top-5"}
     metrics |= {f"knn{k}_top1": f"{k}-NN top-1" for k in protocol["knn"]["k"]}
-    judged = {f"{kind} features": result for kind, result in report.items() if kind not in ("protocol", "low_shot")}
+    no_kind = ("protocol", "low_shot", "attentive")
+    judged = {f"{kind} features": result for kind, result in report.items() if kind not in no_kind}
     for share, kinds in report.get("low_shot", {}).items():
         judged |= {f"{kind} features, {share} of the labels": result for kind, result in kinds.items()}
-    results = [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=protocol["test"]["data"].rpartition(" (")[0],
-            dataset_name=protocol["test"]["data"],
-            metric_type="accuracy",
-            metric_name=f"{title}, {kind}",
-            metric_value=result[key],
-        )
-        for kind, result in judged.items()
-        for key, title in metrics.items()
-        if result.get(key) is not None
-    ]
+    values = {f"{title}, {kind}": result.get(key) for kind, result in judged.items() for key, title in metrics.items()}
+    attentive = report.get("attentive", {})
+    values |= {f"attentive probe top-{k}": attentive.get(f"top{k}") for k in (1, 5)}
+    results = _results(protocol["test"]["data"], values)
     facts = {
         "Encoder": protocol["model"],
         "Heads trained on": f"{protocol['train']['data']}, {protocol['train']['pictures']:,} pictures",
@@ -182,18 +174,7 @@ def finetune_card(folder: Path) -> str:
     """The text of `README.md` for the folder of a fine-tuned classifier."""
     report, run = (json.loads((folder / name).read_text()) for name in ("finetune.json", "run.json"))
     protocol, identity = report["protocol"], run["identity"]
-    results = [
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=protocol["test"]["data"].rpartition(" (")[0],
-            dataset_name=protocol["test"]["data"],
-            metric_type="accuracy",
-            metric_name=name,
-            metric_value=report[key],
-        )
-        for key, name in {"top1": "top-1", "top5": "top-5"}.items()
-        if report[key] is not None
-    ]
+    results = _results(protocol["test"]["data"], {"top-1": report["top1"], "top-5": report["top5"]})
     facts = {
         "Started from": protocol["model"],
         "Fine-tuned on": f"{protocol['train']['data']}, {protocol['train']['pictures']:,} pictures",
@@ -228,6 +209,22 @@ def finetune_card(folder: Path) -> str:
 
 {_CITATION}
 """
+
+
+def _results(data: str, values: dict[str, float | None]) -> list[EvalResult]:
+    """Accuracies in percent by their names, on a split such as `folder pictures (test)`, for the model-index."""
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=data.rpartition(" (")[0],
+            dataset_name=data,
+            metric_type="accuracy",
+            metric_name=name,
+            metric_value=value,
+        )
+        for name, value in values.items()
+        if value is not None
+    ]
 
 
 def _card_data(task: str, results: list[EvalResult], name: str) -> ModelCardData:

@@ -13,7 +13,7 @@ from umae import seeding
 from umae.collapse import FeatureStatistics, alignment
 from umae.convert import encoder_from_pretrained
 from umae.data import Pictures, load_pictures
-from umae.features import both_poolings, feature_batches, load_processor
+from umae.features import feature_batches, frozen_features, load_processor
 
 POOLINGS = ("cls", "mean")
 VIEWS = 3  # of a picture: whole, and under two masks
@@ -58,7 +58,7 @@ def encode_views(encoder: UMAEModel, pixel_values: torch.Tensor, index: torch.Te
     """(batch, channels, height, width) -> (batch, 2 * VIEWS, D): both poolings of every view."""
     patches = encoder.config.grid[0] * encoder.config.grid[1]
     masks = [seeding.uniform(0, seeding.MASK, view, index, patches) for view in range(1, VIEWS)]
-    return torch.cat([both_poolings(encoder, pixel_values, noise=noise) for noise in (None, *masks)], dim=1)
+    return torch.cat([frozen_features(encoder, pixel_values, noise=noise) for noise in (None, *masks)], dim=1)
 
 
 class Diagnosis:

@@ -4,12 +4,15 @@ python -m umae.features RUN FOLDER features.parquet
 """
 
 import argparse
+import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset, Features, List, Value
@@ -21,8 +24,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from modeling_umae import UMAEModel
 from umae.convert import encoder_from_pretrained
-from umae.data import Pictures, load_pictures
+from umae.data import Pictures, TrainingPictures, load_pictures
 from umae.images import UnreadablePicture
+from umae.training import flipped_and_normalized
+
+CROP_SCALE = 0.08  # least share of a picture's area in the crops that probes are trained on
 
 Encode = Callable[[UMAEModel, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -72,6 +78,32 @@ class EvaluationPictures(torch.utils.data.Dataset):
         return {"pixel_values": pixel_values, "index": torch.tensor(indices)[rows], "rows": rows, "errors": errors}
 
 
+class AugmentedPictures(torch.utils.data.Dataset):
+    """Random resized crops and flips of the pictures instead, as `TrainingPictures` draws them.
+
+    Args:
+        view: which of a picture's augmentations; the same view is the same pixels.
+        size: (height, width) of the crops, in pixels.
+    """
+
+    def __init__(self, pictures: Pictures, processor: BaseImageProcessor, view: int, size: tuple[int, int]):
+        self.crops, self.view, self.processor = (
+            TrainingPictures(pictures, size, 0, min_scale=CROP_SCALE),
+            view,
+            processor,
+        )
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    def __getitem__(self, indices: Sequence[int]) -> dict:
+        batch = self.crops[self.view, torch.tensor(indices)]
+        mean, std = self.processor.image_mean, self.processor.image_std
+        pixel_values = flipped_and_normalized(batch, torch.device("cpu"), self.crops.seed, mean, std)
+        rows, errors = torch.arange(len(indices)), list(batch["refusals"].values())
+        return {"pixel_values": pixel_values, "index": batch["index"], "rows": rows, "errors": errors}
+
+
 def extract_features(
     encoder: UMAEModel,
     pictures: Pictures,
@@ -81,6 +113,8 @@ def extract_features(
     accelerator: Accelerator | None = None,
     skip_unreadable: bool = False,
     layers: Sequence[int] = (),
+    tokens_in: Path | None = None,
+    view: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """The features of N pictures, unmasked, in evaluation mode.
 
@@ -95,48 +129,77 @@ def extract_features(
         accelerator: says the device and the processes, all of which must call this; a fresh one by default.
         skip_unreadable: print the names of pictures that cannot be read, and give them NaN as features.
         layers: also after these layers, counted from 1: class token and mean of the patches, each token normalised.
+        tokens_in: also the patch tokens, in a file without a name in this folder.
+        view: of random crops and flips instead of whole pictures, see `AugmentedPictures`.
 
     Returns:
         `{"cls": (N, D), "mean": (N, D)}` and, for a layer 3, `cls@3` and `mean@3`, float32, on the CPU of every
-        process, in the order of `pictures`.
+        process, in the order of `pictures`; on the main process also `tokens`, float16 (N, T, D).
 
     Raises:
         UnreadablePicture: a picture cannot be read, and is not to be skipped.
-        ValueError: features are not finite, or the encoder gives one feature only.
+        ValueError: features are not finite, the encoder gives one feature only, or the disk has no room for the tokens.
     """
     accelerator = accelerator or Accelerator()
     names = ["cls", "mean", *(f"{name}@{layer}" for layer in layers for name in ("cls", "mean"))]
-    features = {name: torch.empty(len(pictures), encoder.config.hidden_size) for name in names}
-    encode, start = partial(poolings_of_layers, layers=layers), 0
+    width, num_patches = encoder.config.hidden_size, math.prod(encoder.config.grid)
+    features = {name: torch.empty(len(pictures), width) for name in names}
+    if tokens_in is not None and accelerator.is_main_process:
+        features["tokens"] = scratch_tensor(tokens_in, (len(pictures), num_patches, width))
+    encode, start = partial(frozen_features, layers=layers, tokens=tokens_in is not None), 0
     batches = feature_batches(
-        encoder, pictures, processor, batch_size, num_workers, accelerator, encode, len(names),
-        skip_unreadable=skip_unreadable,
+        encoder, pictures, processor, batch_size, num_workers, accelerator, encode,
+        len(names) + (num_patches if tokens_in is not None else 0), skip_unreadable=skip_unreadable, view=view,
     )  # fmt: skip
     for encoded in batches:
+        stop = start + len(encoded)
         for column, name in enumerate(names):
-            features[name][start : start + len(encoded)] = encoded[:, column]
-        start += len(encoded)
+            features[name][start:stop] = encoded[:, column]
+        if "tokens" in features:
+            features["tokens"][start:stop] = encoded[:, len(names) :]
+        start = stop
     return features
 
 
-def poolings_of_layers(
-    encoder: UMAEModel, pixel_values: torch.Tensor, index: torch.Tensor, layers: Sequence[int] = ()
+def scratch_tensor(folder: Path, shape: tuple[int, ...]) -> torch.Tensor:
+    """A float16 tensor in a file of `folder` that has no name, so that nothing can be left of it.
+
+    Raises:
+        ValueError: the disk has no room for it.
+    """
+    size = 2 * math.prod(shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    reserve = getattr(os, "posix_fallocate", lambda file, _, size: os.truncate(file, size))  # not there on a Mac
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            reserve(file.fileno(), 0, size)
+        except OSError as error:
+            raise ValueError(
+                f"the tokens of {shape[0]:,} pictures take {size / 1e9:.1f} GB, and {folder} has no room for them "
+                f"({error.strerror}); give a folder on another disk, or a part of the pictures"
+            ) from error
+        return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=shape))  # outlives the open file
+
+
+def frozen_features(
+    encoder: UMAEModel,
+    pixel_values: torch.Tensor,
+    index: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+    layers: Sequence[int] = (),
+    tokens: bool = False,
 ) -> torch.Tensor:
-    """(batch, channels, height, width) -> (batch, 2 + 2 * layers, D): both poolings, of the end and of some layers."""
-    output = encoder(pixel_values, output_hidden_states=True) if layers else encoder(pixel_values)
+    """Class token and mean of the patch tokens, then both after each of some layers, then the patch tokens.
+
+    (batch, channels, height, width) -> (batch, 2 + 2 * layers + tokens, D).
+    """
+    output = encoder(pixel_values, noise=noise, output_hidden_states=bool(layers))
     found = [output.last_hidden_state[:, 0], output.pooler_output]
     for layer in layers:  # hidden_states begins with the embeddings
-        tokens = layer_norm(output.hidden_states[layer].float(), (encoder.config.hidden_size,), eps=1e-6)
-        found += [tokens[:, 0], tokens[:, 1:].mean(dim=1)]
-    return torch.stack([feature.float() for feature in found], dim=1)
-
-
-def both_poolings(
-    encoder: UMAEModel, pixel_values: torch.Tensor, index: torch.Tensor | None = None, noise: torch.Tensor | None = None
-) -> torch.Tensor:
-    """(batch, channels, height, width) -> (batch, 2, D), the class token and the mean of the patch tokens."""
-    output = encoder(pixel_values, noise=noise)
-    return torch.stack([output.last_hidden_state[:, 0], output.pooler_output], dim=1)
+        normalised = layer_norm(output.hidden_states[layer].float(), (encoder.config.hidden_size,), eps=1e-6)
+        found += [normalised[:, 0], normalised[:, 1:].mean(dim=1)]
+    found = torch.stack(found, dim=1)
+    return torch.cat([found, output.last_hidden_state[:, 1:]], dim=1) if tokens else found
 
 
 def feature_batches(
@@ -146,10 +209,11 @@ def feature_batches(
     batch_size: int,
     num_workers: int,
     accelerator: Accelerator,
-    encode: Encode = both_poolings,
+    encode: Encode = frozen_features,
     kinds: int = 2,
     indices: Sequence[int] | None = None,
     skip_unreadable: bool = False,
+    view: int | None = None,
 ) -> Iterator[torch.Tensor]:
     """What `encode` makes of pictures, in their order, as much at a time as all processes encode at once.
 
@@ -157,6 +221,7 @@ def feature_batches(
         encode: (encoder, pixel_values, indices int64 (batch,)) -> (batch, kinds, D), without a gradient.
         kinds: how many features it makes of a picture.
         indices: which pictures; all by default.
+        view: of random crops and flips instead of whole pictures, see `AugmentedPictures`.
 
     Yields:
         (some pictures, kinds, D), float32, on the CPU of every process; NaN where one cannot be read.
@@ -167,8 +232,11 @@ def feature_batches(
     indices = range(len(pictures)) if indices is None else indices
     count, processes = len(indices), accelerator.num_processes
     batches = [indices[first : first + batch_size] for first in range(0, count, batch_size)]
+    prepared = EvaluationPictures(pictures, processor)
+    if view is not None:
+        prepared = AugmentedPictures(pictures, processor, view, encoder.config.image_height_width)
     loader = DataLoader(
-        EvaluationPictures(pictures, processor),
+        prepared,
         sampler=batches[accelerator.process_index :: processes],
         batch_size=None,  # an element of the sampler is a whole batch
         num_workers=num_workers,

@@ -15,7 +15,7 @@ from umae.cards import read_metrics
 from umae.checkpoints import write_text
 from umae.collapse import singular_values
 from umae.convert import set_pooling
-from umae.features import both_poolings
+from umae.features import frozen_features
 from umae.pictures import (
     class_attention,
     nearest_neighbours,
@@ -70,7 +70,7 @@ def draw(folder: Path, pictures: Sequence[tuple[int, Image.Image]], description:
 
     class_attention(model.vit, shown, mean, std).save(folder / "attention.png")
     pooling, encoder = config.pooling, set_pooling(model.vit, "mean")
-    features = torch.cat([both_poolings(encoder, some.to(device)).cpu() for some in pixel_values.split(BATCH)])
+    features = torch.cat([frozen_features(encoder, some.to(device)).cpu() for some in pixel_values.split(BATCH)])
     spectra = {"cls": singular_values(features[:, 0]), "mean": singular_values(features[:, 1])}
     write_text(folder / "spectrum.json", json.dumps({"pictures": f"{len(pictures)} of {description}", **spectra}))
     spectrum({"": spectra}).save(folder / "spectrum.png")

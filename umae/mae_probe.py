@@ -18,23 +18,23 @@ from transformers import BaseImageProcessor
 from modeling_umae import UMAEModel
 from umae.checkpoints import read_tensors, write_tensors
 from umae.data import Pictures, Plan, TrainingPictures, decode_all, training_loader
-from umae.features import both_poolings
+from umae.features import CROP_SCALE, frozen_features
 from umae.launch import fast_attention
 from umae.probing import LinearHead
 from umae.schedules import learning_rate_at
+from umae.speed import compile_layers
 from umae.training import flipped_and_normalized, on_device
 
 EPSILON = 1e-6  # of the batch norm
 KEPT = 0.1  # share of a batch in the running mean and variance
 INIT_STD = 0.01
 MOMENTUM, TRUST = 0.9, 0.001  # of LARS
-MIN_SCALE = 0.08  # of the crops
 
 PROTOCOL = {
     "head": f"batch norm without scale and shift (epsilon {EPSILON:g}, over the batch of all processes), then linear",
     "initialisation": f"weights truncated normal with standard deviation {INIT_STD}, biases 0",
     "optimiser": f"LARS, momentum {MOMENTUM}, trust coefficient {TRUST}, no weight decay",
-    "augmentation": f"random resized crops of {MIN_SCALE:.0%} to 100 % of the area, bicubic, and flips",
+    "augmentation": f"random resized crops of {CROP_SCALE:.0%} to 100 % of the area, bicubic, and flips",
 }
 
 
@@ -106,6 +106,7 @@ def train_mae_probe(
     num_workers: int,
     accelerator: Accelerator,
     state: Path,
+    torch_compile: bool = False,
 ) -> tuple[dict[str, LinearHead], dict[str, Any]]:
     """A head on the class token and one on the mean of the patches, trained side by side.
 
@@ -116,6 +117,7 @@ def train_mae_probe(
         encoder: frozen, loaded with `pooling="mean"`; in the accelerator's precision.
         batch_size: pictures of a forward pass on each process.
         state: the file for what it needs to go on, in a folder that all processes see; replaced after every epoch.
+        torch_compile: compile every layer of the encoder.
 
     Returns:
         The heads by `cls` and `mean`, and a record: effective batch, steps, mean loss of every epoch.
@@ -138,6 +140,8 @@ def train_mae_probe(
     labels = pictures.labels().to(device)
     heads = {name: BatchNormHead(num_classes, encoder.config.hidden_size, seed, device) for name in ("cls", "mean")}
     encoder.to(device).eval().set_attn_implementation(fast_attention(accelerator))
+    if torch_compile:
+        compile_layers(encoder)
     total, losses = schedule.epochs * plan.steps_per_epoch, torch.empty(0, len(heads), device=device)
     tensors = {f"{name}.{key}": tensor for name, head in heads.items() for key, tensor in head.tensors().items()}
     identity = {
@@ -189,7 +193,7 @@ def encoded_batches(
     """Features of fresh crops, (pictures of a step on all processes, 2, D), and the pictures' indices."""
     config, device = encoder.config, accelerator.device
     decoded = decode_all(pictures, show_progress=accelerator.is_main_process)
-    crops = TrainingPictures(pictures, config.image_height_width, plan.seed, decoded, MIN_SCALE)
+    crops = TrainingPictures(pictures, config.image_height_width, plan.seed, decoded, CROP_SCALE)
     loader = training_loader(
         crops, plan, accelerator.process_index, start_step, stop_step, num_workers, pin_memory=device.type == "cuda"
     )
@@ -198,7 +202,7 @@ def encoded_batches(
             raise ValueError(f"{reason}: mend or remove it; a probe uses every picture")
         with torch.no_grad(), accelerator.autocast():
             pixels = flipped_and_normalized(batch, device, plan.seed, processor.image_mean, processor.image_std)
-            encoded = both_poolings(encoder, pixels).float()
+            encoded = frozen_features(encoder, pixels).float()
         yield accelerator.gather(encoded), accelerator.gather(on_device(batch["index"], device))
 
 

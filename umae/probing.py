@@ -24,7 +24,7 @@ BLOCK = 2**26  # cosines that k-NN holds at once, 256 MB
 
 # The cached linear protocol in words and numbers, for reports.
 LINEAR_PROTOCOL = {
-    "standardisation": f"per feature, mean and variance of the training pictures, epsilon {EPSILON:g}",
+    "standardisation": f"per feature, mean and variance of the training set, epsilon {EPSILON:g}",
     "optimiser": f"SGD, momentum {MOMENTUM}, learning rate by half a cosine to 0",
     "initialisation": f"weights normal with standard deviation {INIT_STD}, biases 0",
     "epochs": EPOCHS,
@@ -33,7 +33,6 @@ LINEAR_PROTOCOL = {
     "weight_decays": list(WEIGHT_DECAYS),
     "selection": f"best top-1 on {HELD_OUT:.0%} of the training pictures, held out at random (of equal ones the lowest "
     "cross entropy); then trained anew with that learning rate and weight decay on all training pictures",
-    "augmentation": "none: features are computed once",
 }
 
 
@@ -66,7 +65,8 @@ def train_linear_heads(
     is then trained on all. The same arguments give the same bits on the same device.
 
     Args:
-        features: (N, D) for each kind, by its name.
+        features: (V, N, D) for each kind, by its name: of the pictures, and of V - 1 augmentations of them, which take
+            turns from epoch to epoch. What is held out is judged by the first.
         labels: int64 (N,), in [0, num_classes).
         num_classes: C.
         seed: of the held-out part, the initial weights and the order of the pictures.
@@ -76,18 +76,18 @@ def train_linear_heads(
     """
     kinds = list(features.values())
     for kind in kinds:
-        _check(kind, labels, num_classes)
+        for view in kind:
+            _check(view, labels, num_classes)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator).to(labels.device)
-    held_out, rest = order.tensor_split([max(round(HELD_OUT * len(order)), 1)])
+    held_out, rest = (rows.to(labels.device) for rows in split_off(len(labels), generator))
     grid = [(rate, decay) for rate in LEARNING_RATES for decay in WEIGHT_DECAYS]
     weights, biases = train_heads(
-        [kind[rest] for kind in kinds], labels[rest], num_classes, [grid] * len(kinds), generator
+        [kind[:, rest] for kind in kinds], labels[rest], num_classes, [grid] * len(kinds), generator
     )
     chosen = []
     for kind, weight, bias in zip(kinds, weights, biases, strict=True):
-        logits = kind[held_out] @ weight.transpose(1, 2) + bias[:, None]  # (H, held out, C)
-        best, top1 = _best_head(logits, labels[held_out])
+        logits = kind[0, held_out] @ weight.transpose(1, 2) + bias[:, None]  # (H, held out, C)
+        best, top1 = best_head(logits, labels[held_out])
         chosen.append({"learning_rate": grid[best][0], "weight_decay": grid[best][1], "validation_top1": top1})
     settings = [[(one["learning_rate"], one["weight_decay"])] for one in chosen]
     weights, biases = train_heads(kinds, labels, num_classes, settings, generator)
@@ -107,13 +107,13 @@ def train_heads(
     The gradient of the cross entropy is written out: `features.T @ (softmax(logits) - one_hot(labels))`.
 
     Args:
-        features: F matrices (N, D).
+        features: F tensors (V, N, D); an epoch is of one of the V.
         settings: of every kind, (learning rate, weight decay) of each of its H heads.
         generator: draws the initial weights, the same for all heads, and the order of the pictures.
     """
-    (count, width), kinds, heads = features[0].shape, len(features), len(settings[0])
+    (views, count, width), kinds, heads = features[0].shape, len(features), len(settings[0])
     device, dtype = features[0].device, features[0].dtype
-    moments = [torch.var_mean(kind, dim=0, correction=0) for kind in features]
+    moments = [torch.var_mean(kind, dim=(0, 1), correction=0) for kind in features]
     scale = torch.stack([(variance + EPSILON).rsqrt() for variance, _ in moments])[:, None]  # (F, 1, D)
     mean = torch.stack([mean for _, mean in moments])[:, None]
 
@@ -126,9 +126,9 @@ def train_heads(
     batch_size = min(BATCH_SIZE, max(count // 16, 1))
     steps = EPOCHS * math.ceil(count / batch_size)
     step = 0
-    for _ in range(EPOCHS):
+    for epoch in range(EPOCHS):
         for batch in torch.randperm(count, generator=generator).to(device).split(batch_size):
-            inputs = (torch.stack([kind[batch] for kind in features]) - mean) * scale  # (F, B, D)
+            inputs = (torch.stack([kind[epoch % views, batch] for kind in features]) - mean) * scale  # (F, B, D)
             error = torch.baddbmm(bias, inputs, weight).unflatten(2, (heads, num_classes)).softmax(dim=-1)
             error[:, torch.arange(len(batch), device=device), :, labels[batch]] -= 1
             error = error.flatten(2) / len(batch)  # (F, B, H * C), the gradient of the logits
@@ -142,7 +142,13 @@ def train_heads(
     return weight, bias.view(kinds, heads, num_classes) - (weight * mean[:, None]).sum(dim=-1)
 
 
-def _best_head(logits: torch.Tensor, labels: torch.Tensor) -> tuple[int, float]:
+def split_off(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pictures that choose among heads, `HELD_OUT` of them at random and at least one, and the others."""
+    order = torch.randperm(count, generator=generator)
+    return order.tensor_split([max(round(HELD_OUT * count), 1)])
+
+
+def best_head(logits: torch.Tensor, labels: torch.Tensor) -> tuple[int, float]:
     """(H, N, C) -> the head with the best top-1, of equal ones that with the lowest cross entropy; its top-1."""
     top1 = (logits.argmax(dim=-1) == labels).float().mean(dim=1)  # (H,)
     likelihood = logits.log_softmax(dim=-1).gather(2, labels.expand(len(logits), -1)[..., None]).mean(dim=(1, 2))
@@ -310,15 +316,22 @@ def _vote(cosines: torch.Tensor, labels: torch.Tensor, num_classes: int, k: int,
     return votes.scatter_add_(1, labels[neighbours], (nearest / temperature).exp())
 
 
-def _check(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> None:
-    if features.ndim != 2 or labels.shape != features.shape[:1] or len(features) < 2:
+def check_labels(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> None:
+    """Raise `ValueError` unless there is a label of the classes for each of at least 2 pictures."""
+    if labels.shape != features.shape[:1] or len(features) < 2:
         raise ValueError(
-            f"features are {tuple(features.shape)} and labels {tuple(labels.shape)}; expected (N, D) and (N,), N >= 2"
+            f"features are {tuple(features.shape)} and labels {tuple(labels.shape)}; expected as many, and 2 at least"
         )
     if num_classes < 2 or labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(
             f"labels from {labels.min()} to {labels.max()} for {num_classes} classes; expected at least 2 classes and "
             f"labels from 0 to {num_classes - 1}"
         )
+
+
+def _check(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> None:
+    if features.ndim != 2:
+        raise ValueError(f"features are {tuple(features.shape)}; expected (N, D)")
+    check_labels(features, labels, num_classes)
     if not features.isfinite().all():
         raise ValueError("features hold NaN or infinity; expected finite numbers")

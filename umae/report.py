@@ -196,6 +196,7 @@ def _accuracies(folder: Path) -> dict[str, Any]:
         "judged on": found["protocol"]["test"]["data"],
         "linear protocol": found["protocol"]["linear_protocol"],
         **{f"{name}, {feature}": found[feature][name] for feature in ("cls", "mean") for name in names},
+        **{f"{name}, attentive": found["attentive"][name] for name in ("top1", "top5") if "attentive" in found},
     }
 
 
