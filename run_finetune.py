@@ -114,7 +114,6 @@ if __name__ == "__main__":  # --help and slips of the pen are answered before th
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -131,9 +130,10 @@ from umae.failures import explained_out_of_memory, report_unreadable, stop_if_fa
 from umae.features import load_processor
 from umae.interruption import StopRequest
 from umae.launch import close, fast_attention, make_accelerator, usual_workers
-from umae.runs import MetricsLog, hold_folder, looks, newest_checkpoint, open_run, write_run
+from umae.progress import Progress
+from umae.runs import MetricsLog, hold_folder, looks, open_run, write_run
 from umae.schedules import Schedule, layer_decay_groups, make_schedule, set_learning_rate
-from umae.speed import compile_layers, encoder_flops, ideal_seconds
+from umae.speed import encoder_flops, ideal_seconds
 from umae.training import no_failure
 from umae.transforms import evaluation_processor
 
@@ -186,11 +186,9 @@ def main(argv: list[str]) -> None:
     else:
         with hold_folder(accelerator, job.folder, record), StopRequest() as stop:
             announce(job, record, model)
-            progress = train(job, record, model, stop)
-            if not stop.signal:
-                judged = progress.judged or judge(job, progress)
-                if accelerator.is_main_process:
-                    finish(job, record, judged)
+            judged = train(job, record, model, stop)
+            if judged is not None and accelerator.is_main_process:
+                finish(job, record, judged)
         if stop.signal:
             close(accelerator)
             raise SystemExit(128 + stop.signal)
@@ -342,30 +340,21 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForImageClassification
 # Training
 
 
-@dataclass
-class Progress:
-    """What training changes, and a checkpoint holds.
-
-    Args:
-        step: optimiser steps done.
-        window: (2, values), sums of the LOGGED values since the last line, and how many of each.
-        judged: what `judge` found after the last step, None before.
-    """
-
-    step: int
-    model: torch.nn.Module
-    optimizer: AcceleratedOptimizer
-    window: torch.Tensor
-    judged: dict[str, Any] | None = None
-
-
-def train(job: Job, record: dict[str, Any], model: UMAEForImageClassification, stop: StopRequest) -> Progress:
+def train(
+    job: Job, record: dict[str, Any], model: UMAEForImageClassification, stop: StopRequest
+) -> dict[str, Any] | None:
     """From the newest checkpoint, if there is one, to the last step; leaves `step-N/` of the last step behind.
 
     Stopped by a signal, it leaves `step-N/` of the step it was at.
+
+    Returns:
+        What `judge` finds after the last step; None if a signal came before.
     """
     accelerator, args, plan, total = job.accelerator, job.args, job.plan, job.schedule.total_steps
-    progress = start(job, model)
+    groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
+    options = (args.gradient_checkpointing, args.torch_compile)
+    progress = Progress.begin(accelerator, model, groups, BETAS, LOGGED, *options)
+    progress.restore(job.folder)
     accelerator.init_trackers("umae", config={name: str(value) for name, value in record["identity"].items()})
     # The backward pass is two products for each of the forward's
     flops = 3 * encoder_flops(job.config, job.config.grid[0] * job.config.grid[1])
@@ -379,6 +368,7 @@ def train(job: Job, record: dict[str, Any], model: UMAEForImageClassification, s
     seen: dict[int, list[int]] = {}  # pictures of every step since the last look at `failed`
     every = plan.steps_per_epoch if args.eval_steps is None else args.eval_steps
 
+    judged = None
     clock, seconds_before = time.perf_counter(), record["seconds"]
     progress.model.train()
     for step in log.progress(total):
@@ -393,9 +383,8 @@ def train(job: Job, record: dict[str, Any], model: UMAEForImageClassification, s
                 num_classes=len(job.names), strengths=job.strengths, mean=job.processor.image_mean,
                 std=job.processor.image_std,
             )  # fmt: skip
-        progress.window += torch.stack([values.nan_to_num(0, 0, 0), values.isfinite()])  # gradients overflow in fp16
-        progress.step = done = step + 1
-
+        progress.count(values)
+        done = progress.step
         last = done == total
         logs, saves = (last or done % steps == 0 for steps in (args.logging_steps, args.checkpointing_steps))
         stopped = stop.has_come(accelerator, done) and not last
@@ -404,45 +393,21 @@ def train(job: Job, record: dict[str, Any], model: UMAEForImageClassification, s
             seen.clear()
         if logs:
             report_unreadable(unreadable, record, plan.pictures, job.max_unreadable_share, tell)
-            line = {"epoch": done / plan.steps_per_epoch, **means(accelerator, progress.window)}
+            line = {"epoch": done / plan.steps_per_epoch, **progress.means()}
             line["learning_rate"] = learning_rate
             if looks(done, total, args.logging_steps, every):
                 with log.diagnosing(), explained_out_of_memory(plan.batch_size):
                     judged = judge(job, progress)
-                progress.judged = judged if last else None
                 line |= {f"test_{name}": value for name, value in judged["accuracy"].items()}
                 tell(f"step {done:,}: " + in_words(judged["accuracy"]))
             log.write(done, line, f"loss {line['loss']:.3f}")
         if saves or stopped:
             record["seconds"] = seconds_before + time.perf_counter() - clock
-            save(job, record, progress)
+            progress.save(job.folder, record, job.processor, args.checkpoints_total_limit)
         if stopped:
             accelerator.print(f"\nstopped by a signal after step {done}; the same command goes on from there")
-            break
-    return progress
-
-
-def start(job: Job, model: UMAEForImageClassification) -> Progress:
-    """The beginning, or where the newest checkpoint has left off."""
-    accelerator, args = job.accelerator, job.args
-    if args.gradient_checkpointing:  # transformers is renaming it
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    if args.torch_compile:
-        compile_layers(model)
-    groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True))
-    window = torch.zeros(2, len(LOGGED), device=accelerator.device)
-    newest = newest_checkpoint(accelerator, job.folder)
-    if newest is None:
-        return Progress(0, model, optimizer, window)
-    checkpoints.restore_model(model, UMAEForImageClassification.from_pretrained(newest).state_dict())
-    tensors, state = checkpoints.read_training_state(newest)
-    window.copy_(tensors.pop("window"))
-    checkpoints.restore_optimizer(model, optimizer.optimizer, tensors)
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    accelerator.print(f"continuing from {newest}")
-    return Progress(state["step"], model, optimizer, window)
+            return None
+    return judged or judge(job, progress)  # a run that was killed after its last step has not looked yet
 
 
 def make_loader(job: Job, steps: range) -> DataLoader:
@@ -457,16 +422,6 @@ def make_loader(job: Job, steps: range) -> DataLoader:
     return training_loader(pictures, job.plan, rank, steps.start, steps.stop, job.workers, pin_memory=on_gpu)
 
 
-def means(accelerator: Accelerator, window: torch.Tensor) -> dict[str, float | None]:
-    """The logged values of the steps in the window, averaged over steps and processes; empties the window.
-
-    A step whose gradient overflowed in fp16 does not count for `grad_norm`, which is None if they all did.
-    """
-    sums, counts = accelerator.reduce(window, "mean").tolist()
-    window.zero_()
-    return {name: total / count if count else None for name, total, count in zip(LOGGED, sums, counts, strict=True)}
-
-
 def judge(job: Job, progress: Progress) -> dict[str, Any]:
     """Accuracies on the test pictures, in 0..1, and those that cannot be read, which count as wrong; every process
     calls it."""
@@ -479,28 +434,6 @@ def judge(job: Job, progress: Progress) -> dict[str, Any]:
 
 def in_words(accuracy: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('top', 'top-')} {value:.2%}" for name, value in accuracy.items())
-
-
-def save(job: Job, record: dict[str, Any], progress: Progress) -> None:
-    """Write `step-N/`; every process takes part, the main one writes."""
-    accelerator, model = job.accelerator, progress.model
-    state_dict = checkpoints.model_tensors(model)
-    tensors = checkpoints.optimizer_tensors(model, progress.optimizer.optimizer)
-    # What every process goes on with, resumed or not
-    progress.window.copy_(accelerator.reduce(progress.window, "mean"))
-    tensors["window"] = progress.window.cpu()
-    state = {"step": progress.step, "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
-
-    def write(target: Path) -> None:
-        accelerator.unwrap_model(model).save_pretrained(target, state_dict=state_dict)
-        job.processor.save_pretrained(target)
-        checkpoints.write_training_state(target, tensors, state)
-
-    if accelerator.is_main_process:
-        size = sum(tensor.nbytes for tensor in (*state_dict.values(), *tensors.values()))
-        checkpoints.save_checkpoint(job.folder, progress.step, write, job.args.checkpoints_total_limit, size)
-        write_run(job.folder, record)
-    accelerator.wait_for_everyone()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

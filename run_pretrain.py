@@ -87,7 +87,6 @@ class TrainingArguments:
 
 
 BETAS = (0.9, 0.95)  # of AdamW
-ONLINE = "online/"  # before the names of the online classifier's tensors in a checkpoint
 USUAL_WARMUP = 10  # one in so many steps
 DIGITS_RECIPE = Path(__file__).resolve().parent / "recipes" / "digits.yaml"
 
@@ -107,7 +106,6 @@ if __name__ == "__main__":  # --help and slips of the pen are answered before th
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessorPil
@@ -129,10 +127,10 @@ from umae.failures import explained_out_of_memory, report_unreadable, stop_if_fa
 from umae.interruption import StopRequest
 from umae.launch import close, fast_attention, make_accelerator, usual_workers
 from umae.monitor import MOST_PICTURES, OBSERVED_STEPS, Monitor, classes_of, usual_steps, watch
-from umae.probing import OnlineClassifier
-from umae.runs import SPEED, MetricsLog, hold_folder, looks, newest_checkpoint, open_run, track_picture, write_run
+from umae.progress import Progress
+from umae.runs import SPEED, MetricsLog, hold_folder, looks, open_run, track_picture, write_run
 from umae.schedules import Schedule, decay_groups, make_schedule, set_learning_rate
-from umae.speed import compile_layers, ideal_seconds, training_flops
+from umae.speed import ideal_seconds, training_flops
 from umae.streaming import START, Cursor, Stream, load_stream, streaming_loader
 from umae.training import LOGGED, no_failure, train_step
 from umae.transforms import evaluation_processor
@@ -365,25 +363,6 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
 # Training
 
 
-@dataclass
-class Progress:
-    """What training changes, and a checkpoint holds.
-
-    Args:
-        step: optimiser steps done.
-        window: (2, values), sums of the LOGGED values since the last line, and how many of each.
-        classifier: the online one, None if there are no labels.
-        cursors: where this process' readers of a stream stand.
-    """
-
-    step: int
-    model: torch.nn.Module
-    optimizer: AcceleratedOptimizer
-    window: torch.Tensor
-    classifier: OnlineClassifier | None
-    cursors: list[Cursor]
-
-
 def train(
     job: Job, record: dict[str, Any], model: UMAEForPreTraining, stop: StopRequest, push: hub.BackgroundPush | None
 ) -> None:
@@ -393,13 +372,16 @@ def train(
     """
     accelerator, args, plan, total = job.accelerator, job.args, job.plan, job.schedule.total_steps
     monitor = make_monitor(job)
-    progress = start(job, model, monitor)
+    groups = decay_groups(model, args.weight_decay)
+    options = (args.gradient_checkpointing, args.torch_compile)
+    progress = Progress.begin(accelerator, model, groups, BETAS, LOGGED, *options)
+    cursors = go_on(job, progress, monitor)
     accelerator.init_trackers("umae", config={name: str(value) for name, value in record["identity"].items()})
     ideal = ideal_seconds(
         training_flops(job.config), accelerator.device, accelerator.mixed_precision, accelerator.num_processes
     )
     log = MetricsLog(accelerator, job.folder, progress.step, plan.pictures_per_step, ideal)
-    micro_batches = log.waited_for(make_loader(job, range(progress.step, total), progress.cursors))
+    micro_batches = log.waited_for(make_loader(job, range(progress.step, total), cursors))
     failed, tell = no_failure(accelerator.device), tell_on(accelerator.is_main_process)
     unreadable: dict[int, str] = {}
     seen: dict[int, list[int]] = {}  # pictures of every step since the last look at `failed`
@@ -423,9 +405,8 @@ def train(
                 std=job.processor.image_std, exact_uniformity=args.exact_uniformity,
                 observe=observe if monitor and step % OBSERVED_STEPS == 0 else None,
             )  # fmt: skip
-        progress.window += torch.stack([values.nan_to_num(0, 0, 0), values.isfinite()])  # gradients overflow in fp16
-        progress.step = done = step + 1
-
+        progress.count(values)
+        done = progress.step
         last = done == total
         logs, saves = (last or done % steps == 0 for steps in (args.logging_steps, args.checkpointing_steps))
         stopped = stop.has_come(accelerator, done) and not last
@@ -433,7 +414,7 @@ def train(
             stop_if_failed(failed, job.pictures.place, job.pictures.description, seen)
             seen.clear()
             report_unreadable(unreadable, record, plan.pictures, job.max_unreadable_share, tell)
-            line = {"epoch": done / plan.steps_per_epoch, **means(accelerator, progress.window)}
+            line = {"epoch": done / plan.steps_per_epoch, **logged(progress)}
             line["learning_rate"] = learning_rate
             if monitor and looks(done, total, args.logging_steps, eval_steps(job)):
                 with log.diagnosing(), explained_out_of_memory(plan.batch_size):
@@ -443,7 +424,7 @@ def train(
         if saves or stopped:
             stop_if_failed(failed, job.pictures.place, job.pictures.description, seen)
             record["seconds"] = seconds_before + time.perf_counter() - clock
-            save(job, record, progress)
+            save(job, record, progress, monitor, cursors)
             if push is not None and not last:
                 push.start(published_checkpoint(job.folder, done), f"Step {done}", f"step-{done}")
         if stopped:
@@ -489,16 +470,6 @@ def in_words(values: dict[str, float], config: UMAEConfig) -> str:
     return text + (f", gradient of the terms {pulls[0]:.3g} and {pulls[1]:.2g}" if None not in pulls else "")
 
 
-def prepare(accelerator: Accelerator, model: UMAEForPreTraining, args: TrainingArguments):
-    """Model and optimiser as the accelerator trains them."""
-    if args.gradient_checkpointing:  # transformers is renaming it
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    if args.torch_compile:
-        compile_layers(model)
-    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=0.0, betas=BETAS, fused=True)
-    return accelerator.prepare(model, optimizer)
-
-
 def make_loader(job: Job, steps: range, cursors: list[Cursor]) -> Iterable[dict]:
     """This process' micro-batches of some steps; of a stream from `cursors` on, which follow what is taken."""
     rank, on_gpu = job.accelerator.process_index, job.accelerator.device.type == "cuda"
@@ -510,69 +481,35 @@ def make_loader(job: Job, steps: range, cursors: list[Cursor]) -> Iterable[dict]
     return training_loader(cropped, job.plan, rank, steps.start, steps.stop, job.workers, pin_memory=on_gpu)
 
 
-def means(accelerator: Accelerator, window: torch.Tensor) -> dict[str, float]:
-    """The logged values of the steps in the window, averaged over steps and processes; empties the window.
-
-    A step whose gradient overflowed in fp16 does not count for `grad_norm`, which is None if they all did.
-    """
-    sums, counts = accelerator.reduce(window, "mean").tolist()
-    window.zero_()
-    values = {name: total / count if count else None for name, total, count in zip(LOGGED, sums, counts, strict=True)}
+def logged(progress: Progress) -> dict[str, float | None]:
+    """The means since the last line, and how many dimensions the features fill by their uniformity."""
+    values = progress.means()
     if values["feature_norm"] < 1e-6:  # the uniformity of nothing is 0, the best value there is
-        accelerator.print("\nwarning: the features are zero, so the encoder is dead and their uniformity means nothing")
+        progress.accelerator.print(
+            "\nwarning: the features are zero, so the encoder is dead and their uniformity means nothing"
+        )
     uniformity = values["uniformity_loss"]
     return {**values, "participation_ratio": 1 / uniformity if uniformity else 0.0}
 
 
-def start(job: Job, model: UMAEForPreTraining, monitor: Monitor | None) -> Progress:
-    """The beginning, or where the newest checkpoint has left off."""
-    accelerator = job.accelerator
-    model, optimizer = prepare(accelerator, model, job.args)
-    window = torch.zeros(2, len(LOGGED), device=accelerator.device)
-    classifier, cursors = monitor.classifier if monitor else None, [START] * max(1, job.workers)
-    newest = newest_checkpoint(accelerator, job.folder)
-    if newest is None:
-        return Progress(0, model, optimizer, window, classifier, cursors)
-    saved = UMAEForPreTraining.from_pretrained(newest)
-    checkpoints.restore_model(model, saved.state_dict())
-    tensors, state = checkpoints.read_training_state(newest)
-    window.copy_(tensors.pop("window"))
-    online = {name: tensors.pop(name) for name in list(tensors) if name.startswith(ONLINE)}
-    if classifier is not None and online:
-        classifier.restore({name.removeprefix(ONLINE): tensor for name, tensor in online.items()})
-    checkpoints.restore_optimizer(model, optimizer.optimizer, tensors)
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    accelerator.print(f"continuing from {newest}")
-    if state["cursors"]:
-        cursors = [Cursor(*cursor) for cursor in state["cursors"][accelerator.process_index]]
-    return Progress(state["step"], model, optimizer, window, classifier, cursors)
+def go_on(job: Job, progress: Progress, monitor: Monitor | None) -> list[Cursor]:
+    """From the newest checkpoint, if there is one; where this process' readers of a stream stand."""
+    found = progress.restore(job.folder)
+    if found is None:
+        return [START] * max(1, job.workers)
+    online, state = found
+    if monitor and monitor.classifier and online:
+        monitor.classifier.restore(online)
+    mine = state["cursors"][job.accelerator.process_index] if state["cursors"] else []
+    return [Cursor(*cursor) for cursor in mine]
 
 
-def save(job: Job, record: dict[str, Any], progress: Progress) -> None:
-    """Write `step-N/`; every process takes part, the main one writes."""
-    accelerator, model = job.accelerator, progress.model
-    state_dict = checkpoints.model_tensors(model)
-    tensors = checkpoints.optimizer_tensors(model, progress.optimizer.optimizer)
-    progress.window.copy_(
-        accelerator.reduce(progress.window, "mean")
-    )  # what every process goes on with, resumed or not
-    tensors["window"] = progress.window.cpu()
-    if progress.classifier is not None:
-        tensors |= {f"{ONLINE}{name}": tensor for name, tensor in progress.classifier.tensors().items()}
-    state = {"step": progress.step, "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
-    state["cursors"] = gather_object([progress.cursors]) if record["identity"]["streaming"] else []
-
-    def write(target: Path) -> None:
-        accelerator.unwrap_model(model).save_pretrained(target, state_dict=state_dict)
-        job.processor.save_pretrained(target)
-        checkpoints.write_training_state(target, tensors, state)
-
-    if accelerator.is_main_process:
-        size = sum(tensor.nbytes for tensor in (*state_dict.values(), *tensors.values()))
-        checkpoints.save_checkpoint(job.folder, progress.step, write, job.args.checkpoints_total_limit, size)
-        write_run(job.folder, record)
-    accelerator.wait_for_everyone()
+def save(job: Job, record: dict[str, Any], progress: Progress, monitor: Monitor | None, cursors: list[Cursor]) -> None:
+    """Write `step-N/`, with the online classifier and the readers' places; every process takes part."""
+    online = monitor.classifier.tensors() if monitor and monitor.classifier else None
+    places = gather_object([cursors]) if record["identity"]["streaming"] else []
+    keep = job.args.checkpoints_total_limit
+    progress.save(job.folder, record, job.processor, keep, online, cursors=places)
 
 
 def published_checkpoint(folder: Path, step: int) -> dict[str, Path | bytes]:

@@ -16,6 +16,7 @@ from processes import run
 from modeling_umae import UMAEModel
 from umae import hub
 from umae.cards import probe_card
+from umae.transforms import evaluation_processor
 
 LOAD = """
 import sys, torch
@@ -83,6 +84,31 @@ def test_a_finished_run_is_pushed_when_asked_for_later(server, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "digits").rglob("*")}
     repo = server.repos["model", "tester/digits"]
     assert "model.safetensors" in repo.commits[repo.refs["main"]]
+
+
+CLASSIFY = """
+from PIL import Image
+from transformers import pipeline
+classify = pipeline("image-classification", "tester/tuned", trust_remote_code=True)
+assert len(classify(Image.new("RGB", (9, 9)), top_k=10)) == 10
+"""
+
+
+def test_a_fine_tuned_classifier_is_pushed_and_classifies_by_its_name(server, tmp_path):
+    UMAEModel(fresh_config(image_size=8, patch_size=2)).save_pretrained(tmp_path / "encoder")
+    evaluation_processor((8, 8)).save_pretrained(tmp_path / "encoder")
+    pushed = run(
+        "run_finetune.py", "--model_name_or_path", tmp_path / "encoder", "--output_dir", tmp_path / "tuned",
+        "--max_train_steps", "1", "--push_to_hub", "--hub_model_id", "tester/tuned", **online(server, tmp_path / "home"),
+    )  # fmt: skip
+    assert f"pushed to {server.url}/tester/tuned" in pushed.stdout
+    repo = server.repos["model", "tester/tuned"]
+    files = repo.commits[repo.refs["main"]]
+    assert set(files) - {".gitattributes"} == {
+        "README.md", "config.json", "configuration_umae.py", "finetune.json", "metrics.jsonl", "model.safetensors",
+        "modeling_umae.py", "preprocessor_config.json",
+    }  # fmt: skip
+    run("-c", CLASSIFY, cwd=tmp_path, PYTHONPATH="", **online(server, tmp_path / "fresh_home"))
 
 
 @pytest.mark.parametrize("name", ["../../outside", "a/../../b", "/etc/model", "a/b/c", "a b"])

@@ -28,6 +28,7 @@ import umae
 from umae import launch, seeding, training
 from umae.checkpoints import newest_whole
 from umae.convert import read_weights
+from umae.progress import Progress
 from umae.runs import SPEED
 
 # The width of ViT-B, whose heads are known, and little else
@@ -821,7 +822,7 @@ def test_features_of_zeros_are_warned_of(capsys):
     for norm, warned in ((0.0, True), (0.5, False)):
         window = torch.ones(2, len(names))
         window[0, names.index("feature_norm")] = norm
-        run_pretrain.means(accelerator, window)
+        run_pretrain.logged(Progress(accelerator, 1, None, None, None, names, window))
         assert ("the features are zero" in capsys.readouterr().out) == warned
 
 

@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 
 from umae.probing import EPSILON, best_head, check_labels, split_off
 
-LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 WEIGHT_DECAY = 0.1
-EPOCHS = 20
+EPOCHS = 50
 BATCH_SIZE = 1024
 QUERY_STD = 0.02
 NAMES = ("query", "key", "value", "weight", "bias")
