@@ -99,7 +99,8 @@ def test_a_fine_tuned_classifier_is_pushed_and_classifies_by_its_name(server, tm
     evaluation_processor((8, 8)).save_pretrained(tmp_path / "encoder")
     pushed = run(
         "run_finetune.py", "--model_name_or_path", tmp_path / "encoder", "--output_dir", tmp_path / "tuned",
-        "--max_train_steps", "1", "--push_to_hub", "--hub_model_id", "tester/tuned", **online(server, tmp_path / "home"),
+        "--max_train_steps", "1", "--push_to_hub", "--hub_model_id", "tester/tuned",
+        **online(server, tmp_path / "home"),
     )  # fmt: skip
     assert f"pushed to {server.url}/tester/tuned" in pushed.stdout
     repo = server.repos["model", "tester/tuned"]
