@@ -10,6 +10,8 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="umae-tests-")
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState
+from processes import run
+from training_runs import SHORT, TWENTY, metrics
 
 
 @pytest.fixture(autouse=True)
@@ -18,3 +20,19 @@ def fresh_accelerate():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A short run on the digits, undisturbed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    result = run("run_pretrain.py", "--output_dir", folder, *SHORT)
+    return folder, result.stdout
+
+
+@pytest.fixture(scope="session")
+def twenty_steps(tmp_path_factory):
+    """The curve of a run on one process, every step of it."""
+    folder = tmp_path_factory.mktemp("twenty") / "run"
+    run("run_pretrain.py", "--output_dir", folder, *TWENTY)
+    return metrics(folder)

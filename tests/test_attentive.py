@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from umae import attentive
-from umae.attentive import attend, train_attentive_head
+from umae.attentive import AttentiveHead, attend, train_attentive_head
 from umae.features import scratch_tensor
 from umae.probing import train_linear_heads
 
@@ -89,15 +89,22 @@ def test_heads_side_by_side_are_those_trained_one_by_one():
 
 def test_the_learning_rate_is_chosen_on_pictures_that_the_heads_did_not_see(monkeypatch):
     tokens, labels = marked(200, torch.Generator().manual_seed(1))
-    seen, train = [], attentive._train
+    labels[::3] = torch.randint(CLASSES, (67,), generator=torch.Generator().manual_seed(2))  # something to get wrong
+    calls, train = [], attentive._train
 
-    def spy(*args, rows, **options):
-        seen.append(rows.tolist())
-        return train(*args, rows=rows, **options)
+    def spy(*args, rows, learning_rates, **options):
+        heads = train(*args, rows=rows, learning_rates=learning_rates, **options)
+        calls.append((rows, learning_rates, heads, args[3:6]))
+        return heads
 
     monkeypatch.setattr(attentive, "_train", spy)
-    train_attentive_head(tokens, labels[torch.randperm(200)], CLASSES, HEADS, 0, torch.device("cpu"))
-    assert [len(set(rows)) for rows in seen] == [180, 200]
+    chosen = train_attentive_head(tokens, labels, CLASSES, HEADS, 0, torch.device("cpu")).chosen
+    (rows, rates, heads, standard), (every, again, _, _) = calls
+    assert (len(set(rows.tolist())), len(set(every.tolist()))) == (180, 200)
+    held_out = torch.tensor(sorted(set(range(200)) - set(rows.tolist())))
+    found = [top1(AttentiveHead(head, *standard, {}), tokens[held_out], labels[held_out]) for head in heads]
+    assert len(set(found)) > 1 and chosen["validation_top1"] == max(found)
+    assert found[rates.index(chosen["learning_rate"])] == max(found) and again == [chosen["learning_rate"]]
 
 
 def test_tokens_wait_in_a_file_that_nothing_can_leave_behind(tmp_path):

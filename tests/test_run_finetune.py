@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from golden_models import fresh_config, original_file
 from PIL import Image
 from processes import ROOT, run, torchrun
+from training_runs import metrics
 from transformers import pipeline
 
 import run_finetune
@@ -24,7 +25,6 @@ from umae.classification import guess
 from umae.convert import read_model
 from umae.data import load_pictures
 from umae.features import load_processor
-from umae.runs import SPEED
 from umae.transforms import evaluation_processor
 
 SHORT = (
@@ -45,12 +45,6 @@ def encoder(tmp_path_factory):
 
 def command(encoder, folder, *words) -> list[str]:
     return [str(word) for word in ("--model_name_or_path", encoder, "--output_dir", folder, *SHORT, *words)]
-
-
-def metrics(folder) -> list[dict]:
-    """The lines of `metrics.jsonl` without what depends on the clock."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
 
 
 @pytest.fixture(scope="module")

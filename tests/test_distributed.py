@@ -1,0 +1,128 @@
+"""Pre-training on several processes and machines: what one would have done."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from processes import ROOT, TIMEOUT, environment, run, torchrun
+from training_runs import SHORT, TWENTY, assert_same_curve, metrics
+
+from umae.checkpoints import newest_whole
+
+
+def test_two_processes_see_in_the_features_what_one_sees(finished, tmp_path):
+    folder, _ = finished
+    torchrun(2, "run_pretrain.py", "--output_dir", tmp_path / "run", *SHORT, "--per_device_train_batch_size", 64)
+    for mine, expected in zip(metrics(tmp_path / "run"), metrics(folder), strict=True):
+        assert mine.keys() == expected.keys()
+        for name in expected:
+            accuracy = name.startswith("online")  # in which one picture more or less counts 1 / 359
+            assert mine[name] == pytest.approx(expected[name], rel=1e-3, abs=0.01 if accuracy else 1e-9), name
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_any_number_of_processes_at_the_same_global_batch_train_the_same(twenty_steps, tmp_path, processes):
+    batch = ("--per_device_train_batch_size", 128 // processes)
+    torchrun(processes, "run_pretrain.py", "--output_dir", tmp_path / "run", *TWENTY, *batch)
+    assert_same_curve(metrics(tmp_path / "run"), twenty_steps)
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one_process_does(twenty_steps, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1")
+    script = ("run_pretrain.py", "--output_dir", str(tmp_path / "run"), *TWENTY, "--per_device_train_batch_size", "64")
+    machines = [
+        subprocess.Popen(
+            [sys.executable, *launcher, "--master_port", port, "--node_rank", str(rank), *script], cwd=ROOT,
+            env=environment(ACCELERATE_USE_CPU="1"), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    printed = [machine.communicate(timeout=TIMEOUT)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], printed
+    assert "128 = 64 per device x 2 processes x 1" in printed[0] and "finished in" not in printed[1]
+    assert_same_curve(metrics(tmp_path / "run"), twenty_steps)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
+def test_accelerate_knows_every_line_of_the_configurations(file):
+    config = load_config_from_file(str(file))
+    assert config.num_processes == {"one_gpu": 1, "two_machines": 16}.get(file.stem, 8)
+    assert (config.distributed_type == "NO") == (file.stem == "one_gpu")
+
+
+def test_another_number_of_processes_goes_on_with_the_same_run(finished, tmp_path):
+    folder, _ = finished
+    mine = tmp_path / "run"
+    shutil.copytree(folder, mine)
+    record = json.loads((mine / "run.json").read_text())
+    (mine / "run.json").write_text(json.dumps({**record, "finished": False}))
+    shutil.rmtree(mine / "step-12")
+    command = ("run_pretrain.py", "--output_dir", mine, *SHORT)
+    refused = torchrun(2, *command, check=False)
+    assert refused.returncode != 0
+    assert "holds a run with pictures_per_step 128, not 256; use another --output_dir" in refused.stderr
+    resumed = torchrun(2, *command, "--per_device_train_batch_size", 64)
+    assert f"continuing from {mine}/step-8" in resumed.stdout
+    assert_same_curve(metrics(mine), metrics(folder))
+
+
+DYING = """
+import os, signal, sys, datetime, run_pretrain, umae.launch
+how, when = sys.argv.pop(1), 6
+umae.launch.PATIENCE = datetime.timedelta(seconds=15)
+train_step = run_pretrain.train_step
+def dying(*arguments, step, **named):
+    if step == when and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
+    return train_step(*arguments, step=step, **named)
+run_pretrain.train_step = dying
+if __name__ == "__main__":
+    run_pretrain.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "seconds", "named"),
+    [
+        ("dies", 120, r"rank +: 1 \(local_rank: 1\)\n +exitcode +: -9"),
+        pytest.param("stops", 180, "Timed out waiting 15000ms", marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_that_dies_or_stops_ends_the_others_and_spoils_nothing(tmp_path, how, seconds, named):
+    (tmp_path / "dying.py").write_text(DYING)
+    flags = ("--output_dir", tmp_path / "run", *SHORT, "--per_device_train_batch_size", 64)
+    start = time.monotonic()
+    result = torchrun(2, tmp_path / "dying.py", how, *flags, check=False)
+    assert result.returncode != 0 and time.monotonic() - start < seconds
+    assert re.search(named, result.stderr), result.stderr[-3000:]
+    assert newest_whole(tmp_path / "run") == (tmp_path / "run" / "step-4", [])
+
+
+def test_accumulated_exactly_a_batch_trains_as_it_does_at_once(twenty_steps, tmp_path):
+    batch = ("--per_device_train_batch_size", "32", "--gradient_accumulation_steps", "4")
+    exact = run("run_pretrain.py", "--output_dir", tmp_path / "run", *TWENTY, *batch, "--exact_uniformity")
+    assert "mean over the cls features of 128 pictures\n" in exact.stdout
+    assert_same_curve(metrics(tmp_path / "run"), twenty_steps)
+    default = run("run_pretrain.py", "--output_dir", tmp_path / "default", *TWENTY, *batch)
+    assert "mean over the cls features of 32 pictures, then over 4 micro-batches" in default.stdout
+    assert_same_curve(metrics(tmp_path / "default"), twenty_steps, ["reconstruction_loss"])
+    with pytest.raises(AssertionError):
+        assert_same_curve(metrics(tmp_path / "default"), twenty_steps, ["uniformity_loss"])
+
+
+def test_a_launch_of_independent_copies_is_refused(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone")
+    result = run(*launcher, "run_pretrain.py", "--output_dir", tmp_path / "run", *SHORT, check=False)
+    assert result.returncode != 0
+    assert "started 2 processes, but Accelerate sees 1" in result.stderr
+    assert not (tmp_path / "run").exists()

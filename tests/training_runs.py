@@ -1,0 +1,38 @@
+"""What the tests of training have in common."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from umae.runs import SPEED
+
+SHORT = ("--max_train_steps", "12", "--checkpointing_steps", "4", "--logging_steps", "3", "--eval_steps", "4")
+TWENTY = ("--max_train_steps", "20", "--logging_steps", "1", "--checkpointing_steps", "20")
+
+
+def metrics(folder) -> list[dict]:
+    """The lines of `metrics.jsonl` without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
+
+
+def assert_same_curve(mine, expected, names=("reconstruction_loss", "uniformity_loss", "grad_norm")) -> None:
+    assert len(mine) == len(expected)
+    for one, other in zip(mine, expected, strict=True):
+        for name in names:
+            assert one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)
+
+
+def folder_with_bad_pictures(folder, count: int, bad: int) -> str:
+    """Small pictures, the first ones cut short; the flags to train on them."""
+    folder.mkdir()
+    for i in range(count):
+        Image.new("RGB", (9, 9), (i, 2 * i, 255 - i)).save(folder / f"{i:03}.jpg")
+    for i in range(bad):
+        path = folder / f"{3 * i:03}.jpg"
+        path.write_bytes(path.read_bytes()[: 200 * i])
+    sizes = (
+        "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,decoder_hidden_size=16,decoder_num_hidden_layers=1"
+    )
+    return f"--dataset_name {folder} --image_size 8 --patch_size 2 --config_overrides {sizes} --logging_steps 2"
