@@ -112,6 +112,9 @@ def main(argv: list[str]) -> None:
         extract_features, encoder, processor=processor, batch_size=args.per_device_eval_batch_size,
         num_workers=args.dataloader_num_workers, accelerator=accelerator, layers=layers,
     )  # fmt: skip
+    trained, records = [], {}
+    if args.protocol == "mae":
+        trained, records = mae_heads(args, output, encoder, train, processor, len(names), seeds, accelerator)
     tokens_in = output if args.attentive else None
     train_set = Judged.of(
         extract(train, tokens_in=tokens_in),
@@ -119,17 +122,6 @@ def main(argv: list[str]) -> None:
         labels=train.labels(),
     )
     test_set = Judged.of(extract(test, tokens_in=tokens_in), labels=test.labels())
-    trained, record = [], {}
-    if args.protocol == "mae":  # every process takes part
-        output.mkdir(parents=True, exist_ok=True)
-        schedule = ProbeSchedule(args.num_train_epochs, args.warmup_epochs, args.base_learning_rate)
-        for seed in seeds:
-            heads, record[seed] = train_mae_probe(
-                encoder, train, processor, len(names), schedule, args.per_device_train_batch_size, seed,
-                args.dataloader_num_workers, accelerator, output / STATE.format(seed=seed),
-                args.torch_compile,
-            )  # fmt: skip
-            trained.append(heads)
     if accelerator.is_main_process:
         train_set, test_set = train_set.on(accelerator.device), test_set.on(accelerator.device)
         if not trained:
@@ -142,7 +134,7 @@ def main(argv: list[str]) -> None:
             )
         if shares:
             report["low_shot"] = {share: judge_part(train_set, test_set, share, seeds, len(names)) for share in shares}
-        report["protocol"] = protocol(args, train, test, names, pooling, processor, seeds, record)
+        report["protocol"] = protocol(args, train, test, names, pooling, processor, seeds, records)
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / REPORT, json.dumps(report, indent=2) + "\n")
         save_classifier(output, set_pooling(encoder, pooling), trained[0][pooling], names, processor)
@@ -223,6 +215,29 @@ class Judged:
 
     def part(self, rows: torch.Tensor) -> "Judged":
         return Judged({name: values[:, rows] for name, values in self.views.items()}, self.labels[rows])
+
+
+def mae_heads(
+    args: ProbeArguments,
+    output: Path,
+    encoder: UMAEModel,
+    pictures: Pictures,
+    processor: BaseImageProcessor,
+    num_classes: int,
+    seeds: Sequence[int],
+    accelerator: Accelerator,
+) -> tuple[list[dict[str, LinearHead]], dict[int, dict[str, Any]]]:
+    """For each seed heads on both poolings, by MAE's protocol, and a record of how; every process takes part."""
+    output.mkdir(parents=True, exist_ok=True)
+    schedule = ProbeSchedule(args.num_train_epochs, args.warmup_epochs, args.base_learning_rate)
+    trained, records = [], {}
+    for seed in seeds:
+        heads, records[seed] = train_mae_probe(
+            encoder, pictures, processor, num_classes, schedule, args.per_device_train_batch_size, seed,
+            args.dataloader_num_workers, accelerator, output / STATE.format(seed=seed), args.torch_compile,
+        )  # fmt: skip
+        trained.append(heads)
+    return trained, records
 
 
 def judge(

@@ -4,6 +4,7 @@ He et al. 2022, appendix A.1 and table 9; facebookresearch/mae, `main_linprobe.p
 a linear layer, LARS without weight decay, random resized crops and flips.
 """
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -139,7 +140,8 @@ def train_mae_probe(
         )
     labels = pictures.labels().to(device)
     heads = {name: BatchNormHead(num_classes, encoder.config.hidden_size, seed, device) for name in ("cls", "mean")}
-    encoder.to(device).eval().set_attn_implementation(fast_attention(accelerator))
+    encoder = copy.deepcopy(encoder).to(device).eval()  # the caller's own stays as it is
+    encoder.set_attn_implementation(fast_attention(accelerator))
     if torch_compile:
         compile_layers(encoder)
     total, losses = schedule.epochs * plan.steps_per_epoch, torch.empty(0, len(heads), device=device)
