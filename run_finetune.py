@@ -135,7 +135,6 @@ from umae.runs import MetricsLog, hold_folder, looks, open_run, write_run
 from umae.schedules import Schedule, layer_decay_groups, make_schedule, set_learning_rate
 from umae.speed import encoder_flops, ideal_seconds
 from umae.training import no_failure
-from umae.transforms import evaluation_processor
 
 
 def main(argv: list[str]) -> None:
@@ -158,7 +157,7 @@ def main(argv: list[str]) -> None:
         test=test_pictures,
         names=names,
         config=model.config,
-        processor=make_processor(model_args.model_name_or_path, model.config),
+        processor=load_processor(model_args.model_name_or_path, model.config.image_height_width),
         plan=plan,
         schedule=make_schedule(
             args.max_train_steps or args.num_train_epochs * plan.steps_per_epoch,
@@ -250,13 +249,6 @@ def make_model(accelerator: Accelerator, args: ModelArguments, names: list[str])
     left = ("decoder.", "classifier.", "vit.fc_norm.") + (() if config.final_layernorm else ("vit.layernorm.",))
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(left)}
     return load_exactly(model, tensors, args.model_name_or_path, may_be_fresh=("classifier.", "vit.fc_norm."))
-
-
-def make_processor(name_or_path: str, config: UMAEConfig) -> BaseImageProcessor:
-    """The encoder's own; files of the original code have none, and mean MAE's."""
-    if Path(name_or_path).is_file():
-        return evaluation_processor(config.image_height_width)
-    return load_processor(name_or_path)
 
 
 def make_plan(accelerator: Accelerator, pictures: Pictures, args: TrainingArguments) -> Plan:

@@ -27,7 +27,7 @@ from script_arguments import Between, check_launch, flag, one_line_refusals, par
 
 @dataclass
 class ProbeArguments:
-    model_name_or_path: str = field(metadata={"help": "A run folder, or a U-MAE, ViT or ViTMAE on the Hub."})
+    model_name_or_path: str = field(metadata={"help": "Encoder to judge: a folder, Hub id or file, of any MAE or ViT."})
     output_dir: str = field(metadata={"help": "Folder for the report and the classifier."})
     pooling: Literal["cls", "mean"] | None = flag(None, "The classifier's feature. [what the model was trained with]")
     dataset_name: str = flag("digits", "Name on the Hub, local folder of pictures or of parquet, or `digits`.")
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
 
     encoder = encoder_from_pretrained(args.model_name_or_path)
     pooling = args.pooling or encoder.config.pooling
-    processor = load_processor(args.model_name_or_path)
+    processor = load_processor(args.model_name_or_path, encoder.config.image_height_width)
     with accelerator.main_process_first():  # the others find the main process' cache
         train, test, names = load_labelled(
             args.dataset_name, args.dataset_config_name, args.train_split, args.test_split, args.image_column_name,
@@ -329,7 +329,7 @@ def protocol(
     """Everything needed to repeat the numbers and to judge them."""
     model = Path(args.model_name_or_path)
     return {
-        "model": model.resolve().name if model.is_dir() else args.model_name_or_path,
+        "model": model.resolve().name if model.exists() else args.model_name_or_path,
         "train": {"data": train.description, "pictures": len(train)},
         "test": {"data": test.description, "pictures": len(test)},
         "classes": len(names),

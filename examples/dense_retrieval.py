@@ -52,7 +52,8 @@ def search(
     """The query and the SHOWN pictures whose most similar patch is most similar to the one at `at`."""
     if not all(0 <= place < 1 for place in at):
         raise ValueError(f"--at {at[0]:g} {at[1]:g} lies outside of the picture; expected two numbers from 0 up to 1")
-    encoder, processor = encoder_from_pretrained(model), load_processor(model)
+    encoder = encoder_from_pretrained(model)
+    processor = load_processor(model, encoder.config.image_height_width)
     size = size or min(encoder.config.image_height_width)
     prepared = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
     layers = None if layer is None else (layer,)

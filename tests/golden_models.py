@@ -1,6 +1,7 @@
 """Our models with the weights of golden_inputs.py, and the values that the original code computed for them."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,11 @@ from configuration_umae import UMAEConfig
 from modeling_umae import UMAEForPreTraining
 
 SETUP = golden_inputs.SETUPS["golden"]
+# The width of ViT-B, whose number of heads is known, and little else
+SETUP_OF_768 = dataclasses.replace(
+    SETUP, hidden_size=768, num_hidden_layers=1, num_attention_heads=12, image_size=8, patch_size=2, mlp_ratio=1,
+    decoder_hidden_size=64, decoder_num_attention_heads=16,
+)  # fmt: skip
 VALUES = json.loads((Path(__file__).parent / "golden.json").read_text())
 
 

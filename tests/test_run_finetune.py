@@ -1,18 +1,16 @@
 """Fine-tuning as people start it: real pictures, real kills, several processes."""
 
 import contextlib
-import dataclasses
 import io
 import json
 import os
 import shutil
 import signal
 
-import golden_inputs
 import pytest
 import torch
 from accelerate import Accelerator
-from golden_models import fresh_config, original_file
+from golden_models import SETUP_OF_768, fresh_config, original_file
 from PIL import Image
 from processes import ROOT, run, torchrun
 from training_runs import metrics
@@ -280,11 +278,7 @@ def test_data_that_cannot_be_learned_from_is_refused_with_what_to_do(encoder, tm
 
 def test_a_file_of_the_original_code_is_fine_tuned(tmp_path):
     """Of the width of ViT-B, whose heads are known, and little else; files have no image processor."""
-    setup = dataclasses.replace(
-        golden_inputs.SETUPS["golden"], hidden_size=768, num_hidden_layers=1, num_attention_heads=12, image_size=8,
-        patch_size=2, mlp_ratio=1, decoder_hidden_size=64, decoder_num_attention_heads=16,
-    )  # fmt: skip
-    path = original_file(tmp_path / "mae.pth", setup)
+    path = original_file(tmp_path / "mae.pth", SETUP_OF_768)
     run_finetune.main(command(path, tmp_path / "run", "--max_train_steps", "1"))
     assert UMAEForImageClassification.from_pretrained(tmp_path / "run").config.num_attention_heads == 12
 

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from golden_models import fresh_config
+from golden_models import SETUP_OF_768, fresh_config, original_file
 from PIL import Image
 from processes import ROOT, run, torchrun
 from transformers import ViTConfig, ViTForImageClassification, pipeline
@@ -169,6 +169,12 @@ def test_a_vit_is_probed_with_its_class_token(folder, tmp_path):
     assert len(
         pipeline("image-classification", str(tmp_path / "out"), trust_remote_code=True)(picture("red", numbers()))
     )
+
+
+def test_a_file_of_the_original_code_is_probed_with_the_transform_of_mae(folder, tmp_path):
+    probe(original_file(tmp_path / "mae.pth", SETUP_OF_768), folder, tmp_path / "out")
+    assert load_processor(tmp_path / "out").to_dict() == evaluation_processor((8, 8)).to_dict()
+    assert report(tmp_path / "out")["protocol"]["model"] == "mae.pth"
 
 
 def numbers():

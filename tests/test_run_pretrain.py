@@ -1,14 +1,12 @@
 """Pre-training as people start it: what a run says, shows and leaves, from any pictures and weights."""
 
-import dataclasses
 import json
 import re
 import shutil
 
-import golden_inputs
 import pytest
 import torch
-from golden_models import original_file
+from golden_models import SETUP_OF_768, original_file
 from PIL import Image
 from processes import SHARED, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -19,12 +17,6 @@ import run_pretrain
 import umae
 from umae import launch
 from umae.convert import read_weights
-
-# The width of ViT-B, whose heads are known, and little else
-SETUP_OF_768 = dataclasses.replace(
-    golden_inputs.SETUPS["golden"], hidden_size=768, num_hidden_layers=1, num_attention_heads=12, image_size=8,
-    patch_size=2, mlp_ratio=1, decoder_hidden_size=64, decoder_num_attention_heads=16,
-)  # fmt: skip
 
 
 def test_a_run_says_what_it_will_do_and_leaves_a_whole_folder(finished):

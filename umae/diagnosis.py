@@ -40,7 +40,8 @@ def diagnose(
     Raises:
         ValueError: there is no such model or data set, or not one picture can be read.
     """
-    encoder, processor = encoder_from_pretrained(model, pooling="mean"), load_processor(model)
+    encoder = encoder_from_pretrained(model, pooling="mean")
+    processor = load_processor(model, encoder.config.image_height_width)
     pictures = load_pictures(dataset, split=split) if isinstance(dataset, str) else dataset
     diagnosis, indices = Diagnosis(), pictures.spread(most_pictures)
     for views in feature_batches(

@@ -27,18 +27,27 @@ from umae.convert import encoder_from_pretrained
 from umae.data import Pictures, TrainingPictures, load_pictures
 from umae.images import UnreadablePicture
 from umae.training import flipped_and_normalized
+from umae.transforms import evaluation_processor
 
 CROP_SCALE = 0.08  # least share of a picture's area in the crops that probes are trained on
 
 Encode = Callable[[UMAEModel, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def load_processor(name_or_path: str, revision: str | None = None) -> ViTImageProcessorPil:
+def load_processor(
+    name_or_path: str, size: tuple[int, int] | None = None, revision: str | None = None
+) -> ViTImageProcessorPil:
     """The image processor of a U-MAE, ViT or ViTMAE, by Pillow.
+
+    Args:
+        size: (height, width) of the encoder's pictures; a file of the original code, which says nothing of how they
+            are prepared, then means MAE's way.
 
     Raises:
         ValueError: there is none, or it is not of the kind that these models have.
     """
+    if size is not None and Path(name_or_path).is_file():
+        return evaluation_processor(size)
     try:
         settings, _ = ViTImageProcessorPil.get_image_processor_dict(name_or_path, revision=revision)
     except OSError as error:
@@ -303,7 +312,8 @@ def write_features(run: str, folder: str, out: Path, batch_size: int, num_worker
         )
     accelerator = Accelerator()
     disable_progress_bar()  # transformers' own; extracting has one
-    encoder, processor = encoder_from_pretrained(run, pooling="mean"), load_processor(run)
+    encoder = encoder_from_pretrained(run, pooling="mean")
+    processor = load_processor(run, encoder.config.image_height_width)
     pictures = load_pictures(folder)
     features = extract_features(
         encoder, pictures, processor, batch_size, num_workers, accelerator=accelerator, skip_unreadable=True
