@@ -200,9 +200,11 @@ class Judged:
     @classmethod
     def of(cls, features: dict[str, torch.Tensor], *augmented: dict[str, torch.Tensor], labels: torch.Tensor):
         tokens = features.pop("tokens", None)
-        return cls(
-            {name: torch.stack([one[name] for one in (features, *augmented)]) for name in features}, labels, tokens
-        )
+        views = {
+            name: torch.stack([kind, *(one[name] for one in augmented)]) if augmented else kind[None]
+            for name, kind in features.items()
+        }
+        return cls(views, labels, tokens)
 
     @property
     def features(self) -> dict[str, torch.Tensor]:

@@ -140,12 +140,15 @@ def test_a_probe_that_was_interrupted_goes_on_to_the_same_bits(model, tmp_path, 
     for name, head in heads.items():
         assert torch.equal(head.weight, resumed_heads[name].weight) and torch.equal(head.bias, resumed_heads[name].bias)
     assert train("cut")[1] == record, "and when it had finished"
+    (tmp_path / "cut").write_bytes((tmp_path / "cut").read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cut is damaged .*; delete it"):
+        train("cut")
 
 
 def test_too_few_pictures_and_too_long_a_warm_up_are_refused(model, tmp_path):
     encoder, pictures = encoder_from_pretrained(model, pooling="mean"), load_pictures("digits")
     first, rest = (load_processor(model), 10), (0, 0, Accelerator(cpu=True), tmp_path / "state")
-    with pytest.raises(ValueError, match="holds 1438 pictures, fewer than one step of 2000; lower --per_device"):
+    with pytest.raises(ValueError, match=r"holds 1438 pictures, fewer than one step of 2000 .*; lower --per_device"):
         train_mae_probe(encoder, pictures, *first, ProbeSchedule(), 2000, *rest)
     with pytest.raises(ValueError, match="--warmup_epochs 10 is no less than --num_train_epochs 5; lower it"):
         train_mae_probe(encoder, pictures, *first, ProbeSchedule(epochs=5), 256, *rest)

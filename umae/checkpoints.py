@@ -135,9 +135,13 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], identity: dict[s
 
 
 def read_tensors(path: Path, identity: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What `write_tensors` wrote, on the CPU; raises `ValueError` if it is the state of something else."""
-    with safe_open(path, "pt") as file:
-        found = json.loads((file.metadata() or {}).get("identity", "{}"))
+    """What `write_tensors` wrote, on the CPU; raises `ValueError` if it is damaged, or the state of something else."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = json.loads((file.metadata() or {}).get("identity", "{}"))
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, and the same command starts anew") from error
     expected = json.loads(json.dumps(identity))
     if found != expected:
         names = [name for name in expected if found.get(name) != expected[name]]
@@ -145,7 +149,7 @@ def read_tensors(path: Path, identity: dict[str, Any]) -> dict[str, torch.Tensor
             f"{path} is half of the same work with other {', '.join(names)}; start it as before, delete the file, or "
             f"give another --output_dir"
         )
-    return load_file(path)
+    return tensors
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import BaseImageProcessor
 
 from modeling_umae import UMAEModel
 from umae.checkpoints import read_tensors, write_tensors
-from umae.data import Pictures, Plan, TrainingPictures, decode_all, training_loader
+from umae.data import Pictures, Plan, TrainingPictures, check_fills_a_step, decode_all, training_loader
 from umae.features import CROP_SCALE, frozen_features
 from umae.launch import fast_attention
 from umae.probing import LinearHead
@@ -129,11 +129,7 @@ def train_mae_probe(
     """
     device = accelerator.device
     plan = Plan(len(pictures), batch_size, 1, accelerator.num_processes, seed)
-    if plan.steps_per_epoch == 0:
-        raise ValueError(
-            f"{pictures.description} holds {len(pictures)} pictures, fewer than one step of {plan.pictures_per_step}; "
-            f"lower --per_device_train_batch_size"
-        )
+    check_fills_a_step(plan, pictures.description)
     if schedule.warmup_epochs >= schedule.epochs:
         raise ValueError(
             f"--warmup_epochs {schedule.warmup_epochs:g} is no less than --num_train_epochs {schedule.epochs}; lower it"
@@ -144,7 +140,8 @@ def train_mae_probe(
     encoder.set_attn_implementation(fast_attention(accelerator))
     if torch_compile:
         compile_layers(encoder)
-    total, losses = schedule.epochs * plan.steps_per_epoch, torch.empty(0, len(heads), device=device)
+    done, total = 0, schedule.epochs * plan.steps_per_epoch
+    losses = torch.zeros(total, len(heads), device=device)
     tensors = {f"{name}.{key}": tensor for name, head in heads.items() for key, tensor in head.tensors().items()}
     identity = {
         "weights": _hash(encoder),
@@ -157,23 +154,23 @@ def train_mae_probe(
     }
     if state.exists():
         found = read_tensors(state, identity)
-        losses = found.pop("losses").to(device)
+        before = found.pop("losses")
+        done = len(before)
+        losses[:done] = before
         for name, tensor in found.items():
             tensors[name].copy_(tensor)
-    bar = tqdm(
-        total=total, initial=len(losses), desc="linear probe", unit="step", disable=not accelerator.is_main_process
-    )
-    batches = encoded_batches(encoder, pictures, processor, plan, len(losses), total, num_workers, accelerator)
-    for step, (encoded, index) in enumerate(batches, start=len(losses)):
+    bar = tqdm(total=total, initial=done, desc="linear probe", unit="step", disable=not accelerator.is_main_process)
+    batches = encoded_batches(encoder, pictures, processor, plan, done, total, num_workers, accelerator)
+    for step, (encoded, index) in enumerate(batches, start=done):
         learning_rate = schedule.learning_rate(step, plan)
-        found = [head.step(encoded[:, i], labels[index], learning_rate) for i, head in enumerate(heads.values())]
-        losses = torch.cat([losses, torch.stack(found)[None]])
+        for i, head in enumerate(heads.values()):
+            losses[step, i] = head.step(encoded[:, i], labels[index], learning_rate)
         bar.update()
         if (step + 1) % plan.steps_per_epoch == 0:
             if not losses.isfinite().all():
                 raise ValueError(f"the probe's loss was not finite by step {step + 1}; lower --base_learning_rate")
             if accelerator.is_main_process:
-                write_tensors(state, tensors | {"losses": losses}, identity)
+                write_tensors(state, tensors | {"losses": losses[: step + 1]}, identity)
     bar.close()
     means = losses.view(schedule.epochs, plan.steps_per_epoch, len(heads)).mean(dim=1)
     peak = schedule.base_learning_rate * plan.pictures_per_step / 256
