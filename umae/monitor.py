@@ -20,8 +20,9 @@ from umae.data import Pictures, Plan
 from umae.diagnosis import POOLINGS, VIEWS, Diagnosis
 from umae.gallery import SHOWN
 from umae.images import UnreadablePicture
+from umae.online import OnlineClassifier
 from umae.pictures import reconstructions
-from umae.probing import OnlineClassifier, knn_leave_one_out
+from umae.probing import knn_leave_one_out
 from umae.speed import encoder_flops, training_flops
 from umae.streaming import Stream
 from umae.training import device_inputs

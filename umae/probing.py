@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from torch.nn.functional import normalize
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -229,84 +228,6 @@ def knn_leave_one_out(
     features = normalize(features, dim=1)
     cosines = (features @ features.T).fill_diagonal_(-torch.inf)
     return _vote(cosines, labels, num_classes, min(k, len(features) - 1), temperature)
-
-
-class OnlineClassifier:
-    """A linear classifier trained on features while they are learned, by an optimiser of its own.
-
-    It sees features without their gradient, so that nothing flows back into what makes them (as in the original's
-    online evaluation). They are standardised by running means, without which a collapsed feature, whose differences are
-    small beside what all pictures have in common, would look worse than it is. All processes hold the same classifier.
-
-    Args:
-        num_classes: C.
-        width: D.
-        accelerator: adds up what the processes find, at each update with one all-reduce of (C + 2) * (D + 1) numbers.
-    """
-
-    LEARNING_RATE, DECAY = 3e-3, 0.99  # of Adam; of the running means
-
-    def __init__(self, num_classes: int, width: int, accelerator: Accelerator):
-        self.num_classes, self.accelerator = num_classes, accelerator
-        # The last column is the bias; running mean and variance of the features, and what their weights lack of 1
-        self.weight = torch.nn.Parameter(torch.zeros(num_classes, width + 1, device=accelerator.device))
-        self.means, self.lacks = torch.zeros(2, width, device=accelerator.device), 1.0
-        self.optimizer = torch.optim.Adam([self.weight], lr=self.LEARNING_RATE, fused=True)
-
-    @torch.no_grad()
-    def update(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        """One step of the optimiser.
-
-        Args:
-            features: (batch, D), of this process; every process calls it with as many.
-            labels: int64 (batch,), in [0, num_classes).
-        """
-        features = features.detach().float()
-        inputs = self._standardised(features)
-        error = (inputs @ self.weight.T).softmax(dim=1)
-        error.scatter_add_(1, labels[:, None], -torch.ones_like(error[:, :1]))  # the gradient of the cross entropy
-        gradient = error.T @ inputs / len(labels)
-        near = self.means[0] / (1 - self.lacks) if self.lacks < 1 else 0.0
-        means = torch.stack([features.mean(dim=0), (features - near).square().mean(dim=0)])
-        shared = torch.cat([gradient.flatten(), means.flatten()])
-        if self.accelerator.num_processes > 1:
-            shared = self.accelerator.reduce(shared, "mean")
-        self.weight.grad = shared[: gradient.numel()].view_as(gradient)
-        self.optimizer.step()
-        means = shared[gradient.numel() :].view_as(means)
-        means[1] -= (means[0] - near).square()  # of about 0, where the variance may be small beside the mean
-        self.means.lerp_(means, 1 - self.DECAY)
-        self.lacks *= self.DECAY
-
-    @torch.no_grad()
-    def scores(self, features: torch.Tensor) -> torch.Tensor:
-        """(N, D) -> (N, C), the logits."""
-        return self._standardised(features.to(self.weight.device).float()) @ self.weight.T
-
-    def _standardised(self, features: torch.Tensor) -> torch.Tensor:
-        """(N, D) -> (N, D + 1), the last column 1."""
-        if self.lacks < 1:
-            mean, variance = self.means / (1 - self.lacks)
-            features = (features - mean) * (variance.clamp(min=0) + EPSILON).rsqrt()
-        return torch.nn.functional.pad(features, (0, 1), value=1.0)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """All it needs to go on, on the CPU."""
-        state = self.optimizer.state.get(self.weight, {})
-        found = {
-            "weight": self.weight.detach(),
-            "means": self.means,
-            "lacks": torch.tensor(self.lacks, dtype=torch.float64),
-        }
-        return {name: tensor.cpu() for name, tensor in (found | state).items()}
-
-    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Put back what `tensors` returned."""
-        tensors = {name: tensor.to(self.weight.device) for name, tensor in tensors.items()}
-        self.weight.data.copy_(tensors.pop("weight"))
-        self.means.copy_(tensors.pop("means"))
-        self.lacks = tensors.pop("lacks").item()
-        self.optimizer.state[self.weight] = tensors
 
 
 def _vote(cosines: torch.Tensor, labels: torch.Tensor, num_classes: int, k: int, temperature: float) -> torch.Tensor:
