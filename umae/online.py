@@ -23,7 +23,7 @@ class OnlineClassifier:
     """
 
     def __init__(self, num_classes: int, width: int, accelerator: Accelerator):
-        self.num_classes, self.accelerator = num_classes, accelerator
+        self.accelerator = accelerator
         # The last column is the bias; running mean and variance of the features, and what their weights lack of 1
         self.weight = nn.Parameter(torch.zeros(num_classes, width + 1, device=accelerator.device))
         self.means, self.lacks = torch.zeros(2, width, device=accelerator.device), 1.0
