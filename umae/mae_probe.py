@@ -117,7 +117,7 @@ def train_mae_probe(
 
     Args:
         encoder: frozen, loaded with `pooling="mean"`; in the accelerator's precision.
-        batch_size: pictures of a forward pass on each process.
+        batch_size: pictures of a step on each process.
         state: the file for what it needs to go on, in a folder that all processes see; replaced after every epoch.
         torch_compile: compile every layer of the encoder.
 
