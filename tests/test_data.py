@@ -70,13 +70,53 @@ def test_pictures_with_a_metadata_file_are_read_as_datasets_reads_them(tmp_path)
     assert pictures.label_column == "kind" and pictures.read(0).getpixel((0, 0)) == (7, 0, 0)
 
 
-def test_folders_named_after_splits_are_splits(folder):
-    for split in ("train", "val"):
-        (folder / split).mkdir()
-        (folder / split / "1.png").write_bytes(png())
-    assert split_names(str(folder)) == ["train", "validation"]
-    assert len(load_pictures(str(folder))) == 1
-    assert load_pictures(str(folder)).label_column is None
+def write_images(folder: Path, *names: str) -> str:
+    """Folders of five images, each image of another grey; a name with a dot is a single image."""
+    for name in names:
+        for file in [name] if "." in name else [f"{name}/{i}.png" for i in range(5)]:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_bytes(png(len(list(folder.rglob("*.png")))))
+    return str(folder)
+
+
+@pytest.mark.parametrize("name", ["train", "Test", "val"])
+def test_one_class_that_is_named_like_a_split_is_a_class(tmp_path, name):
+    pictures = load_pictures(write_images(tmp_path, "bus", "car", name))
+    assert split_names(str(tmp_path)) == ["train"] and len(pictures) == 15
+    assert sorted(pictures.label_names) == sorted(["bus", "car", name])
+    assert pictures.labels().bincount().tolist() == [5, 5, 5]
+
+
+def test_folders_named_after_splits_are_splits_if_no_other_folder_holds_images(tmp_path):
+    write_images(tmp_path, "train/a", "train/b", "Val/a", "Val/b")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "labels.csv").write_text("no image")
+    (tmp_path / "test").mkdir()
+    assert sorted(split_names(str(tmp_path))) == ["train", "validation"]
+    for split in ("train", "validation"):
+        pictures = load_pictures(str(tmp_path), split=split)
+        assert len(pictures) == 10 and pictures.label_names == ["a", "b"]
+    with pytest.raises(ValueError, match="has no split 'test'; it has validation, train"):
+        load_pictures(str(tmp_path), split="test")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["test", "train", "extra"], "sub-folders test, train are named like splits, but extra beside them"),
+        (["bus", "car", "train", "valid"], "sub-folders train, valid are named like splits, but bus, car beside them"),
+        (["train", "test", "a.png", "b.png"], "sub-folders test, train are named like splits, but 2 loose images"),
+        (["train", "a.png"], "sub-folders train are named like splits, but 1 loose images such as a.png"),
+        (["train", "val", "validation"], "sub-folders val, validation are both of the split validation"),
+        (["Train", "train"], "sub-folders Train, train are both of the split train"),
+    ],
+    ids=str,
+)
+def test_folders_that_may_be_splits_or_classes_are_refused_with_what_was_found(tmp_path, names, message):
+    write_images(tmp_path, *names)
+    for load in (load_pictures, split_names):
+        with pytest.raises(ValueError, match=message):
+            load(str(tmp_path))
 
 
 def test_a_flat_folder_has_no_labels(tmp_path):

@@ -173,8 +173,10 @@ def load_pictures(
 
     Args:
         name: `digits` (bundled with scikit-learn), a local folder of pictures (one sub-folder for each class, if there
-            are classes; sub-folders `train`, `test`, `validation` are splits), a local folder of parquet or other files
-            that `datasets` reads, or a name on the Hub.
+            are classes), a local folder of parquet or other files that `datasets` reads, or a name on the Hub.
+            Sub-folders with the names in SPLIT_FOLDERS are splits if there are images nowhere else. A single such name
+            among others is a class (`bus`, `car`, `train`). Several of them beside others, or any beside loose images
+            only, may be either and are refused.
         config_name: the Hub data set's configuration.
         split: which split; for `datasets`' own formats also slices such as `train[:10%]`.
         image_column, label_column: found by their types if there is one candidate.
@@ -252,19 +254,52 @@ def _picture_folder(folder: Path) -> dict[str, datasets.Dataset]:
     Not by `datasets`' own "imagefolder": that sorts files into splits by words in their names (`test_drive.jpg`) and
     reads brackets in a folder's name as a pattern.
     """
-    splits = {entry.name: entry for entry in sorted(folder.iterdir()) if entry.name.lower() in SPLIT_FOLDERS}
-    roots = {SPLIT_FOLDERS[name.lower()]: entry for name, entry in splits.items() if entry.is_dir()}
+    files = list(_picture_files(folder))
+    parts = [file.relative_to(folder).parts for file in files]
+    split_of, members = _split_folders(parts, folder), {}
+    for file, path in zip(files, parts, strict=True):
+        split, below = (split_of[path[0]], path[1:]) if split_of else ("train", path)
+        members.setdefault(split, []).append((str(file), below[0] if len(below) > 1 else None))
     rows = {}
-    for split, root in (roots or {"train": folder}).items():
-        files = list(_picture_files(root))
-        classes = [file.relative_to(root).parts[0] if file.parent != root else None for file in files]
-        columns = {"image": [str(file) for file in files]}
-        features = {"image": datasets.Image(decode=False)}
-        if files and None not in classes and len(set(classes)) > 1:
+    for split, some in members.items():
+        paths, classes = map(list, zip(*some, strict=True))
+        columns, features = {"image": paths}, {"image": datasets.Image(decode=False)}
+        if None not in classes and len(set(classes)) > 1:
             columns["label"] = classes
             features["label"] = datasets.ClassLabel(names=sorted(set(classes)))
         rows[split] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
     return rows
+
+
+def _split_folders(parts: list[tuple[str, ...]], folder: Path) -> dict[str, str]:
+    """The sub-folders of `folder` that are splits, each with its split; empty if they are classes, or none.
+
+    Args:
+        parts: of the path of every image below `folder`.
+
+    Raises:
+        ValueError: they may be either (see `load_pictures`), or two are of one split.
+    """
+    tops = {path[0] for path in parts if len(path) > 1}
+    loose = [path[0] for path in parts if len(path) == 1]
+    named = sorted(top for top in tops if top.lower() in SPLIT_FOLDERS)
+    others = sorted(tops.difference(named))
+    if not named or (others and len(named) == 1):
+        return {}
+    if others or loose:
+        beside = ", ".join(others[:5]) or f"{len(loose)} loose images such as {loose[0]}"
+        raise ValueError(
+            f"folder {folder}: its sub-folders {', '.join(named)} are named like splits, but {beside} beside them "
+            f"belong to none; move these elsewhere, or rename the sub-folders if they are classes"
+        )
+    splits: dict[str, str] = {}
+    for top in named:
+        split = SPLIT_FOLDERS[top.lower()]
+        if split in splits.values():
+            both = ", ".join(one for one in named if SPLIT_FOLDERS[one.lower()] == split)
+            raise ValueError(f"folder {folder}: its sub-folders {both} are both of the split {split}; keep one of them")
+        splits[top] = split
+    return splits
 
 
 def _digits() -> dict[str, datasets.Dataset]:
