@@ -27,7 +27,7 @@ class DataArguments:
     dataset_name: str = flag("digits", "Name on the Hub, local folder of pictures or of parquet, or `digits`.")
     dataset_config_name: str | None = flag(None, "Configuration of a Hub data set.")
     train_split: str = flag("train", "Split to train on; slices such as `train[:10%%]` for Hub data sets and parquet.")
-    test_split: str | None = flag(None, "Split that is judged. [test, or else validation]")
+    test_split: str | None = flag(None, "Split that is judged. [test or validation, the first with labels]")
     image_column_name: str | None = flag(None, "Column of the pictures; found by its type if there is one.")
     label_column_name: str | None = flag(None, "Column of the labels; found by its type or name.")
     max_unreadable_share: Annotated[float, Between(0, 1)] = flag(
@@ -230,7 +230,7 @@ def load_data(accelerator: Accelerator, args: DataArguments) -> tuple[Pictures, 
     with accelerator.main_process_first():  # the others find the main process' cache
         return load_labelled(
             args.dataset_name, args.dataset_config_name, args.train_split, args.test_split, args.image_column_name,
-            args.label_column_name,
+            args.label_column_name, accelerator.print,
         )  # fmt: skip
 
 

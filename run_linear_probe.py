@@ -33,7 +33,7 @@ class ProbeArguments:
     dataset_name: str = flag("digits", "Name on the Hub, local folder of pictures or of parquet, or `digits`.")
     dataset_config_name: str | None = flag(None, "Configuration of a Hub data set.")
     train_split: str = flag("train", "Split that the heads are trained on.")
-    test_split: str | None = flag(None, "Split that is judged. [test, or else validation]")
+    test_split: str | None = flag(None, "Split that is judged. [test or validation, the first with labels]")
     image_column_name: str | None = flag(None, "Column of the pictures; found by its type if there is one.")
     label_column_name: str | None = flag(None, "Column of the labels; found by its type or name.")
     per_device_eval_batch_size: Annotated[int, Between(1)] = flag(256, "Pictures of a forward pass on each process.")
@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
     with accelerator.main_process_first():  # the others find the main process' cache
         train, test, names = load_labelled(
             args.dataset_name, args.dataset_config_name, args.train_split, args.test_split, args.image_column_name,
-            args.label_column_name,
+            args.label_column_name, accelerator.print,
         )  # fmt: skip
 
     seeds, layers = parse_seeds(args.seeds), parse_layers(args.layers, encoder.config.num_hidden_layers)

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -112,6 +113,7 @@ from transformers import ViTImageProcessorPil
 from transformers.utils.logging import disable_progress_bar
 
 from umae import UMAEConfig, UMAEForPreTraining, cards, checkpoints, gallery, hub
+from umae.classes import load_first_labelled
 from umae.convert import load_exactly, read_model
 from umae.data import (
     Pictures,
@@ -119,8 +121,8 @@ from umae.data import (
     TrainingPictures,
     check_fills_a_step,
     decode_all,
+    held_out_splits,
     load_pictures,
-    split_names,
     training_loader,
 )
 from umae.failures import explained_out_of_memory, report_unreadable, stop_if_failed, tell_on
@@ -227,11 +229,13 @@ def load_data(accelerator: Accelerator, args: DataArguments, split: str) -> Pict
 
 
 def load_watched(accelerator: Accelerator, args: DataArguments, pictures: Pictures | Stream) -> Pictures | Stream:
-    """The pictures to look at: held-out ones where there are any, else those of training."""
+    """The pictures to look at: held-out ones where there are any, if possible with labels, else those of training."""
     try:
-        names = split_names(args.dataset_name, args.dataset_config_name)
-        split = next((name for name in ("test", "validation") if name in names and name not in args.train_split), None)
-        watched = pictures if split is None else load_data(accelerator, args, split)
+        splits = held_out_splits(args.dataset_name, args.dataset_config_name, args.train_split)
+        if not pictures.has_labels:
+            splits = splits[:1]
+        load = partial(load_data, accelerator, args)
+        watched = load_first_labelled(load, splits, accelerator.print) if splits else pictures
         watched.check_readable()
         return watched
     except (ValueError, OSError) as error:  # they are worth a look, not a refusal

@@ -10,7 +10,7 @@ from golden_models import SETUP_OF_768, original_file
 from PIL import Image
 from processes import SHARED, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_runs import SHORT, folder_with_bad_pictures, metrics
+from training_runs import SHORT, folder_of_parquet, folder_with_bad_pictures, metrics, small_model
 from transformers import AutoImageProcessor
 
 import run_pretrain
@@ -83,6 +83,17 @@ def test_a_test_split_that_cannot_be_read_is_not_looked_at(tmp_path):
     printed = run("run_pretrain.py", *command).stdout
     assert "held-out pictures cannot be loaded, so those of training are looked at: none of the 4" in printed
     assert "looked at        folder pictures (train)" in printed and "effective rank" in printed
+
+
+def test_a_test_split_without_labels_gives_way_to_the_labelled_one_so_that_both_accuracies_are_kept(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    name = folder_of_parquet(tmp_path / "images", train=[0, 1] * 8, validation=[0, 1] * 3, test=[-1] * 5)
+    command = f"{small_model(name)} --output_dir {tmp_path / 'run'} --max_train_steps 1"
+    run_pretrain.main([*command.split(), "--per_device_train_batch_size", "8"])
+    printed = capsys.readouterr().out
+    assert "images (test) comes without labels" in printed and "images (validation) is used instead" in printed
+    assert "looked at        images (validation)" in printed
+    assert {"online_top1", "online_knn_top1"} <= metrics(tmp_path / "run")[-1].keys()
 
 
 def test_the_code_on_the_card_runs_as_it_stands(finished, tmp_path):

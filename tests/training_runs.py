@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 from PIL import Image
 
@@ -32,7 +33,22 @@ def folder_with_bad_pictures(folder, count: int, bad: int) -> str:
     for i in range(bad):
         path = folder / f"{3 * i:03}.jpg"
         path.write_bytes(path.read_bytes()[: 200 * i])
+    return small_model(folder)
+
+
+def folder_of_parquet(folder, **labels_of_splits) -> str:
+    """Small images of the classes a and b as the Hub stores them, each split in a file of its own."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    for split, labels in labels_of_splits.items():
+        images = [Image.new("RGB", (9, 9), (i, 99, 199)) for i in range(len(labels))]
+        rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+        rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return str(folder)
+
+
+def small_model(dataset_name) -> str:
+    """The flags to train a small model on a data set."""
     sizes = (
         "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,decoder_hidden_size=16,decoder_num_hidden_layers=1"
     )
-    return f"--dataset_name {folder} --image_size 8 --patch_size 2 --config_overrides {sizes} --logging_steps 2"
+    return f"--dataset_name {dataset_name} --image_size 8 --patch_size 2 --config_overrides {sizes} --logging_steps 2"

@@ -1,6 +1,11 @@
 """Labelled pictures in two splits, one to train on and one to judge by, and the classes that they share."""
 
-from umae.data import Pictures, load_pictures, split_names
+from collections.abc import Callable, Sequence
+
+from umae.data import Pictures, held_out_splits, load_pictures, split_names
+from umae.streaming import Stream
+
+UNLABELLED = "comes without labels (no column of them, or -1 in every row)"
 
 
 def load_labelled(
@@ -10,29 +15,48 @@ def load_labelled(
     test_split: str | None,
     image_column: str | None = None,
     label_column: str | None = None,
+    tell: Callable[[str], None] = print,
 ) -> tuple[Pictures, Pictures, list[str]]:
     """The pictures to train on, those to judge by, and the names of the classes, see `load_pictures`.
 
     Args:
-        test_split: None for `test`, or else `validation`.
+        test_split: None for `test` or `validation`, the first of them that has labels.
+        tell: prints a line, if `test` has none.
 
     Raises:
         ValueError: a split is missing, both are the same, or their labels are missing or differ.
     """
-    train = load_pictures(name, config_name, train_split, image_column, label_column)
+
+    def load(split: str) -> Pictures:
+        return load_pictures(name, config_name, split, image_column, label_column)
+
+    train = load(train_split)
     train.labels()  # a refusal that names the missing labels rather than a missing split
-    test_split = test_split or _find_test_split(split_names(name, config_name))
     if test_split == train_split:
         raise ValueError(f"--train_split and --test_split are both {test_split}; a classifier is judged on others")
-    test = load_pictures(name, config_name, test_split, image_column, label_column)
+    splits = [test_split] if test_split else held_out_splits(name, config_name, train_split)
+    known = ", ".join(split_names(name, config_name))
+    if not splits:
+        raise ValueError(f"there is no split test or validation; name one of {known} with --test_split")
+    test = load_first_labelled(load, splits, tell)
+    if not test.has_labels:
+        raise ValueError(f"{test.description} {UNLABELLED}; name a split with labels as test_split; there are {known}")
     return train, test, class_names(train, test)
 
 
-def _find_test_split(splits: list[str]) -> str:
-    for name in ("test", "validation"):
-        if name in splits:
-            return name
-    raise ValueError(f"there is no split test or validation; name one of {', '.join(splits)} with --test_split")
+def load_first_labelled(
+    load: Callable[[str], Pictures | Stream], splits: Sequence[str], tell: Callable[[str], None]
+) -> Pictures | Stream:
+    """Of some splits the first that has labels, with a word on those before it; if none has any, simply the first."""
+    unlabelled = []
+    for split in splits:
+        pictures = load(split)
+        if pictures.has_labels:
+            for other in unlabelled:
+                tell(f"{other.description} {UNLABELLED}; {pictures.description} is used instead")
+            return pictures
+        unlabelled.append(pictures)
+    return unlabelled[0]
 
 
 def class_names(train: Pictures, test: Pictures) -> list[str]:

@@ -144,6 +144,13 @@ class Pictures:
         feature = self.dataset.features.get(self.label_column)
         return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether any picture has a label: many test splits on the Hub hide theirs, and hold -1 in every row."""
+        if self.label_column is None:
+            return False
+        return any(label not in (None, -1) for label in self.dataset[self.label_column][:])
+
     def labels(self) -> torch.Tensor:
         """int64 (N,). Raises `ValueError` if there are none, or some are missing, negative or text."""
         if self.label_column is None:
@@ -211,6 +218,13 @@ def split_names(name: str, config_name: str | None = None) -> list[str]:
     if Path(name).is_dir() and _holds_pictures(Path(name)):
         return list(_picture_folder(Path(name)))
     return datasets.get_dataset_split_names(name, config_name)
+
+
+def held_out_splits(name: str, config_name: str | None, train_split: str) -> list[str]:
+    """The splits to evaluate on, the usual one first: `test` and `validation`, if they exist and are not trained on."""
+    trained_on = {part.partition("[")[0] for part in train_split.split("+")}  # such as `train+validation[:50%]`
+    names = split_names(name, config_name)
+    return [split for split in ("test", "validation") if split in names and split not in trained_on]
 
 
 def load_split(name: str, config_name: str | None, split: str, streaming: bool = False):

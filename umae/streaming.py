@@ -70,6 +70,11 @@ class Stream:
     def num_shards(self) -> int:
         return self.dataset.num_shards
 
+    @property
+    def has_labels(self) -> bool:
+        """False: a stream is read without them."""
+        return False
+
     def place(self, index: int) -> str:
         """An index as people read it."""
         return f"row {index % 2**ROW_BITS} of shard {index >> ROW_BITS}"
