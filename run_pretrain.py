@@ -174,7 +174,7 @@ def main(argv: list[str]) -> None:
     push = None
     if args.push_to_hub and accelerator.is_main_process:  # rights are asked for now rather than after hours of training
         repo_id = hub.check_access(args.hub_model_id or job.folder.resolve().name, args.hub_private_repo)
-        push = hub.BackgroundPush(repo_id, tell=tqdm.write)
+        push = hub.BackgroundPush(repo_id, job.folder, tell=tqdm.write)
 
     record = open_run(accelerator, job.folder, identity_of(job, model_args.model_name_or_path))
     if record["finished"]:

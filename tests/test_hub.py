@@ -2,7 +2,9 @@
 
 import getpass
 import json
+import os
 import re
+import shutil
 import socket
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from golden_models import fresh_config
 from huggingface_hub import ModelCard, constants
 from processes import run
 
+import run_pretrain
 from modeling_umae import UMAEModel
 from umae import hub
 from umae.cards import probe_card
@@ -263,10 +266,10 @@ def test_a_hub_that_does_not_is_told_of_and_shows_nothing_by_halves(logged_in, f
     assert names(logged_in) == {".gitattributes"}
 
 
-def test_a_push_in_the_background_harms_nothing_and_leaves_out_what_comes_meanwhile(logged_in):
+def test_a_push_in_the_background_harms_nothing_and_leaves_out_what_comes_meanwhile(logged_in, tmp_path):
     hub.check_access("tester/model")
     told = []
-    push = hub.BackgroundPush("tester/model", told.append)
+    push = hub.BackgroundPush("tester/model", tmp_path, told.append)
     logged_in.faults.append({"match": COMMIT, "delay": 1})
     push.start(FILES, "Step 1", "step-1")
     push.start(FILES, "Step 2", "step-2")  # the first one is still under way
@@ -276,6 +279,32 @@ def test_a_push_in_the_background_harms_nothing_and_leaves_out_what_comes_meanwh
     push.wait()
     assert set(logged_in.repos["model", "tester/model"].refs) == {"main", "step-1"}
     assert len(told) == 1 and told[0].startswith("step-3 is not on the Hub (cannot push") and "goes on" in told[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["linked", "copied"])
+def test_a_checkpoint_that_is_removed_while_it_is_pushed_arrives_whole(logged_in, tmp_path, monkeypatch, links):
+    def refused(*args, **kwargs):
+        raise OSError("no hard links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    hub.check_access("tester/model")
+    told, checkpoint = [], tmp_path / "step-1"
+    checkpoint.mkdir()
+    for name, content in FILES.items():
+        (checkpoint / name).write_bytes(content)
+    push = hub.BackgroundPush("tester/model", tmp_path, told.append)
+    logged_in.faults.append({"match": "POST .*/preupload/", "delay": 1})
+    push.start({**{path.name: path for path in checkpoint.iterdir()}, "README.md": b"card"}, "Step 1", "step-1")
+    shutil.rmtree(checkpoint)
+    (kept,) = tmp_path.iterdir()
+    assert kept.suffix == ".tmp", "what a kill leaves of it is removed by the next run"
+    push.wait()
+    repo = logged_in.repos["model", "tester/model"]
+    found = {name: blob.data for name, blob in repo.commits[repo.refs["step-1"]].items()}
+    assert {name: found[name] for name in FILES} == FILES and found["README.md"] == b"card"
+    assert told == [] and list(tmp_path.iterdir()) == []
 
 
 def test_a_run_outlives_the_hub_and_the_command_it_names_repeats_the_push(server, tmp_path):
@@ -317,6 +346,21 @@ def test_every_checkpoint_is_a_revision_that_loads(server, tmp_path):
     run("-c", load, cwd=tmp_path, PYTHONPATH="", **online(server, tmp_path / "fresh_home"))
     expected = UMAEModel.from_pretrained(tmp_path / "digits" / "step-4")(torch.ones(1, 3, 8, 8)).pooler_output
     assert torch.equal(torch.load(tmp_path / "features.pt", weights_only=True), expected)
+
+
+def test_a_run_that_keeps_one_checkpoint_and_a_slow_hub_make_whole_revisions(logged_in, tmp_path):
+    flags = ["--max_train_steps", "8", "--checkpointing_steps", "1", "--logging_steps", "8", "--eval_steps", "0"]
+    run_pretrain.main([*flags, "--output_dir", str(tmp_path / "kept"), "--checkpoints_total_limit", "9"])
+    pushed = ["--checkpoints_total_limit", "1", "--push_to_hub", "--hub_model_id", "tester/digits"]
+    logged_in.faults.append({"match": "POST .*/preupload/", "delay": 1, "times": -1})
+    run_pretrain.main([*flags, "--output_dir", str(tmp_path / "digits"), *pushed])
+    repo = logged_in.repos["model", "tester/digits"]
+    assert "step-1" in repo.refs
+    for revision in repo.refs.keys() - {"main"}:
+        files = repo.commits[repo.refs[revision]]
+        for name in ("model.safetensors", "config.json", "preprocessor_config.json", "modeling_umae.py"):
+            assert files[name].data == (tmp_path / "kept" / revision / name).read_bytes(), (revision, name)
+    assert {path.name for path in (tmp_path / "digits").glob("*") if path.suffix == ".tmp"} == set()
 
 
 HOSTILE = "a`|<b>\n---\nlicense: proprietary\n| x | [y](javascript:z)"

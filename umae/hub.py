@@ -4,7 +4,10 @@ python -m umae.hub runs/mine name/model
 """
 
 import argparse
+import os
+import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -111,16 +114,28 @@ def _patiently(call: Callable, *args, **kwargs) -> Any:
 
 
 class BackgroundPush:
-    """Pushes while training goes on: one at a time, what comes meanwhile is left out, and a failure is only told."""
+    """Pushes while training goes on: one at a time, what comes meanwhile is left out, and a failure is only told.
 
-    def __init__(self, repo_id: str, tell: Callable[[str], None]):
-        self.repo_id, self.tell, self.thread = repo_id, tell, None
+    What is being pushed may be removed meanwhile: until the push has ended it is also in `folder/push-*.tmp`, which is
+    removed then, or by the next run where this one is killed.
+    """
+
+    def __init__(self, repo_id: str, folder: Path, tell: Callable[[str], None]):
+        self.repo_id, self.folder, self.tell, self.thread = repo_id, folder, tell, None
 
     def start(self, files: Mapping[str, Path | bytes], message: str, tag: str) -> None:
         """Push, unless the push before is still under way."""
         if self.thread is not None and self.thread.is_alive():
             return
-        self.thread = threading.Thread(target=self._push, args=(files, message, tag), daemon=True)
+        try:
+            kept = tempfile.TemporaryDirectory(
+                prefix="push-", suffix=".tmp", dir=self.folder, ignore_cleanup_errors=True
+            )
+            files = {name: _keep(file, Path(kept.name) / name) for name, file in files.items()}
+        except OSError as error:
+            self._failed(tag, error)
+            return
+        self.thread = threading.Thread(target=self._push, args=(kept, files, message, tag), daemon=True)
         self.thread.start()
 
     def wait(self) -> None:
@@ -128,11 +143,28 @@ class BackgroundPush:
         if self.thread is not None:
             self.thread.join()
 
-    def _push(self, files: Mapping[str, Path | bytes], message: str, tag: str) -> None:
-        try:
-            push(files, self.repo_id, message, tag)
-        except ValueError as error:
-            self.tell(f"{tag} is not on the Hub ({error}); training goes on")
+    def _push(
+        self, kept: tempfile.TemporaryDirectory, files: Mapping[str, Path | bytes], message: str, tag: str
+    ) -> None:
+        with kept:
+            try:
+                push(files, self.repo_id, message, tag)
+            except ValueError as error:
+                self._failed(tag, error)
+
+    def _failed(self, tag: str, error: Exception) -> None:
+        self.tell(f"{tag} is not on the Hub ({error}); training goes on")
+
+
+def _keep(file: Path | bytes, target: Path) -> Path | bytes:
+    """The file under another name that stays when the first is removed; a copy where the disk has no hard links."""
+    if isinstance(file, bytes):
+        return file
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
+    return target
 
 
 # ----------------------------------------------------------------------------------------------------------------------
