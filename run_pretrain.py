@@ -12,7 +12,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ class DataArguments:
 @dataclass
 class ModelArguments:
     model_name_or_path: str | None = flag(None, "Weights to start from: a folder, Hub id or file of U-MAE, MAE or ViT.")
-    config_overrides: str | None = flag(None, "Fields of UMAEConfig: `hidden_size=192,num_hidden_layers=12`.")
+    config_overrides: Mapping | str | None = flag(None, "Fields of UMAEConfig: `hidden_size=192,num_hidden_layers=12`.")
     image_size: Annotated[int | None, Between(1)] = flag(None, "Side of the square crops, in pixels. [224]")
     patch_size: Annotated[int | None, Between(1)] = flag(None, "Side of a patch, in pixels; divides image_size. [16]")
     mask_ratio: Annotated[float | None, Between(0, 1)] = flag(None, "Share of the patches that is hidden. [0.75]")

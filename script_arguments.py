@@ -6,11 +6,14 @@ Beside the scripts rather than in the package, whose import takes seconds that `
 import argparse
 import dataclasses
 import difflib
+import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers.hf_argparser import HfArgumentParser
@@ -22,6 +25,15 @@ class Between:
 
     low: float
     high: float = math.inf
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML, with `5e-4` a number as in YAML 1.2; PyYAML reads text unless it is `5.0e-4`."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def flag(default: Any, help: str) -> Any:
@@ -46,23 +58,26 @@ def parse_arguments(types: Sequence[type], argv: Sequence[str]) -> tuple:
     the defaults.
 
     Raises:
-        ValueError: an unknown flag or recipe key (the nearest name is given), or a number out of its range.
+        ValueError: an unknown flag or recipe key (the nearest name is given), a value of a recipe that is not of its
+            field's type, or a number out of its range.
         SystemExit: argparse's own refusals (status 2) and `--help` (status 0).
     """
     usage = "%(prog)s [--flag value ...] (--help lists the flags)"
     parser = HfArgumentParser(types, allow_abbrev=False, usage=usage, formatter_class=_OneLine)
-    names = [field.name for one in types for field in dataclasses.fields(one)]
-    *_, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
-    if unknown:
-        name = unknown[0].split("=")[0]
-        raise ValueError(f"unknown argument {name}{_nearest(name.lstrip('-'), names, '--')}")
+    hints = {name: hint for one in types for name, hint in get_type_hints(one).items()}
     recipe = _recipe_of(argv)
     if recipe is not None:
-        argv = [*_recipe_flags(Path(recipe), names), *argv]
-    parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        values = _read_recipe(Path(recipe), hints)
+        parser.set_defaults(**values)
+        for action in parser._actions:
+            action.required = action.required and action.dest not in values
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        raise ValueError(f"unknown argument {name}{_nearest(name.lstrip('-'), list(hints), '--')}")
     for instance in parsed:
         _check_ranges(instance)
-    return parsed
+    return tuple(parsed)
 
 
 @contextmanager
@@ -74,19 +89,25 @@ def one_line_refusals(program: str) -> Iterator[None]:
         raise SystemExit(f"{program}: {error}") from error
 
 
-def parse_overrides(text: str | None, names: Sequence[str], flag_name: str) -> dict[str, Any]:
-    """`hidden_size=192,pooling=mean` -> {"hidden_size": 192, "pooling": "mean"}, values read as YAML.
+def parse_overrides(given: Mapping[str, Any] | str | None, names: Sequence[str], flag_name: str) -> dict[str, Any]:
+    """`hidden_size=192,pooling=mean` -> {"hidden_size": 192, "pooling": "mean"}, values read as YAML; a block of a
+    recipe, which has types, stays as it is.
 
     Raises:
-        ValueError: a part without `=`, or a name that is not in `names` (the nearest is given).
+        ValueError: a part without `=`, a value that is no YAML, or a name not in `names` (the nearest is given).
     """
-    overrides = {}
-    for part in filter(None, (text or "").split(",")):
-        name, equals, value = part.partition("=")
-        name = name.strip()
-        if not equals or name not in names:
-            raise ValueError(f"{flag_name}: {part!r} is not name=value with a known name{_nearest(name, names)}")
-        overrides[name] = yaml.safe_load(value)
+    if isinstance(given, Mapping):
+        overrides = dict(given)
+    else:
+        overrides = {}
+        for part in filter(None, (given or "").split(",")):
+            name, equals, value = part.partition("=")
+            if not equals:
+                raise ValueError(f"{flag_name}: {part!r} is not name=value")
+            overrides[name.strip()] = _read_yaml(flag_name, value)
+    for name in overrides:
+        if name not in names:
+            raise ValueError(f"{flag_name}: unknown name {name!r}{_nearest(str(name), names)}")
     return overrides
 
 
@@ -116,21 +137,46 @@ def _recipe_of(argv: Sequence[str]) -> str | None:
     return recipe
 
 
-def _recipe_flags(path: Path, names: Sequence[str]) -> list[str]:
-    """A recipe file as the flags that it stands for."""
+def _read_recipe(path: Path, hints: Mapping[str, Any]) -> dict[str, Any]:
+    """The names and values of a recipe file, each of the type of its field."""
     if not path.is_file():
         raise ValueError(f"there is no recipe {path}; give the path of a YAML file")
-    recipe = yaml.safe_load(path.read_text()) or {}
+    recipe = _read_yaml(str(path), path.read_text()) or {}
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} holds no names and values; expected lines such as `mask_ratio: 0.75`")
-    words = []
-    for name, value in recipe.items():
-        if name not in names or name == "recipe":
-            raise ValueError(f"{path}: unknown key {name!r}{_nearest(str(name), names)}")
-        if isinstance(value, dict):  # config_overrides, written as a block
-            value = ",".join(f"{key}={inner}" for key, inner in value.items())
-        words.append(f"--{name}={str(value).lower() if isinstance(value, bool) else value}")
-    return words
+    for name in recipe:
+        if name not in hints or name == "recipe":
+            raise ValueError(f"{path}: unknown key {name!r}{_nearest(str(name), list(hints))}")
+    return {name: _typed(f"{path}: {name}", value, hints[name]) for name, value in recipe.items()}
+
+
+def _read_yaml(where: str, text: str) -> Any:
+    try:
+        return _Yaml(text).get_single_data()
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """The value of a recipe as a field of that type has it; raises `ValueError` where it is of another."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            # YAML reads an unquoted `no` or `off` as false
+            chosen = ("yes" if value else "no") if isinstance(value, bool) else value
+            if chosen in get_args(kind):
+                return chosen
+        elif isinstance(value, get_origin(kind) or kind) and isinstance(value, bool) == (kind is bool):
+            return value
+        elif kind is float and type(value) is int:
+            return float(value)
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text (in quotes)", NoneType: "null"}
+    *others, last = (
+        "one of " + ", ".join(get_args(kind)) if get_origin(kind) is Literal else words.get(kind, "names and values")
+        for kind in kinds
+    )
+    found = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    raise ValueError(f"{name} is {found}, expected {' or '.join([', '.join(others), last] if others else [last])}")
 
 
 def _nearest(name: str, names: Sequence[str], prefix: str = "") -> str:

@@ -1,10 +1,12 @@
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, Literal, get_args, get_type_hints
 
 import pytest
-from processes import run
+from processes import ROOT, run
 
 import run_finetune
 import run_linear_probe
@@ -19,7 +21,11 @@ class Example:
     num_train_epochs: Annotated[int, Between(1)] = flag(3, "A count.")
     norm_pix_loss: bool | None = flag(None, "A switch.")
     pooling: Literal["cls", "mean"] | None = flag(None, "A choice.")
-    config_overrides: str | None = flag(None, "Fields.")
+    mixed_precision: Literal["no", "bf16"] | None = flag(None, "A choice that YAML reads as false.")
+    max_train_steps: Annotated[int | None, Between(1)] = flag(5, "A count, or none.")
+    streaming: bool = flag(False, "A switch that is on or off.")
+    output_dir: str = flag("runs", "Text.")
+    config_overrides: Mapping | str | None = flag(None, "Fields.")
 
 
 def parsed(*argv: str) -> Example:
@@ -27,12 +33,17 @@ def parsed(*argv: str) -> Example:
     return example
 
 
+def with_recipe(folder, text: str, *argv: str) -> Example:
+    (folder / "r.yaml").write_text(text)
+    return parsed("--recipe", str(folder / "r.yaml"), *argv)
+
+
 def test_flags_override_the_recipe_which_overrides_the_defaults(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("mask_ratio: 0.5\nnum_train_epochs: 7\nnorm_pix_loss: false\nconfig_overrides: {a: 1, b: x}\n")
     example = parsed("--recipe", str(recipe), "--num_train_epochs", "9")
     assert (example.mask_ratio, example.num_train_epochs, example.norm_pix_loss) == (0.5, 9, False)
-    assert example.config_overrides == "a=1,b=x" and example.pooling is None
+    assert example.config_overrides == {"a": 1, "b": "x"} and example.pooling is None
     assert parsed(f"--recipe={recipe}").num_train_epochs == 7
     assert parsed().num_train_epochs == 3
 
@@ -97,10 +108,92 @@ def test_values_of_the_wrong_type_are_refused(argv, capsys):
 
 
 @pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("max_train_steps: null", None),
+        ("max_train_steps:", None),
+        ("config_overrides: null", None),
+        ("mixed_precision: no", "no"),
+        ("mixed_precision: off", "no"),
+        ('mixed_precision: "no"', "no"),
+        ("mixed_precision: bf16", "bf16"),
+        ("mixed_precision: null", None),
+        ("norm_pix_loss: no", False),
+        ("norm_pix_loss: null", None),
+        ("streaming: true", True),
+        ("mask_ratio: 1", 1.0),
+        ("mask_ratio: 5e-4", 5e-4),  # text in YAML 1.1, a number in YAML 1.2 and everywhere else
+        ("output_dir: None", "None"),
+        ("config_overrides: {image_size: [8, 16], hidden_act: null}", {"image_size": [8, 16], "hidden_act": None}),
+        ("config_overrides: hidden_size=8,pooling=mean", "hidden_size=8,pooling=mean"),
+    ],
+)
+def test_values_of_a_recipe_keep_their_types(tmp_path, line, value):
+    found = getattr(with_recipe(tmp_path, line), line.partition(":")[0])
+    assert found == value and type(found) is type(value)
+
+
+def test_a_flag_overrides_whatever_type_the_recipe_has(tmp_path):
+    text = "max_train_steps: null\nmixed_precision: no\nstreaming: true\nconfig_overrides: {a: 1}"
+    flags = ("--max_train_steps=3", "--mixed_precision=bf16", "--streaming=false", "--config_overrides=a=2")
+    example = with_recipe(tmp_path, text, *flags)
+    assert (example.max_train_steps, example.mixed_precision, example.streaming) == (3, "bf16", False)
+    assert example.config_overrides == "a=2"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("num_train_epochs: many", "num_train_epochs is 'many', expected a whole number"),
+        ('num_train_epochs: "7"', "num_train_epochs is '7', expected a whole number"),
+        ("num_train_epochs: 7.5", "num_train_epochs is 7.5, expected a whole number"),
+        ("num_train_epochs: true", "num_train_epochs is true, expected a whole number"),
+        ("num_train_epochs: null", "num_train_epochs is null, expected a whole number"),
+        ("mask_ratio: [0.5]", "mask_ratio is [0.5], expected a number or null"),
+        ("mask_ratio: no", "mask_ratio is false, expected a number or null"),
+        ("streaming: 1", "streaming is 1, expected true or false"),
+        ("pooling: max", "pooling is 'max', expected one of cls, mean or null"),
+        ("pooling: no", "pooling is false, expected one of cls, mean or null"),
+        ("mixed_precision: yes", "mixed_precision is true, expected one of no, bf16 or null"),
+        ("output_dir: null", "output_dir is null, expected text"),
+        ("output_dir: 2024", "output_dir is 2024, expected text (in quotes)"),
+        ("output_dir: {a: 1}", "output_dir is {'a': 1}, expected text"),
+        ("config_overrides: [a]", "config_overrides is ['a'], expected names and values, text (in quotes) or null"),
+    ],
+)
+def test_recipes_with_values_of_another_type_are_refused_by_file_and_name(tmp_path, line, message):
+    with pytest.raises(ValueError, match=rf"r\.yaml: {re.escape(message)}"):
+        with_recipe(tmp_path, line)
+
+
+def test_a_recipe_may_hold_what_the_program_demands(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("model_name_or_path: runs/mine\nmixed_precision: no\n")
+    words = ["--recipe", str(tmp_path / "r.yaml"), "--output_dir", "runs/tuned"]
+    _, model, _, training = parse_arguments(run_finetune.TYPES, words)
+    assert (model.model_name_or_path, training.output_dir, training.mixed_precision) == (
+        "runs/mine",
+        "runs/tuned",
+        "no",
+    )
+    with pytest.raises(SystemExit):
+        parse_arguments(run_finetune.TYPES, words[:2])
+    assert capsys.readouterr().err.endswith("the following arguments are required: --output_dir/--output-dir\n")
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_ours_is_read(recipe):
+    types = run_finetune.TYPES if "finetune" in recipe.stem else SCRIPTS[0]
+    required = REQUIRED if "finetune" in recipe.stem else []
+    parsed = parse_arguments(types, ["--recipe", str(recipe), *required])
+    assert parsed[-1].mixed_precision in ("no", "bf16") and parsed[-1].num_train_epochs > 1
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("mask_ration: 0.5", "unknown key 'mask_ration'; did you mean mask_ratio"),
         ("recipe: other.yaml", "unknown key 'recipe'"),
+        ("a: b: c", r"r.yaml is no YAML: mapping values are not allowed here"),
         ("- 1", "holds no names and values"),
         ("num_train_epochs: 0", "must be at least 1"),
     ],
@@ -120,6 +213,11 @@ def test_overrides_are_read_as_their_types():
     assert parse_overrides(None, names, "--config_overrides") == {}
     with pytest.raises(ValueError, match="did you mean hidden_size"):
         parse_overrides("hidden_sise=1", names, "--config_overrides")
+    block = {"image_size": [8, 16], "pooling": None}
+    assert parse_overrides(block, ["image_size", "pooling"], "config_overrides") == block
+    with pytest.raises(ValueError, match="config_overrides: unknown name 'hidden_sise'; did you mean hidden_size"):
+        parse_overrides({"hidden_sise": 1}, names, "config_overrides")
+    assert parse_overrides("layer_norm_eps=1e-5", names, "config_overrides") == {"layer_norm_eps": 1e-5}
     with pytest.raises(ValueError, match="not name=value"):
         parse_overrides("hidden_size", names, "--config_overrides")
 
