@@ -3,6 +3,7 @@
 from transformers import PreTrainedConfig
 
 POOLINGS = ("cls", "mean")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")  # of transformers
 
 _SIDES = ("image_size", "patch_size")
 _PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "mask_ratio")
@@ -214,6 +215,8 @@ def _check_field(name: str, value) -> None:
         raise ValueError(f"{name} must be true or false, got {value!r:.80}")
     if name == "pooling" and value not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {value!r:.80}")
+    if name == "problem_type" and value not in (None, *PROBLEM_TYPES):
+        raise ValueError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, or None, got {value!r:.80}")
 
 
 __all__ = ["UMAEConfig"]

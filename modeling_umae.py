@@ -10,6 +10,7 @@ those of the published MAE checkpoints (`facebook/vit-mae-base`), which therefor
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -759,6 +760,51 @@ class UMAEForPreTraining(UMAEPreTrainedModel):
         return encoded.pooler_output
 
 
+def inferred_problem_type(labels: torch.Tensor, num_labels: int) -> str:
+    """What transformers takes labels for where `config.problem_type` is not set."""
+    if num_labels == 1:
+        return "regression"
+    is_class = labels.dtype in (torch.int64, torch.int32)
+    return "single_label_classification" if is_class else "multi_label_classification"
+
+
+def check_labels(labels: torch.Tensor, logits: torch.Tensor, problem_type: str) -> None:
+    """Raise `ValueError` where labels do not have the dtype, the shape or the range of a problem type.
+
+    Args:
+        labels: int64 (batch,), classes from 0 on, -100 for none, if "single_label_classification"; floating-point
+            (batch, num_labels), in 0..1 if "multi_label_classification", any if "regression", where one label may also
+            be (batch,). The range is checked on the CPU only: to ask a GPU would be to wait for it.
+        logits: (batch, num_labels).
+    """
+    batch, num_labels = logits.shape
+    single = problem_type == "single_label_classification"
+    flat = single or (problem_type == "regression" and num_labels == 1)
+    shapes = [(batch,), (batch, 1)] if flat else [(batch, num_labels)]
+    right_dtype = labels.dtype == torch.int64 if single else labels.is_floating_point()
+    if not right_dtype or tuple(labels.shape) not in shapes:
+        raise ValueError(
+            f"labels are {str(labels.dtype).removeprefix('torch.')} {tuple(labels.shape)}; for problem_type "
+            f"{problem_type!r} and num_labels {num_labels} expected {'int64' if single else 'floating point'} "
+            f"{shapes[0]}; change the labels, or config.problem_type"
+        )
+    if problem_type == "regression" or labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    labels, most = (labels[labels != -100], num_labels - 1) if single else (labels, 1)
+    if not ((labels >= 0) & (labels <= most)).all():
+        raise ValueError(
+            f"labels lie in {labels.min():g} to {labels.max():g}; for problem_type {problem_type!r} and num_labels "
+            f"{num_labels} expected 0 to {most}"
+        )
+
+
+class _Problem(NamedTuple):
+    """The part of a configuration that transformers' losses read."""
+
+    num_labels: int
+    problem_type: str
+
+
 class UMAEHead(nn.Linear):
     """A classifier's last layer; a class of its own because it starts near zero."""
 
@@ -788,17 +834,30 @@ class UMAEForImageClassification(UMAEPreTrainedModel):
 
         Args:
             pixel_values: (batch, channels, height, width), normalised as the image processor does.
-            labels: (batch,), int64 classes, optional; adds the cross entropy as `loss`.
+            labels: optional, of `config.problem_type`, see `check_labels`; where it is not set, it is inferred as in
+                transformers: "regression" with one label, "single_label_classification" for integers, else
+                "multi_label_classification". Adds the mean squared error, the cross entropy or the binary cross
+                entropy as `loss`.
             interpolate_pos_encoding: accept pictures of another size than `config.image_size`.
+
+        Raises:
+            ValueError: the labels do not fit the problem type, or the pictures do not have the expected shape.
         """
         encoded = self.vit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs)
         logits = self.classifier(encoded.pooler_output)
         return ImageClassifierOutput(
-            loss=None if labels is None else F.cross_entropy(logits, labels),
+            loss=None if labels is None else self.loss_of(logits, labels),
             logits=logits,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
         )
+
+    def loss_of(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """transformers' loss for the problem type, a scalar."""
+        problem_type = self.config.problem_type or inferred_problem_type(labels, logits.shape[1])
+        check_labels(labels, logits, problem_type)
+        # Not the configuration itself, in which transformers would write down for good what the first labels were
+        return self.loss_function(labels, logits, _Problem(logits.shape[1], problem_type))
 
 
 __all__ = [

@@ -7,6 +7,7 @@ from golden_models import SETUP, batch, fresh_config, our_weights, pretraining_m
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from configuration_umae import UMAEConfig
@@ -461,6 +462,73 @@ def test_classifier_takes_over_a_pretrained_encoder(tmp_path):
     output = model(pictures_for(model.config), labels=torch.tensor([0, 1, 2, 4]))
     assert output.logits.shape == (4, 5)
     assert output.loss.item() == pytest.approx(torch.tensor(5.0).log().item(), abs=1e-2)  # a head that knows nothing
+
+
+def classifier_for(num_labels: int, problem_type: str | None = None) -> UMAEForImageClassification:
+    torch.manual_seed(0)
+    model = UMAEForImageClassification(fresh_config(num_labels=num_labels, problem_type=problem_type))
+    torch.nn.init.normal_(model.classifier.weight)
+    return model
+
+
+CLASSES = torch.tensor([0, 2, -100, 1])
+SHARES = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.25, 0.0, 0.75]])
+NUMBERS = 3 * SHARES - 1
+FITTING = {
+    "classes": (3, CLASSES, "single_label_classification", F.cross_entropy),
+    "shares": (3, SHARES, "multi_label_classification", F.binary_cross_entropy_with_logits),
+    "a number": (1, NUMBERS[:, 0], "regression", lambda logits, labels: F.mse_loss(logits[:, 0], labels)),
+}
+
+
+@pytest.mark.parametrize("said", [False, True])
+@pytest.mark.parametrize(("num_labels", "labels", "problem_type", "loss"), FITTING.values(), ids=FITTING)
+def test_the_loss_of_a_classifier_is_torchs_own_for_the_problem_type_said_or_inferred(
+    num_labels, labels, problem_type, loss, said
+):
+    model = classifier_for(num_labels, problem_type if said else None)
+    output = model(pictures_for(model.config), labels=labels)
+    assert torch.equal(output.loss, loss(output.logits, labels))
+    assert model.config.problem_type == (problem_type if said else None), "the configuration belongs to the caller"
+
+
+def test_several_numbers_are_regressed_where_the_problem_type_says_so():
+    model = classifier_for(3, "regression")
+    output = model(pictures_for(model.config), labels=NUMBERS)
+    assert torch.equal(output.loss, F.mse_loss(output.logits, NUMBERS))
+
+
+def test_the_loss_of_a_classifier_is_part_of_one_graph():
+    model = classifier_for(3)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)  # a graph break is an error
+    pixel_values = pictures_for(model.config)
+    for labels in (CLASSES, SHARES):
+        assert torch.equal(compiled(pixel_values, labels=labels).loss, model(pixel_values, labels=labels).loss)
+
+
+@pytest.mark.parametrize(
+    ("num_labels", "problem_type", "labels", "message"),
+    [
+        (3, "single_label_classification", SHARES, r"float32 \(4, 3\); .*expected int64 \(4,\)"),
+        (3, "single_label_classification", CLASSES[:2], r"int64 \(2,\); .*expected int64 \(4,\)"),
+        (3, None, CLASSES.int(), r"int32 \(4,\); for problem_type 'single_label_classification' .*expected int64"),
+        (3, None, torch.tensor([0, 1, 2, 3]), "labels lie in 0 to 3; .* expected 0 to 2"),
+        (3, None, torch.tensor([0, 1, 2, -1]), "labels lie in -1 to 2; .* expected 0 to 2"),
+        (3, "multi_label_classification", CLASSES, r"int64 \(4,\); .*expected floating point \(4, 3\)"),
+        (3, "multi_label_classification", SHARES.bool(), r"bool \(4, 3\); .*expected floating point"),
+        (3, None, SHARES[:, 0], r"float32 \(4,\); for problem_type 'multi_label_classification' and num_labels 3"),
+        (3, None, NUMBERS, "labels lie in -1 to 2; .* expected 0 to 1"),
+        (3, None, SHARES * torch.nan, "labels lie in nan to nan; .* expected 0 to 1"),
+        (3, "regression", NUMBERS[:, 0], r"float32 \(4,\); .* expected floating point \(4, 3\)"),
+        (1, None, CLASSES, r"int64 \(4,\); for problem_type 'regression' and num_labels 1 expected floating point"),
+    ],
+    ids=lambda value: None if isinstance(value, torch.Tensor) else str(value),
+)
+def test_labels_that_do_not_fit_the_problem_type_are_refused(num_labels, problem_type, labels, message):
+    model = classifier_for(num_labels, problem_type)
+    with pytest.raises(ValueError, match=message):
+        model(pictures_for(model.config), labels=labels)
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
