@@ -245,11 +245,10 @@ class UMAEEmbeddings(nn.Module):
     def __init__(self, config: UMAEConfig):
         super().__init__()
         self.config = config
-        rows, columns = config.grid
         patch = config.patch_height_width
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         # A buffer: saved, never trained. (`from_pretrained` would make a frozen parameter trainable.)
-        self.register_buffer("position_embeddings", torch.zeros(1, 1 + rows * columns, config.hidden_size))
+        self.register_buffer("position_embeddings", sincos_position_table(config.hidden_size, config.grid))
         projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch, stride=patch)
         self.patch_embeddings = nn.ModuleDict({"projection": projection})
 
@@ -478,6 +477,15 @@ class UMAEPreTrainedModel(PreTrainedModel):
             table = sincos_position_table(self.config.decoder_hidden_size, self.config.grid)
             init.copy_(module.decoder_pos_embed, table)
 
+    def get_input_embeddings(self) -> UMAEEmbeddings:
+        """The embeddings as a whole: what comes out of them enters the first layer, and a hook there sees all of it."""
+        # Not the convolution in them: `project_visible` reads its weights without calling it, and FSDP, which shards
+        # what this returns as a unit of its own, gathers a module's weights when it is called
+        return self.base_model.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base_model.embeddings = value
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As `PreTrainedModel.save_pretrained`; the code goes with it, under all its Auto classes."""
         self.config.auto_map = {
@@ -625,10 +633,10 @@ class UMAEDecoder(nn.Module):
     def __init__(self, config: UMAEConfig):
         super().__init__()
         self.config = config
-        size, (rows, columns), patch = config.decoder_hidden_size, config.grid, config.patch_height_width
+        size, patch = config.decoder_hidden_size, config.patch_height_width
         self.decoder_embed = nn.Linear(config.hidden_size, size)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
-        self.register_buffer("decoder_pos_embed", torch.zeros(1, 1 + rows * columns, size))
+        self.register_buffer("decoder_pos_embed", sincos_position_table(size, config.grid))
         sizes = (size, config.decoder_num_attention_heads, config.decoder_intermediate_size)
         self.decoder_layers = nn.ModuleList(
             [UMAELayer(config, *sizes) for _ in range(config.decoder_num_hidden_layers)]

@@ -55,12 +55,13 @@ def replicated(module: nn.Module) -> nn.Module:
 
 
 def sharded(module: nn.Module) -> nn.Module:
-    """As FSDP2 wraps, every layer, then the rest; under gradient checkpointing as well."""
+    """As Accelerate shards by FSDP2: layers, input embeddings, the rest; under gradient checkpointing as well."""
     model = getattr(module, "model", getattr(module, "vit", module))
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # transformers renames it
     for layer in module.modules():
         if isinstance(layer, UMAELayer):
             fully_shard(layer)
+    fully_shard(model.get_input_embeddings())
     return fully_shard(module)
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from transformers import PreTrainedModel, ViTMAEConfig, ViTMAEForPreTraining
 
 from configuration_umae import UMAEConfig
 from modeling_umae import (
@@ -79,6 +79,50 @@ def test_position_tables_stand_however_the_model_came_about(tmp_path):
     assert_tables_right(UMAEForPreTraining._from_config(config))
     UMAEModel(config).save_pretrained(tmp_path)
     assert_tables_right(UMAEForPreTraining.from_pretrained(tmp_path))
+
+
+ALL_CLASSES = pytest.mark.parametrize("model_class", [UMAEModel, UMAEForPreTraining, UMAEForImageClassification])
+
+
+@ALL_CLASSES
+def test_every_buffer_is_the_same_from_the_constructor_and_from_initialisation_alone(model_class, monkeypatch):
+    """transformers fills the buffers of models without memory by either way."""
+    config = fresh_config(image_size=(16, 32))
+    with torch.device("meta"):
+        model = model_class(config)
+    model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.fill_(torch.nan)
+    model.init_weights()
+    assert all(tensor.isfinite().all() for tensor in (*model.parameters(), *model.buffers()))
+    monkeypatch.setattr(PreTrainedModel, "_initialize_weights", lambda self, *args: None)
+    constructed = dict(model_class(config).named_buffers())
+    initialised = dict(model.named_buffers())
+    assert constructed.keys() == initialised.keys()
+    assert [name for name, buffer in constructed.items() if not torch.equal(buffer, initialised[name])] == []
+
+
+@ALL_CLASSES
+def test_the_input_embeddings_are_the_whole_embeddings(model_class):
+    model = model_class(fresh_config())
+    embeddings = model.get_input_embeddings()
+    assert embeddings is getattr(model, "vit", model).embeddings
+    other = copy.deepcopy(embeddings)
+    model.set_input_embeddings(other)
+    assert model.get_input_embeddings() is other is getattr(model, "vit", model).embeddings
+
+
+@ALL_CLASSES
+def test_layers_on_frozen_embeddings_learn_under_checkpointing_once_inputs_require_gradients(model_class):
+    """Reentrant checkpointing gives none to what lies on an input without one."""
+    model = model_class(fresh_config()).train()
+    model.get_input_embeddings().requires_grad_(False)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    model(pictures_for(model.config))[0].sum().backward()
+    layer = getattr(model, "vit", model).encoder["layer"][0]
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+    assert all(parameter.grad is None for parameter in model.get_input_embeddings().parameters())
 
 
 # ------------------------------------------------------------------------------------------------- forward, backward
