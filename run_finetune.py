@@ -121,9 +121,10 @@ from transformers import BaseImageProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from umae import UMAEConfig, UMAEForImageClassification, cards, checkpoints, hub
+from umae.accuracy import guess, percent, topk_accuracy
 from umae.augmentation import Strengths, augment
 from umae.classes import load_labelled
-from umae.classification import LOGGED, accuracy, classification_step, guess
+from umae.classification import LOGGED, classification_step
 from umae.convert import load_exactly, read_model
 from umae.data import Pictures, Plan, TrainingPictures, check_fills_a_step, decode_all, training_loader
 from umae.failures import explained_out_of_memory, report_unreadable, stop_if_failed, tell_on
@@ -421,7 +422,7 @@ def judge(job: Job, progress: Progress) -> dict[str, Any]:
         progress.model, job.test, job.processor, job.args.per_device_eval_batch_size, job.workers, len(job.names),
         job.accelerator,
     )  # fmt: skip
-    return {"accuracy": accuracy(guesses, job.test.labels()), "unreadable": unreadable}
+    return {"accuracy": topk_accuracy(guesses, job.test.labels()), "unreadable": unreadable}
 
 
 def in_words(accuracy: dict[str, float]) -> str:
@@ -450,10 +451,6 @@ def finish(job: Job, record: dict[str, Any], judged: dict[str, Any]) -> None:
         f"finished in {cards.duration(record['seconds'])}: {in_words(judged['accuracy'])} of {len(job.test):,} "
         f"pictures from {job.test.description}\nclassifier, {REPORT} and card in {folder}"
     )
-
-
-def percent(fraction: float | None) -> float | None:
-    return None if fraction is None else round(100 * fraction, 2)
 
 
 def protocol(job: Job, record: dict[str, Any], unreadable: list[str]) -> dict[str, Any]:

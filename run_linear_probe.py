@@ -65,6 +65,7 @@ from transformers import BaseImageProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_umae import UMAEForImageClassification, UMAEModel
+from umae.accuracy import percent, topk_accuracy
 from umae.attentive import ATTENTIVE_PROTOCOL, AttentiveHead, train_attentive_head
 from umae.cards import probe_card
 from umae.checkpoints import write_text
@@ -75,7 +76,6 @@ from umae.data import Pictures
 from umae.features import CROP_SCALE, extract_features, load_processor
 from umae.mae_probe import PROTOCOL as MAE_PROTOCOL
 from umae.mae_probe import ProbeSchedule, train_mae_probe
-from umae.metrics import TopKAccuracy
 from umae.probing import LINEAR_PROTOCOL, LinearHead, knn_classify, low_shot, rank_classes, train_linear_heads
 
 NEIGHBOURS, TEMPERATURE = (10, 20), 0.07  # of k-NN, as DINO evaluates
@@ -255,7 +255,7 @@ def judge(
         results[name] = over_seeds([judge_head(heads[name], features, test.labels) for heads in trained])
         for k in NEIGHBOURS:
             votes = knn_classify(train.features[name], train.labels, features, num_classes, k, TEMPERATURE)
-            results[name][f"knn{k}_top1"] = percent(accuracy(rank_classes(votes, 1), test.labels)["top1"])
+            results[name][f"knn{k}_top1"] = percent(topk_accuracy(rank_classes(votes, 1), test.labels)["top1"])
         results[name]["effective_rank"] = round(effective_rank(features), 2)
         results[name]["uniformity"] = round(uniformity(features), 6)
     return results
@@ -288,9 +288,9 @@ def judge_head(
     head: LinearHead | AttentiveHead, features: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, float | None]:
     scores = head(features)
-    found = accuracy(rank_classes(scores, 5 if scores.shape[1] > 5 else 1), labels)
+    found = topk_accuracy(rank_classes(scores, 5 if scores.shape[1] > 5 else 1), labels)
     chosen = {name: percent(value) if name.endswith("top1") else value for name, value in head.chosen.items()}
-    return {"top1": percent(found["top1"]), "top5": percent(found["top5"]) if "top5" in found else None, **chosen}
+    return {"top1": percent(found["top1"]), "top5": percent(found.get("top5")), **chosen}
 
 
 def over_seeds(results: Sequence[dict[str, float | None]]) -> dict[str, Any]:
@@ -304,14 +304,6 @@ def over_seeds(results: Sequence[dict[str, float | None]]) -> dict[str, Any]:
         "deviation": {name: round(statistics.stdev(values), 2) for name, values in columns.items()},
         "of_each_seed": list(results),
     }
-
-
-def accuracy(guesses: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    return TopKAccuracy(keep_in_memory=True).compute(predictions=guesses.cpu(), references=labels.cpu())
-
-
-def percent(fraction: float) -> float:
-    return round(100 * fraction, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

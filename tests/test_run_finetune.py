@@ -19,7 +19,7 @@ from transformers import pipeline
 import run_finetune
 from modeling_umae import UMAEForImageClassification, UMAEForPreTraining
 from umae import classification
-from umae.classification import guess
+from umae.accuracy import guess
 from umae.convert import read_model
 from umae.data import load_pictures
 from umae.features import load_processor

@@ -15,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from umae.probing import EPSILON, best_head, check_labels, split_off
+from umae.schedules import learning_rate_at
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 WEIGHT_DECAY = 0.1
@@ -163,7 +164,7 @@ def _train(
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
     batch_size = min(BATCH_SIZE, max(len(rows) // 16, 1))
     total = EPOCHS * math.ceil(len(rows) / batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    step = 0
     with tqdm(total=total, desc=description, unit="step") as bar:
         for _ in range(EPOCHS):
             for batch in rows[torch.randperm(len(rows), generator=generator)].split(batch_size):
@@ -172,9 +173,11 @@ def _train(
                 logits = attend(stacked, some, mean, scale, num_attention_heads)  # (N, R, C)
                 wanted = labels[batch.to(device)].repeat_interleave(len(heads))
                 loss = nn.functional.cross_entropy(logits.flatten(0, 1), wanted) * len(heads)  # the sum over the heads
+                for group, rate in zip(optimizer.param_groups, learning_rates, strict=True):
+                    group["lr"] = learning_rate_at(step, total, 0, rate)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-                schedule.step()
+                step += 1
                 bar.update()
     return [{name: parameter.detach() for name, parameter in head.items()} for head in heads]

@@ -1,22 +1,14 @@
 """A classifier that is trained as a whole: one step, and its guesses for pictures that it has not seen."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
-from transformers import BaseImageProcessor
 
 from umae import seeding
 from umae.augmentation import MIX_NUMBERS, Strengths, mix_pairs, soft_targets
-from umae.data import Pictures
-from umae.features import EvaluationPictures
-from umae.interruption import ignore_signals
-from umae.metrics import TopKAccuracy
 from umae.training import remember_failure
 from umae.transforms import normalize
 
@@ -55,7 +47,7 @@ def classification_step(
     losses = []
     for i, batch in enumerate(micro_batches):
         with accelerator.accumulate(model):
-            pixel_values, targets = device_inputs(
+            pixel_values, targets = mixed_inputs(
                 batch, accelerator.device, labels, seed, num_classes, strengths, mean, std
             )
             seeding.seed_forward(seed, step, i, accelerator.process_index)
@@ -75,7 +67,7 @@ def classification_step(
     return values
 
 
-def device_inputs(
+def mixed_inputs(
     batch: dict,
     device: torch.device,
     labels: torch.Tensor,
@@ -93,54 +85,3 @@ def device_inputs(
         return pixel_values, targets
     numbers = seeding.uniform(seed, seeding.MIX, batch["epoch"], index[::2], MIX_NUMBERS)
     return mix_pairs(pixel_values, targets, numbers, strengths.mixup, strengths.cutmix)
-
-
-@torch.no_grad()
-def guess(
-    model: nn.Module,
-    pictures: Pictures,
-    processor: BaseImageProcessor,
-    batch_size: int,
-    num_workers: int,
-    num_classes: int,
-    accelerator: Accelerator,
-) -> tuple[torch.Tensor, list[str]]:
-    """The most likely classes of pictures, each counted exactly once on any number of processes, which all call this.
-
-    Args:
-        model: as prepared by the accelerator, in training mode; left so.
-        batch_size: pictures of a batch; every process looks at one batch at a time.
-
-    Returns:
-        int64 (N, 5), or as many as there are classes, best first, on every process; -1, no class, for a picture that
-        cannot be read. And why those cannot.
-    """
-    count, processes, best = len(pictures), accelerator.num_processes, min(5, num_classes)
-    batch_size = min(batch_size, math.ceil(count / processes))
-    rounds = math.ceil(count / (batch_size * processes))
-    # All have as many batches as any other, with the first pictures again at the end, which are cut off below
-    places = (torch.arange(rounds * processes * batch_size) % count).view(rounds, processes, batch_size)
-    loader = DataLoader(
-        EvaluationPictures(pictures, processor),
-        sampler=places[:, accelerator.process_index].tolist(),
-        batch_size=None,  # an element of the sampler is a whole batch
-        num_workers=num_workers,
-        worker_init_fn=ignore_signals if num_workers else None,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    guesses, errors = [], set()
-    model.eval()
-    for batch in loader:
-        mine = torch.full((batch_size, best), -1, device=accelerator.device)
-        errors |= set(batch["errors"])
-        if batch["pixel_values"] is not None:
-            logits = model(batch["pixel_values"].to(accelerator.device, non_blocking=True)).logits.float()
-            mine[batch["rows"].to(accelerator.device)] = logits.topk(best, dim=1).indices
-        guesses.append(accelerator.gather(mine))  # one batch after the other
-    model.train()
-    return torch.cat(guesses)[:count].cpu(), sorted(set(gather_object(list(errors))))
-
-
-def accuracy(guesses: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Top-1 and, with at least five guesses, top-5, in 0..1."""
-    return TopKAccuracy(keep_in_memory=True).compute(predictions=guesses, references=labels)

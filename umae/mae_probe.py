@@ -21,7 +21,7 @@ from umae.checkpoints import read_tensors, write_tensors
 from umae.data import Pictures, Plan, TrainingPictures, check_fills_a_step, decode_all, training_loader
 from umae.features import CROP_SCALE, frozen_features
 from umae.launch import fast_attention
-from umae.probing import LinearHead
+from umae.probing import LinearHead, cross_entropy_gradient
 from umae.schedules import learning_rate_at
 from umae.speed import compile_layers
 from umae.training import flipped_and_normalized, on_device
@@ -79,9 +79,8 @@ class BatchNormHead:
         self.mean.lerp_(mean, KEPT)
         self.variance.lerp_(variance * len(features) / max(len(features) - 1, 1), KEPT)
         inputs = (features - mean) * (variance + EPSILON).rsqrt()
-        likelihood = torch.addmm(self.bias, inputs, self.weight.T).log_softmax(dim=1)
-        places = labels[:, None]
-        error = likelihood.exp().scatter_add_(1, places, -torch.ones_like(likelihood[:, :1])) / len(labels)
+        logits = torch.addmm(self.bias, inputs, self.weight.T)
+        error = cross_entropy_gradient(logits, labels)
         gradient = error.T @ inputs
         lengths = self.weight.norm(), gradient.norm()
         trust = torch.where((lengths[0] > 0) & (lengths[1] > 0), TRUST * lengths[0] / lengths[1], 1.0)
@@ -89,7 +88,7 @@ class BatchNormHead:
         for parameter, momentum, update in zip((self.weight, self.bias), self.momenta, updates, strict=True):
             momentum.mul_(MOMENTUM).add_(update)
             parameter.sub_(learning_rate * momentum)
-        return -likelihood.gather(1, places).mean()
+        return torch.nn.functional.cross_entropy(logits, labels)
 
     def folded(self, chosen: dict[str, float]) -> LinearHead:
         """The head in evaluation mode, by the running mean and variance, as one linear layer of raw features."""

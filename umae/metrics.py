@@ -5,6 +5,7 @@ import evaluate
 import numpy as np
 import torch
 
+from umae.accuracy import topk_accuracy
 from umae.collapse import FeatureStatistics, alignment
 
 
@@ -41,8 +42,7 @@ class TopKAccuracy(evaluate.Metric):
                 f"predictions of shape {guesses.shape} beginning with {predictions[:1]}; expected class indices "
                 "(pictures, guesses), best first, as scores.topk(5).indices"
             )
-        hits = guesses == np.array(references)[:, None]  # (pictures, guesses)
-        return {f"top{k}": float(hits[:, :k].any(axis=1).mean()) for k in (1, 5) if k <= hits.shape[1]}
+        return topk_accuracy(torch.from_numpy(guesses), torch.tensor(references))
 
 
 class Collapse(evaluate.Metric):

@@ -4,7 +4,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from umae.probing import EPSILON
+from umae.probing import EPSILON, cross_entropy_gradient
 
 LEARNING_RATE, DECAY = 3e-3, 0.99  # of Adam; of the running means
 
@@ -39,9 +39,7 @@ class OnlineClassifier:
         """
         features = features.detach().float()
         inputs = self._standardised(features)
-        error = (inputs @ self.weight.T).softmax(dim=1)
-        error.scatter_add_(1, labels[:, None], -torch.ones_like(error[:, :1]))  # the gradient of the cross entropy
-        gradient = error.T @ inputs / len(labels)
+        gradient = cross_entropy_gradient(inputs @ self.weight.T, labels).T @ inputs
         near = self.means[0] / (1 - self.lacks) if self.lacks < 1 else 0.0
         means = torch.stack([features.mean(dim=0), (features - near).square().mean(dim=0)])
         shared = torch.cat([gradient.flatten(), means.flatten()])

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import normalize
 
+from umae.schedules import learning_rate_at
+
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 WEIGHT_DECAYS = (0.0, 1e-4, 1e-3)
 EPOCHS = 100
@@ -103,8 +105,6 @@ def train_heads(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """H heads on each of F kinds of feature, all side by side: weights (F, H, C, D) and biases (F, H, C).
 
-    The gradient of the cross entropy is written out: `features.T @ (softmax(logits) - one_hot(labels))`.
-
     Args:
         features: F tensors (V, N, D); an epoch is of one of the V.
         settings: of every kind, (learning rate, weight decay) of each of its H heads.
@@ -128,17 +128,28 @@ def train_heads(
     for epoch in range(EPOCHS):
         for batch in torch.randperm(count, generator=generator).to(device).split(batch_size):
             inputs = (torch.stack([kind[epoch % views, batch] for kind in features]) - mean) * scale  # (F, B, D)
-            error = torch.baddbmm(bias, inputs, weight).unflatten(2, (heads, num_classes)).softmax(dim=-1)
-            error[:, torch.arange(len(batch), device=device), :, labels[batch]] -= 1
-            error = error.flatten(2) / len(batch)  # (F, B, H * C), the gradient of the logits
+            logits = torch.baddbmm(bias, inputs, weight).unflatten(2, (heads, num_classes))  # (F, B, H, C)
+            error = cross_entropy_gradient(logits, labels[batch, None]).flatten(2)  # (F, B, H * C)
             weight_momentum.mul_(MOMENTUM).baddbmm_(inputs.transpose(1, 2), error).addcmul_(decays, weight)
             bias_momentum.mul_(MOMENTUM).add_(error.sum(dim=1, keepdim=True))
-            rate = rates * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            rate = rates * learning_rate_at(step, steps, 0, 1.0)
             weight -= rate * weight_momentum
             bias -= rate * bias_momentum
             step += 1
     weight = weight.unflatten(2, (heads, num_classes)).permute(0, 2, 3, 1) * scale[:, None]  # for raw features
     return weight, bias.view(kinds, heads, num_classes) - (weight * mean[:, None]).sum(dim=-1)
+
+
+def cross_entropy_gradient(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The gradient of the mean cross entropy for its logits: `(softmax(logits) - one_hot(labels)) / images`.
+
+    Args:
+        logits: (..., C).
+        labels: int64, images along its first dimension; broadcast to the shape of the logits without C.
+    """
+    error = logits.softmax(dim=-1)
+    index = labels.expand(error.shape[:-1])[..., None]
+    return error.scatter_add_(-1, index, torch.full_like(error[..., :1], -1)) / len(labels)
 
 
 def split_off(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
