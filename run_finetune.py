@@ -181,6 +181,7 @@ def main(argv: list[str]) -> None:
         repo_id = hub.check_access(args.hub_model_id or job.folder.resolve().name, args.hub_private_repo)
 
     record = open_run(accelerator, job.folder, identity_of(job, model_args.model_name_or_path))
+    record["base_model"] = cards.base_model(model_args.model_name_or_path)
     if record["finished"]:
         accelerator.print(f"{job.folder} holds this run, finished; nothing to do")
     else:

@@ -67,7 +67,7 @@ from transformers.utils.logging import disable_progress_bar
 from modeling_umae import UMAEForImageClassification, UMAEModel
 from umae.accuracy import percent, topk_accuracy
 from umae.attentive import ATTENTIVE_PROTOCOL, AttentiveHead, train_attentive_head
-from umae.cards import probe_card
+from umae.cards import base_model, probe_card
 from umae.checkpoints import write_text
 from umae.classes import load_labelled
 from umae.collapse import effective_rank, uniformity
@@ -324,6 +324,7 @@ def protocol(
     model = Path(args.model_name_or_path)
     return {
         "model": model.resolve().name if model.exists() else args.model_name_or_path,
+        "base_model": base_model(args.model_name_or_path),
         "train": {"data": train.description, "pictures": len(train)},
         "test": {"data": test.description, "pictures": len(test)},
         "classes": len(names),

@@ -177,6 +177,7 @@ def main(argv: list[str]) -> None:
         push = hub.BackgroundPush(repo_id, job.folder, tell=tqdm.write)
 
     record = open_run(accelerator, job.folder, identity_of(job, model_args.model_name_or_path))
+    record["base_model"] = cards.base_model(model_args.model_name_or_path)
     if record["finished"]:
         accelerator.print(f"{job.folder} holds this run, finished; nothing to do")
     else:

@@ -18,7 +18,7 @@ from processes import run
 import run_pretrain
 from modeling_umae import UMAEModel
 from umae import hub
-from umae.cards import probe_card
+from umae.cards import base_model, probe_card
 from umae.transforms import evaluation_processor
 
 LOAD = """
@@ -81,12 +81,16 @@ def test_a_run_is_pushed_in_one_commit_and_loads_by_its_name(server, tmp_path):
 def test_a_finished_run_is_pushed_when_asked_for_later(server, tmp_path):
     command = ("run_pretrain.py", "--output_dir", tmp_path / "digits", "--max_train_steps", "1")
     run(*command)
+    card = tmp_path / "digits" / "README.md"
+    assert "license: apache-2.0\n" in card.read_text(), "trained from scratch, here"
+    card.write_text(card.read_text().replace("license: apache-2.0", "license: mit"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "digits").rglob("*")}
     pushed = run(*command, "--push_to_hub", "--hub_model_id", "tester/digits", **online(server, tmp_path / "home"))
     assert "finished; nothing to do" in pushed.stdout and f"pushed to {server.url}/tester/digits" in pushed.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "digits").rglob("*")}
     repo = server.repos["model", "tester/digits"]
-    assert "model.safetensors" in repo.commits[repo.refs["main"]]
+    files = repo.commits[repo.refs["main"]]
+    assert "model.safetensors" in files and files["README.md"].data == card.read_bytes(), "a card that was edited stays"
 
 
 CLASSIFY = """
@@ -162,6 +166,8 @@ def test_no_token_is_written_and_nothing_published_tells_of_the_machine(server, 
     traces = [trace for trace in traces if len(trace) > 4]  # shorter ones are found anywhere
     published = set(repo.commits[repo.refs["main"]]) - {".gitattributes"}
     assert "README.md" in published
+    card = ModelCard((tmp_path / "digits" / "README.md").read_text())
+    assert card.data.license is None and card.data.base_model is None and "| Started from | first |" in card.text
     for name in published:
         content = (tmp_path / "digits" / name).read_bytes()
         assert [trace for trace in traces if trace.encode() in content] == [], name
@@ -363,6 +369,32 @@ def test_a_run_that_keeps_one_checkpoint_and_a_slow_hub_make_whole_revisions(log
     assert {path.name for path in (tmp_path / "digits").glob("*") if path.suffix == ".tmp"} == set()
 
 
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"README.md": "---\nbase_model: facebook/vit-mae-base\nlicense: mit\n---\n"}, ["facebook/vit-mae-base"]),
+        ({"README.md": "---\nbase_model: [a/b, ../secret, c/d]\n---\n"}, ["a/b", "c/d"]),
+        ({"README.md": "# no metadata", "config.json": '{"_name_or_path": "facebook/vit-mae-base"}'},
+         ["facebook/vit-mae-base"]),
+        ({"README.md": "---\na: b: c\n---\n", "config.json": '{"_name_or_path": "/home/somebody/mae"}'}, []),
+        ({"README.md": "---\na rule\n---\n", "config.json": "{}"}, []),
+        ({"config.json": '{"_name_or_path": "./mae"}'}, []),
+        ({}, []),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_base_model_of_weights_in_a_folder_is_what_the_folder_names_and_never_a_path(tmp_path, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert base_model(str(tmp_path)) == expected
+
+
+def test_the_base_model_of_weights_on_the_hub_is_their_name_and_files_and_fresh_weights_have_none(tmp_path):
+    (tmp_path / "mae.pth").write_bytes(b"")
+    assert base_model("facebook/vit-mae-base") == ["facebook/vit-mae-base"]
+    assert base_model(str(tmp_path / "mae.pth")) == base_model(None) == []
+
+
 HOSTILE = "a`|<b>\n---\nlicense: proprietary\n| x | [y](javascript:z)"
 
 
@@ -372,12 +404,14 @@ def test_cards_are_valid_and_quote_hostile_names(logged_in, tmp_path):
     protocol = {
         "model": HOSTILE, "train": data, "test": data, "classes": 2, "classifier_pooling": "cls", "seeds": [0],
         "linear_protocol": "cached", "knn": {"k": [20]}, "versions": {"torch": "2"},
+        "base_model": ["facebook/vit-mae-base"],
     }  # fmt: skip
     (tmp_path / "linear_probe.json").write_text(json.dumps({"cls": numbers, "mean": numbers, "protocol": protocol}))
     text = probe_card(tmp_path)
     card = ModelCard(text)
     card.validate()
-    assert card.data.license == "apache-2.0" and card.data.model_name == HOSTILE
+    assert card.data.license is None and card.data.base_model == ["facebook/vit-mae-base"]
+    assert card.data.model_name == HOSTILE
     results = {(result.metric_name, result.metric_value) for result in card.data.eval_results}
     assert ("linear probe top-1, cls features", 50.0) in results and len(results) == 4
     assert not re.search(r"(?<!\\)(<b|\]\(javascript)|^license", card.text, re.MULTILINE), "no markup of theirs"

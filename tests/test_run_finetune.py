@@ -38,6 +38,7 @@ def encoder(tmp_path_factory):
     torch.manual_seed(0)
     UMAEForPreTraining(fresh_config(image_size=8, patch_size=2)).save_pretrained(folder)
     evaluation_processor((8, 8)).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nbase_model: facebook/vit-mae-base\nlicense: cc-by-nc-4.0\n---\n")
     return folder
 
 
@@ -82,6 +83,7 @@ def test_a_run_says_what_it_will_do_and_leaves_a_whole_classifier(finished):
     }  # fmt: skip
     card = (folder / "README.md").read_text()
     assert "model-index" in card and f"value: {report['top1']}" in card and str(folder.parent) not in card
+    assert "base_model:\n- facebook/vit-mae-base\n" in card and "license" not in card.split("---")[1]
 
 
 def test_the_folder_classifies_in_a_pipeline_under_the_names_of_the_classes(finished, tmp_path):

@@ -28,6 +28,7 @@ def model(tmp_path_factory):
     torch.manual_seed(0)
     UMAEForPreTraining(fresh_config(pooling="mean")).save_pretrained(folder)
     evaluation_processor((16, 16)).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nbase_model: facebook/vit-mae-base\nlicense: cc-by-nc-4.0\n---\n")
     return folder
 
 
@@ -125,6 +126,8 @@ def test_a_pipeline_predicts_as_the_probe_does(model, folder, probed):
 def test_the_card_tells_the_results_and_its_code_runs(probed, tmp_path):
     text = (probed / "README.md").read_text()
     assert f"| linear probe top-1, mean features, % | {report(probed)['mean']['top1']} |" in text
+    assert "base_model:\n- facebook/vit-mae-base\n" in text
+    assert "license" not in text.split("---")[1], "that of the encoder's weights is not ours to state"
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     shutil.copytree(probed, tmp_path / "probe")
     picture("red", numbers()).save(tmp_path / "probe" / "picture.jpg")

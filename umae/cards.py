@@ -1,10 +1,14 @@
 """A model card from a run folder and nothing else."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCardData, metadata_load
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 _CITATION = """\
 ```bibtex
@@ -53,16 +57,47 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+def base_model(name_or_path: str | None) -> list[str]:
+    """What weights are on the Hub, as the card of a model that starts from them names them: their own name there, or
+    for a folder what its card, or else its `config.json`, says that they come from. No path of this machine is given.
+
+    Args:
+        name_or_path: what the weights were loaded from; None if they are fresh.
+    """
+    if name_or_path is None or Path(name_or_path).is_file():
+        return []
+    if not Path(name_or_path).exists():
+        return [name_or_path]
+    card, config = Path(name_or_path, "README.md"), Path(name_or_path, "config.json")
+    named = None
+    if card.is_file():
+        with suppress(ValueError, yaml.YAMLError):  # a text of somebody's own
+            named = (metadata_load(card) or {}).get("base_model")
+    if named is None and config.is_file():
+        named = json.loads(config.read_text()).get("_name_or_path")
+    return [name for name in (named if isinstance(named, list) else [named]) if _is_hub_name(name)]
+
+
+def _is_hub_name(name: Any) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return isinstance(name, str) and "/" in name
+
+
 def model_card(folder: Path, checkpoint: Path | None = None) -> str:
     """The text of `README.md` for a run folder, or a checkpoint in it: what it is, how to use it, how it was made."""
     run = json.loads((folder / "run.json").read_text())
     config = json.loads(((checkpoint or folder) / "config.json").read_text())
     lines = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
     identity = run["identity"]
+    fresh, base = identity.get("initial_weights") is None, run.get("base_model", [])
     facts = {
         "Data": f"{identity['dataset']}, "
         + (f"{identity['pictures']:,} pictures" if identity["pictures"] else "streamed")
         + ", no labels used",
+        **({} if fresh else {"Started from": ", ".join(base) or Path(identity["initial_weights"]).name}),
         "Picture and patch": f"{config['image_size']} and {config['patch_size']} pixels",
         "Encoder": f"{config['num_hidden_layers']} layers of width {config['hidden_size']}",
         "Decoder": f"{config['decoder_num_hidden_layers']} layers of width {config['decoder_hidden_size']}",
@@ -93,7 +128,7 @@ def model_card(folder: Path, checkpoint: Path | None = None) -> str:
         "attention.png": "Where the class token looks",
     }
     shown = [f"![{text}]({name})" for name, text in pictures.items() if checkpoint is None and (folder / name).exists()]
-    data = _card_data("image-feature-extraction", [], folder.resolve().name)
+    data = _card_data("image-feature-extraction", [], folder.resolve().name, base, "apache-2.0" if fresh else None)
     return f"""---
 {data.to_yaml()}
 ---
@@ -147,7 +182,7 @@ def probe_card(folder: Path) -> str:
         "Seeds": ", ".join(map(str, protocol["seeds"])),
         "Versions": ", ".join(f"{name} {version}" for name, version in protocol["versions"].items()),
     }
-    data = _card_data("image-classification", results, protocol["model"])
+    data = _card_data("image-classification", results, protocol["model"], protocol.get("base_model", []))
     return f"""---
 {data.to_yaml()}
 ---
@@ -188,7 +223,7 @@ def finetune_card(folder: Path) -> str:
         "Hardware and time": f"{run['hardware']}, {duration(run['seconds'])}",
         "Versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
     }
-    data = _card_data("image-classification", results, folder.resolve().name)
+    data = _card_data("image-classification", results, folder.resolve().name, run.get("base_model", []))
     return f"""---
 {data.to_yaml()}
 ---
@@ -227,10 +262,13 @@ def _results(data: str, values: dict[str, float | None]) -> list[EvalResult]:
     ]
 
 
-def _card_data(task: str, results: list[EvalResult], name: str) -> ModelCardData:
-    """What the Hub reads, as YAML; names are quoted there."""
+def _card_data(
+    task: str, results: list[EvalResult], name: str, base: list[str], licence: str | None = None
+) -> ModelCardData:
+    """What the Hub reads, as YAML; names are quoted there. Weights from elsewhere keep a licence of their own."""
     return ModelCardData(
-        license="apache-2.0",
+        license=licence,
+        base_model=base or None,
         library_name="transformers",
         pipeline_tag=task,
         tags=["umae", "masked-autoencoder", "self-supervised"],
