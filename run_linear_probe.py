@@ -329,9 +329,10 @@ def protocol(
         "test": {"data": test.description, "pictures": len(test)},
         "classes": len(names),
         "features": {
-            "cls": "class token after the encoder's norm, unmasked picture, frozen encoder, float32",
+            "cls": "class token after the encoder's norm, unmasked picture, frozen encoder",
             "mean": "fc_norm of the mean of the patch tokens (no learned scale unless pre-trained with it), likewise",
         },
+        "precision": precision(record),
         "linear_protocol": args.protocol,
         "linear": cached_protocol(args) if args.protocol == "cached" else mae_protocol(args, record),
         **({"attentive": ATTENTIVE_PROTOCOL} if args.attentive else {}),
@@ -343,6 +344,13 @@ def protocol(
         "evaluation_transform": json.loads(processor.to_json_string()),
         "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "pillow")},
     }
+
+
+def precision(record: dict[int, dict[str, Any]]) -> dict[str, str]:
+    """Of the encoder: the accelerator's where protocol mae trains through it, float32 elsewhere."""
+    mixed = {one["mixed_precision"] for one in record.values()} - {"no"}
+    trained = f"encoder in {mixed.pop()} autocast, heads in float32" if mixed else "float32"
+    return {"training": trained, "evaluation": "float32"}
 
 
 def cached_protocol(args: ProbeArguments) -> dict[str, Any]:

@@ -404,7 +404,7 @@ def test_cards_are_valid_and_quote_hostile_names(logged_in, tmp_path):
     protocol = {
         "model": HOSTILE, "train": data, "test": data, "classes": 2, "classifier_pooling": "cls", "seeds": [0],
         "linear_protocol": "cached", "knn": {"k": [20]}, "versions": {"torch": "2"},
-        "base_model": ["facebook/vit-mae-base"],
+        "base_model": ["facebook/vit-mae-base"], "precision": {"training": "float32", "evaluation": "float32"},
     }  # fmt: skip
     (tmp_path / "linear_probe.json").write_text(json.dumps({"cls": numbers, "mean": numbers, "protocol": protocol}))
     text = probe_card(tmp_path)

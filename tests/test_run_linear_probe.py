@@ -14,6 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification, pipeline
 
 import run_linear_probe
 from modeling_umae import UMAEForImageClassification, UMAEForPreTraining
+from umae import features, mae_probe
 from umae.convert import encoder_from_pretrained
 from umae.data import load_pictures
 from umae.features import extract_features, load_processor
@@ -104,6 +105,7 @@ def test_the_report_holds_both_poolings_and_the_protocol(probed):
     assert protocol["evaluation_transform"]["crop_size"] == {"height": 16, "width": 16}
     assert protocol["linear"]["learning_rates"] and protocol["knn"]["k"] == [10, 20]
     assert "/" not in protocol["model"]
+    assert protocol["precision"] == {"training": "float32", "evaluation": "float32"}
 
 
 def test_the_saved_classifier_repeats_the_reported_accuracy(model, folder, probed):
@@ -296,6 +298,32 @@ def test_two_processes_report_what_one_does_by_either_protocol(tmp_path):
     assert "cls@1" not in report(tmp_path / "mae1")
     record = report(tmp_path / "mae1")["protocol"]["linear"]
     assert record["epochs"] == 3 and record["of_each_seed"][0]["pictures_per_step"] == 256
+
+
+@pytest.mark.parametrize("mixed", ["no", "bf16"])
+def test_the_precision_that_is_reported_is_that_of_training_and_of_evaluation(
+    model, folder, tmp_path, monkeypatch, mixed
+):
+    """Protocol mae trains in the accelerator's precision; what is judged is float32 either way."""
+    found = {"training": set(), "evaluation": set()}
+
+    def noted(name, function):
+        def call(*args, **kwargs):
+            found[name].add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", mixed)
+    monkeypatch.setattr(mae_probe, "frozen_features", noted("training", mae_probe.frozen_features))
+    monkeypatch.setattr(features, "_encode", noted("evaluation", features._encode))
+    epochs = ("--num_train_epochs", "2", "--warmup_epochs", "1", "--per_device_train_batch_size", "60")
+    probe(model, folder, tmp_path / "out", "--protocol", "mae", *epochs)
+    assert found == {"training": {torch.bfloat16 if mixed == "bf16" else torch.float32}, "evaluation": {torch.float32}}
+    trained = {"no": "float32", "bf16": "encoder in bf16 autocast, heads in float32"}[mixed]
+    assert report(tmp_path / "out")["protocol"]["precision"] == {"training": trained, "evaluation": "float32"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| Precision | training: {trained}; evaluation: float32 |" in card
 
 
 def test_seeds_layers_and_parts_are_reported_with_their_deviation(model, folder, tmp_path, capsys):

@@ -179,6 +179,7 @@ def probe_card(folder: Path) -> str:
         **{f"{result.metric_name}, %": result.metric_value for result in results},
         **{f"Effective rank, {feature} features": report[feature]["effective_rank"] for feature in ("cls", "mean")},
         "Linear protocol": protocol["linear_protocol"],
+        "Precision": "; ".join(f"{name}: {value}" for name, value in protocol["precision"].items()),
         "Seeds": ", ".join(map(str, protocol["seeds"])),
         "Versions": ", ".join(f"{name} {version}" for name, version in protocol["versions"].items()),
     }

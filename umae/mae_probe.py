@@ -121,7 +121,8 @@ def train_mae_probe(
         torch_compile: compile every layer of the encoder.
 
     Returns:
-        The heads by `cls` and `mean`, and a record: effective batch, steps, mean loss of every epoch.
+        The heads by `cls` and `mean`, and a record: effective batch, steps, peak learning rate, the encoder's
+            precision, mean loss of every epoch.
 
     Raises:
         ValueError: there are fewer pictures than a batch, the warm-up is longer than the whole, or `state` is that of
@@ -175,6 +176,7 @@ def train_mae_probe(
     means = losses.view(schedule.epochs, plan.steps_per_epoch, len(heads)).mean(dim=1)
     peak = schedule.base_learning_rate * plan.pictures_per_step / 256
     record = {"pictures_per_step": plan.pictures_per_step, "steps": total, "learning_rate": peak}
+    record["mixed_precision"] = accelerator.mixed_precision
     record["epoch_losses"] = {name: means[:, i].tolist() for i, name in enumerate(heads)}
     return {name: head.folded({"learning_rate": peak}) for name, head in heads.items()}, record
 
