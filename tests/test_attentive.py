@@ -59,7 +59,7 @@ def top1(head, features, labels):
     return (head(features).argmax(dim=1) == labels).float().mean().item()
 
 
-def test_it_finds_the_token_that_tells_which_the_mean_hides():
+def test_it_finds_the_token_that_tells_which_the_mean_hides(capsys):
     generator, device = torch.Generator().manual_seed(0), torch.device("cpu")
     (tokens, labels), test = marked(800, generator), marked(300, generator)
     head = train_attentive_head(tokens, labels, CLASSES, HEADS, 0, device)
@@ -67,6 +67,9 @@ def test_it_finds_the_token_that_tells_which_the_mean_hides():
     assert top1(linear, test[0].float().mean(dim=1), test[1]) < 0.8
     assert top1(head, *test) > 0.97
     assert head.chosen["learning_rate"] in attentive.LEARNING_RATES and head.chosen["validation_top1"] > 0.97
+    printed = capsys.readouterr().err
+    for text in ("moments of the tokens", "0/800", "evaluating an attentive head", "0/300"):
+        assert text in printed, "each of them reads tokens from the disk"
     again = train_attentive_head(tokens, labels, CLASSES, HEADS, 0, device)
     assert all(torch.equal(head.parameters[name], again.parameters[name]) for name in attentive.NAMES)
 

@@ -119,9 +119,9 @@ def test_the_learning_rate_is_chosen_on_pictures_that_the_heads_did_not_see(monk
     trained_on = []
     train = probing.train_heads
 
-    def spy(features, *args):
+    def spy(features, *args, **kwargs):
         trained_on.append(features[0].shape[1])
-        return train(features, *args)
+        return train(features, *args, **kwargs)
 
     monkeypatch.setattr(probing, "train_heads", spy)
     head = one_head(features, labels, 10, seed=0)
@@ -184,6 +184,16 @@ def test_knn_in_blocks_is_knn_at_once(monkeypatch):
     at_once = knn_classify(features, labels, queries, 4)
     monkeypatch.setattr(probing, "BLOCK", 160)
     assert (knn_classify(features, labels, queries, 4) - at_once).abs().max() < 1e-3 * at_once.max()
+
+
+def test_what_takes_minutes_on_many_pictures_shows_how_far_it_is(capsys):
+    features, labels = clusters(64)
+    one_head(features, labels, 4, seed=0)
+    knn_classify(features, labels, features, 4)
+    printed = capsys.readouterr().err
+    steps = probing.EPOCHS * 16  # batches of a sixteenth
+    for text in ("choosing linear heads", "training linear heads", f"/{steps}", "nearest neighbours", "0/64"):
+        assert text in printed
 
 
 def test_knn_of_fewer_pictures_than_neighbours_asks_them_all():

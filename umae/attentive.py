@@ -59,9 +59,13 @@ class AttentiveHead:
     def __call__(self, tokens: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         """(N, T, D), or some rows of it, -> (N, C), the logits, where the head is."""
         rows = torch.arange(len(tokens)) if rows is None else rows
-        blocks = (tokens[block].to(self.mean) for block in rows.split(BATCH_SIZE))
         standard = (self.mean, self.scale, self.num_attention_heads)
-        return torch.cat([attend(self.parameters, block, *standard)[:, 0] for block in blocks])
+        logits = []
+        with tqdm(total=len(rows), desc="evaluating an attentive head", unit="picture", leave=False) as bar:
+            for block in rows.split(BATCH_SIZE):
+                logits.append(attend(self.parameters, tokens[block].to(self.mean), *standard)[:, 0])
+                bar.update(len(block))
+        return torch.cat(logits)
 
 
 def attend(
@@ -125,9 +129,11 @@ def train_attentive_head(
 def _moments(tokens: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Of all tokens: their mean, and what scales them to a variance of 1."""
     sums = torch.zeros(2, tokens.shape[-1], dtype=torch.float64, device=device)
-    for block in tokens.split(BATCH_SIZE):
-        block = block.to(device).double()
-        sums += torch.stack([block.sum(dim=(0, 1)), block.square().sum(dim=(0, 1))])
+    with tqdm(total=len(tokens), desc="moments of the tokens", unit="picture", leave=False) as bar:
+        for block in tokens.split(BATCH_SIZE):
+            block = block.to(device).double()
+            sums += torch.stack([block.sum(dim=(0, 1)), block.square().sum(dim=(0, 1))])
+            bar.update(len(block))
     if not sums.isfinite().all():
         raise ValueError("the encoder gives tokens beyond what float16 holds, 65,504; leave out --attentive")
     mean, square = sums / (tokens.shape[0] * tokens.shape[1])

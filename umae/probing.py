@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import normalize
+from tqdm.auto import tqdm
 
 from umae.schedules import learning_rate_at
 
@@ -83,8 +84,9 @@ def train_linear_heads(
     held_out, rest = (rows.to(labels.device) for rows in split_off(len(labels), generator))
     grid = [(rate, decay) for rate in LEARNING_RATES for decay in WEIGHT_DECAYS]
     weights, biases = train_heads(
-        [kind[:, rest] for kind in kinds], labels[rest], num_classes, [grid] * len(kinds), generator
-    )
+        [kind[:, rest] for kind in kinds], labels[rest], num_classes, [grid] * len(kinds), generator,
+        description="choosing linear heads",
+    )  # fmt: skip
     chosen = []
     for kind, weight, bias in zip(kinds, weights, biases, strict=True):
         logits = kind[0, held_out] @ weight.transpose(1, 2) + bias[:, None]  # (H, held out, C)
@@ -102,6 +104,7 @@ def train_heads(
     num_classes: int,
     settings: Sequence[Sequence[tuple[float, float]]],
     generator: torch.Generator,
+    description: str = "training linear heads",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """H heads on each of F kinds of feature, all side by side: weights (F, H, C, D) and biases (F, H, C).
 
@@ -109,6 +112,7 @@ def train_heads(
         features: F tensors (V, N, D); an epoch is of one of the V.
         settings: of every kind, (learning rate, weight decay) of each of its H heads.
         generator: draws the initial weights, the same for all heads, and the order of the pictures.
+        description: of the progress bar.
     """
     (views, count, width), kinds, heads = features[0].shape, len(features), len(settings[0])
     device, dtype = features[0].device, features[0].dtype
@@ -124,7 +128,7 @@ def train_heads(
     rates, decays = rates[:, None], decays[:, None]  # (F, 1, H * C)
     batch_size = min(BATCH_SIZE, max(count // 16, 1))
     steps = EPOCHS * math.ceil(count / batch_size)
-    step = 0
+    step, bar = 0, tqdm(total=steps, desc=description, unit="step")
     for epoch in range(EPOCHS):
         for batch in torch.randperm(count, generator=generator).to(device).split(batch_size):
             inputs = (torch.stack([kind[epoch % views, batch] for kind in features]) - mean) * scale  # (F, B, D)
@@ -136,6 +140,8 @@ def train_heads(
             weight -= rate * weight_momentum
             bias -= rate * bias_momentum
             step += 1
+            bar.update()
+    bar.close()
     weight = weight.unflatten(2, (heads, num_classes)).permute(0, 2, 3, 1) * scale[:, None]  # for raw features
     return weight, bias.view(kinds, heads, num_classes) - (weight * mean[:, None]).sum(dim=-1)
 
@@ -223,12 +229,13 @@ def knn_classify(
     _check(train_features, train_labels, num_classes)
     train_features, features = normalize(train_features, dim=1), normalize(features, dim=1)
     rows = max(BLOCK // len(train_features), 1)
-    return torch.cat(
-        [
-            _vote(block @ train_features.T, train_labels, num_classes, min(k, len(train_features)), temperature)
-            for block in features.split(rows)
-        ]
-    )
+    votes = []
+    with tqdm(total=len(features), desc="nearest neighbours", unit="picture", leave=False) as bar:
+        for block in features.split(rows):
+            cosines = block @ train_features.T
+            votes.append(_vote(cosines, train_labels, num_classes, min(k, len(train_features)), temperature))
+            bar.update(len(block))
+    return torch.cat(votes)
 
 
 def knn_leave_one_out(
