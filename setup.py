@@ -10,7 +10,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    py_modules=["configuration_umae", "modeling_umae"],
+    py_modules=["configuration_umae", "image_processing_umae", "modeling_umae"],
     packages=["umae"],
     install_requires=[
         "torch>=2.6,<2.14",

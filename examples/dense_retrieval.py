@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from umae.convert import encoder_from_pretrained
 from umae.data import load_pictures
 from umae.features import load_processor
-from umae.images import UnreadablePicture, open_picture
+from umae.images import UnreadablePicture, open_image
 
 SHOWN = 5
 
@@ -65,7 +65,7 @@ def search(
         (found,) = encoder.feature_maps(pixel_values, layers, interpolate_pos_encoding=True)
         return np.asarray(pixels).transpose(1, 2, 0).astype(np.uint8), normalize(found[0], dim=0)
 
-    shown, features = maps(open_picture(query, query))
+    shown, features = maps(open_image(query, query))
     rows, columns = features.shape[1:]
     part = features[:, int(at[1] * rows), int(at[0] * columns)]
     pictures, found = load_pictures(dataset), []

@@ -69,8 +69,9 @@ def test_a_run_is_pushed_in_one_commit_and_loads_by_its_name(server, tmp_path):
     assert sum("/commit/" in request for request in requests) == 1
     repo = server.repos["model", "tester/digits"]
     assert set(repo.commits[repo.refs["main"]]) - {".gitattributes"} == {
-        "README.md", "attention.png", "config.json", "configuration_umae.py", "curve.png", "metrics.jsonl",
-        "model.safetensors", "modeling_umae.py", "neighbours.png", "preprocessor_config.json", "progress.png",
+        "README.md", "attention.png", "config.json", "configuration_umae.py", "curve.png",
+        "image_processing_umae.py", "metrics.jsonl", "model.safetensors", "modeling_umae.py", "neighbours.png",
+        "preprocessor_config.json", "progress.png",
         "reconstructions.png", "spectrum.json", "spectrum.png",
     }  # fmt: skip
     run("-c", LOAD + MORE, cwd=tmp_path, PYTHONPATH="", **online(server, tmp_path / "fresh_home"))
@@ -113,8 +114,8 @@ def test_a_fine_tuned_classifier_is_pushed_and_classifies_by_its_name(server, tm
     repo = server.repos["model", "tester/tuned"]
     files = repo.commits[repo.refs["main"]]
     assert set(files) - {".gitattributes"} == {
-        "README.md", "config.json", "configuration_umae.py", "finetune.json", "metrics.jsonl", "model.safetensors",
-        "modeling_umae.py", "preprocessor_config.json",
+        "README.md", "config.json", "configuration_umae.py", "finetune.json", "image_processing_umae.py",
+        "metrics.jsonl", "model.safetensors", "modeling_umae.py", "preprocessor_config.json",
     }  # fmt: skip
     run("-c", CLASSIFY, cwd=tmp_path, PYTHONPATH="", **online(server, tmp_path / "fresh_home"))
 
@@ -344,8 +345,8 @@ def test_every_checkpoint_is_a_revision_that_loads(server, tmp_path):
     assert "step-4" in repo.refs, "the second one may have come while the first was under way"
     published = repo.commits[repo.refs["step-4"]]
     assert set(published) == {
-        ".gitattributes", "README.md", "config.json", "configuration_umae.py", "model.safetensors", "modeling_umae.py",
-        "preprocessor_config.json",
+        ".gitattributes", "README.md", "config.json", "configuration_umae.py", "image_processing_umae.py",
+        "model.safetensors", "modeling_umae.py", "preprocessor_config.json",
     }  # fmt: skip
     assert "| Steps | 4 of 9, each of 128 pictures, seed 0 |" in published["README.md"].data.decode()
     load = LOAD.replace('"tester/digits"', '"tester/digits", revision="step-4"')

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
 from umae import images
-from umae.images import MAX_PIXELS, UnreadablePicture, open_picture, read_pixels, to_tensor
+from umae.images import MAX_PIXELS, UnreadablePicture, open_image, read_pixels, to_tensor
 
 SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet_sample"
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -38,14 +38,14 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def pixels(source) -> np.ndarray:
-    picture = open_picture(source)
+    picture = open_image(source)
     assert picture.mode == "RGB"
     return np.asarray(picture)
 
 
 def refusal(source) -> str:
     with pytest.raises(UnreadablePicture, match=r"^holiday\.jpg: .+; expected a whole picture \(JPEG, ") as caught:
-        open_picture(source, "holiday.jpg")
+        open_image(source, "holiday.jpg")
     return str(caught.value)
 
 
@@ -75,7 +75,7 @@ def test_damaged_bytes_are_read_or_refused_but_nothing_else_escapes(format, data
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     try:
-        picture = open_picture(bytes(content))
+        picture = open_image(bytes(content))
     except UnreadablePicture:
         return
     assert picture.mode == "RGB"
@@ -93,7 +93,7 @@ def test_the_given_image_stays_as_it_was():
     image.getexif()[ExifTags.Base.Orientation] = 6
     image.info["exif"] = image.getexif().tobytes()
     before, information = image.convert("RGBA").tobytes(), dict(image.info)
-    open_picture(image).putpixel((0, 0), (1, 2, 3))
+    open_image(image).putpixel((0, 0), (1, 2, 3))
     assert image.mode == "P" and image.info == information and image.convert("RGBA").tobytes() == before
 
 
@@ -131,7 +131,7 @@ def test_a_picture_is_turned_although_another_exif_entry_is_malformed(tag, kind,
     legacy = b"Raw profile type exif\0\0" + zlib.compress(text)
     metadata = png_chunk(b"eXIf", exif) if container == "eXIf" else png_chunk(b"zTXt", legacy)
     rows = png_chunk(b"IDAT", zlib.compress(bytes(2 * 4)))
-    assert open_picture(png(3, 2, 8, 0, metadata + rows)).size == (2, 3)
+    assert open_image(png(3, 2, 8, 0, metadata + rows)).size == (2, 3)
 
 
 def test_sixteen_bit_png_keeps_its_greys():
@@ -249,7 +249,7 @@ def test_an_animated_picture_is_its_first_frame(format):
 
 @pytest.mark.parametrize("size", [(1, 1), (4000, 2), (2, 4000)])
 def test_extreme_sizes_are_read(size):
-    assert open_picture(encode(Image.new("RGB", size, (1, 2, 3)), "PNG")).size == size
+    assert open_image(encode(Image.new("RGB", size, (1, 2, 3)), "PNG")).size == size
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF"])
@@ -311,7 +311,7 @@ def test_a_refusal_by_size_does_not_warn_as_well():
         warnings.simplefilter("always")
         fresh = runpy.run_path(images.__file__)  # pytest has undone the filter that the first import set
         with pytest.raises(fresh["UnreadablePicture"], match="12000 x 10000 pixels"):
-            fresh["open_picture"](png(12_000, 10_000, 1, 0, png_chunk(b"IDAT", b"")))
+            fresh["open_image"](png(12_000, 10_000, 1, 0, png_chunk(b"IDAT", b"")))
     assert caught == []
 
 
@@ -319,8 +319,8 @@ def test_reading_leaves_the_warning_filters_alone():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for _ in range(2):
-            open_picture(Image.fromarray(COLOURS))
-            open_picture(encode(Image.fromarray(COLOURS).quantize(4), "PNG", transparency=b"\xff\x33"))
+            open_image(Image.fromarray(COLOURS))
+            open_image(encode(Image.fromarray(COLOURS).quantize(4), "PNG", transparency=b"\xff\x33"))
             warnings.warn("once", stacklevel=1)
     assert [str(warning.message) for warning in caught] == ["once"]
 
@@ -405,7 +405,7 @@ def decoder(request, monkeypatch):
 @pytest.mark.parametrize("kind", FILES)
 def test_pixels_and_refusals_do_not_depend_on_the_decoder(decoder, kind, min_side):
     found = outcome(read_pixels, FILES[kind], "holiday.jpg", min_side)
-    expected = outcome(lambda *a: to_tensor(open_picture(*a)), FILES[kind], "holiday.jpg", min_side)
+    expected = outcome(lambda *a: to_tensor(open_image(*a)), FILES[kind], "holiday.jpg", min_side)
     assert type(found) is type(expected)
     assert torch.equal(found, expected) if isinstance(found, torch.Tensor) else found == expected
 

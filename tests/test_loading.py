@@ -10,6 +10,7 @@ from processes import run
 from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTModel
 
 from modeling_umae import UMAEForImageClassification, UMAEForPreTraining, UMAEModel
+from umae.transforms import evaluation_processor
 
 
 @pytest.fixture
@@ -19,18 +20,19 @@ def folder(tmp_path):
     for parameter in model.parameters():  # norms and biases must not be what a fresh model has
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "run")
+    evaluation_processor((16, 16)).save_pretrained(tmp_path / "run")
     return tmp_path / "run"
 
 
 SOME_PIXELS = "torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16)"
 STRANGER = f"""
 import sys, torch
-from transformers import AutoModel, AutoModelForPreTraining, AutoModelForImageClassification
-for auto in (AutoModel, AutoModelForPreTraining, AutoModelForImageClassification):
+from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining, AutoModelForImageClassification
+for auto in (AutoImageProcessor, AutoModel, AutoModelForPreTraining, AutoModelForImageClassification):
     model = auto.from_pretrained("run", trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
 model = AutoModel.from_pretrained("run", trust_remote_code=True)
-assert not {{"umae", "modeling_umae", "configuration_umae"}} & set(sys.modules)
+assert not {{"umae", "modeling_umae", "configuration_umae", "image_processing_umae"}} & set(sys.modules)
 torch.save(model({SOME_PIXELS}).pooler_output, "features.pt")
 model.save_pretrained("again")
 torch.save(AutoModel.from_pretrained("again", trust_remote_code=True)({SOME_PIXELS}).pooler_output, "again.pt")

@@ -24,8 +24,9 @@ def test_a_run_says_what_it_will_do_and_leaves_a_whole_folder(finished):
     for text in ("1,438 from digits (train)", "effective batch  128", "weight 0.01, mean over the cls features of 128"):
         assert text in printed
     assert {entry.name for entry in folder.iterdir()} == {
-        "README.md", "attention.png", "config.json", "configuration_umae.py", "curve.png", "metrics.jsonl",
-        "model.safetensors", "modeling_umae.py", "neighbours.png", "preprocessor_config.json", "progress.png",
+        "README.md", "attention.png", "config.json", "configuration_umae.py", "curve.png",
+        "image_processing_umae.py", "metrics.jsonl", "model.safetensors", "modeling_umae.py", "neighbours.png",
+        "preprocessor_config.json", "progress.png",
         "reconstructions", "reconstructions.png", "run.json", "spectrum.json", "spectrum.png", "step-8", "step-12",
     }  # fmt: skip
     assert [line["step"] for line in metrics(folder)] == [3, 6, 9, 12]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import kstest
 
-from umae.images import open_picture, read_pixels, to_tensor
+from umae.images import open_image, read_pixels, to_tensor
 from umae.transforms import (
     CROP_NUMBERS,
     IMAGENET_MEAN,
@@ -131,7 +131,7 @@ def test_crops_agree_with_pillows_bicubic():
     generator = torch.Generator().manual_seed(0)
     for path in sorted(SAMPLE.glob("*.JPEG"))[::20]:
         for contrast in (0.5, 1.0):
-            picture = open_picture(path).point(lambda value, c=contrast: round(128 + c * (value - 128)))
+            picture = open_image(path).point(lambda value, c=contrast: round(128 + c * (value - 128)))
             numbers = torch.rand(CROP_NUMBERS, generator=generator)
             top, left, height, width = crop_box(numbers, picture.height, picture.width)
             box = picture.crop((left, top, left + width, top + height))

@@ -3,6 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
 from configuration_umae import UMAEConfig
+from image_processing_umae import UMAEImageProcessor, open_image
 from modeling_umae import (
     UMAEForImageClassification,
     UMAEForPreTraining,
@@ -20,7 +21,9 @@ __all__ = [
     "UMAEConfig",
     "UMAEForImageClassification",
     "UMAEForPreTraining",
+    "UMAEImageProcessor",
     "UMAEModel",
+    "open_image",
     "reconstruction_loss",
     "uniformity_loss",
 ]

@@ -26,30 +26,39 @@ _CITATION = """\
 }
 ```"""
 
-_USE = """\
+_READING = """\
+`open_image` reads a file as training did: 16-bit and float greys are scaled to 8 bits, transparency is put on white,
+photographs are turned upright. The processor does the same to an image of `PIL.Image.open`. Three other ways clip
+16-bit and float greys or drop transparency: `.convert("RGB")`, a `pipeline` that is given a path or an address, and a
+processor that is loaded without `trust_remote_code=True`. The features are then those of another image."""
+
+_USE = f"""\
 ```python
 import torch
-from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 name = "."  # this folder, or its name on the Hub
-processor = AutoImageProcessor.from_pretrained(name)
+processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=True)
 model = AutoModel.from_pretrained(name, trust_remote_code=True)
 
-pixel_values = processor(Image.open("picture.jpg").convert("RGB"), return_tensors="pt").pixel_values
+pixel_values = processor(processor.open_image("picture.jpg"), return_tensors="pt").pixel_values
 with torch.no_grad():
-    features = model(pixel_values).pooler_output  # (1, {hidden_size})
-```"""
+    features = model(pixel_values).pooler_output  # (1, {{hidden_size}})
+```
+
+{_READING}"""
 
 
-_CLASSIFY = """\
+_CLASSIFY = f"""\
 ```python
-from PIL import Image
 from transformers import pipeline
 
 classify = pipeline("image-classification", model=".", trust_remote_code=True)  # this folder, or its name on the Hub
-print(classify(Image.open("picture.jpg")))
-```"""
+image = classify.image_processor.open_image("picture.jpg")
+print(classify(image))
+```
+
+{_READING}"""
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

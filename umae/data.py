@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from umae import seeding
-from umae.images import UnreadablePicture, open_picture, read_pixels
+from umae.images import UnreadablePicture, open_image, read_pixels
 from umae.interruption import ignore_signals
 from umae.transforms import CROP_NUMBERS, MIN_SCALE, least_side, random_resized_crop
 
@@ -66,7 +66,7 @@ class Pictures:
     def read(self, index: int) -> Image.Image:
         """The picture at `index`, RGB. Raises `UnreadablePicture`, which names the file."""
         ((source, name),) = self._sources([index])
-        return open_picture(source, name)
+        return open_image(source, name)
 
     def read_pixels(
         self, indices: list[int], min_side: int | None = None

@@ -19,9 +19,10 @@ from datasets import Dataset, Features, List, Value
 from torch.nn.functional import layer_norm
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import BaseImageProcessor, ViTImageProcessorPil
+from transformers import BaseImageProcessor
 from transformers.utils.logging import disable_progress_bar
 
+from image_processing_umae import UMAEImageProcessor
 from modeling_umae import UMAEModel
 from umae.convert import encoder_from_pretrained
 from umae.data import Pictures, TrainingPictures, load_pictures
@@ -36,8 +37,8 @@ Encode = Callable[[UMAEModel, torch.Tensor, torch.Tensor], torch.Tensor]
 
 def load_processor(
     name_or_path: str, size: tuple[int, int] | None = None, revision: str | None = None
-) -> ViTImageProcessorPil:
-    """The image processor of a U-MAE, ViT or ViTMAE, by Pillow.
+) -> UMAEImageProcessor:
+    """The image processor of a U-MAE, ViT or ViTMAE, by Pillow, reading images as `open_image` does.
 
     Args:
         size: (height, width) of the encoder's pictures; a file of the original code, which says nothing of how they
@@ -49,7 +50,7 @@ def load_processor(
     if size is not None and Path(name_or_path).is_file():
         return evaluation_processor(size)
     try:
-        settings, _ = ViTImageProcessorPil.get_image_processor_dict(name_or_path, revision=revision)
+        settings, _ = UMAEImageProcessor.get_image_processor_dict(name_or_path, revision=revision)
     except OSError as error:
         raise ValueError(f"{name_or_path} does not say how its pictures are prepared: {error}") from error
     kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "none"
@@ -57,7 +58,7 @@ def load_processor(
         raise ValueError(
             f"{name_or_path} prepares its pictures by {kind}; expected an image processor of the ViT family"
         )
-    return ViTImageProcessorPil.from_pretrained(name_or_path, revision=revision)
+    return UMAEImageProcessor.from_pretrained(name_or_path, revision=revision)
 
 
 class EvaluationPictures(torch.utils.data.Dataset):

@@ -20,9 +20,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 # What of a folder is for others. Checkpoints, optimiser, lock, logs and whatever else lies there stay at home.
 PUBLISHED = (
     "model*.safetensors", "model.safetensors.index.json", "config.json", "preprocessor_config.json",
-    "configuration_umae.py", "modeling_umae.py", "README.md", "metrics.jsonl", "linear_probe.json", "finetune.json",
-    "curve.png", "spectrum.png", "spectrum.json", "reconstructions.png", "progress.png", "neighbours.png",
-    "attention.png",
+    "configuration_umae.py", "modeling_umae.py", "image_processing_umae.py", "README.md", "metrics.jsonl",
+    "linear_probe.json", "finetune.json", "curve.png", "spectrum.png", "spectrum.json", "reconstructions.png",
+    "progress.png", "neighbours.png", "attention.png",
 )  # fmt: skip
 WAITS = (1, 4, 16, 60)  # seconds before another attempt, where the Hub is down, slow or asks for patience
 TIMEOUT = 60  # seconds without a byte

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from umae import seeding
 from umae.data import Plan, comes_in_files, describe, find_image_column, load_split, random_crop
-from umae.images import UnreadablePicture, open_picture, read_pixels
+from umae.images import UnreadablePicture, open_image, read_pixels
 from umae.interruption import ignore_signals
 from umae.transforms import least_side
 
@@ -116,7 +116,7 @@ class Stream:
     def _readable(self, rows: Iterable[Row], refusals: list[str]) -> Iterator[tuple[int, Image.Image]]:
         for row in rows:
             try:
-                yield row.index, open_picture(row.source, row.name)
+                yield row.index, open_image(row.source, row.name)
             except UnreadablePicture as error:
                 refusals.append(str(error))
 

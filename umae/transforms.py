@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import interpolate
-from transformers import ViTImageProcessorPil
 from transformers.image_utils import PILImageResampling
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from image_processing_umae import UMAEImageProcessor
 
 IMAGENET_MEAN, IMAGENET_STD = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)  # of RGB in 0..1
 
@@ -105,7 +106,7 @@ def normalize(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[f
     return values
 
 
-def evaluation_processor(size: tuple[int, int]) -> ViTImageProcessorPil:
+def evaluation_processor(size: tuple[int, int]) -> UMAEImageProcessor:
     """The transform that features are computed with: resize the shortest edge, cut the centre, normalise.
 
     MAE resizes to 256 and cuts 224; other sizes keep that proportion. Small pictures (under 96 pixels: CIFAR, digits)
@@ -115,7 +116,7 @@ def evaluation_processor(size: tuple[int, int]) -> ViTImageProcessorPil:
         size: (height, width) of the result, in pixels.
     """
     shortest = min(size)
-    return ViTImageProcessorPil(
+    return UMAEImageProcessor(
         do_convert_rgb=True,
         do_resize=True,
         size={"shortest_edge": round(shortest * 256 / 224) if shortest >= 96 else shortest},
