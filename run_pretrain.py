@@ -442,8 +442,9 @@ def make_monitor(job: Job) -> Monitor | None:
         return None
     classes, size = classes_of(job.pictures, job.watched), job.config.image_height_width
     shown = watch(
-        job.accelerator, job.watched, job.processor, size, job.plan.batch_size, classes is not None, job.args.seed
-    )
+        job.accelerator, job.watched, job.processor, size, job.plan.batch_size, classes is not None, job.args.seed,
+        trained_on=job.watched is job.pictures,
+    )  # fmt: skip
     labels = None if classes is None else job.pictures.labels()
     return Monitor(job.accelerator, job.config, shown, labels, classes, job.processor, job.args.seed)
 
@@ -457,18 +458,19 @@ def look(job: Job, monitor: Monitor, progress: Progress, batch: dict) -> dict[st
     """Measure the features, and show it: a line on the terminal, pictures in the run folder and in the trackers."""
     values, shown = monitor.look(progress.model, batch, progress.step)
     if job.accelerator.is_main_process:
-        tqdm.write(f"step {progress.step:,}: {in_words(values, job.config)}")
+        most = min(monitor.watched.count, job.config.hidden_size)
+        tqdm.write(f"step {progress.step:,}: {in_words(values, most)}")
         tile = gallery.save_tile(job.folder, progress.step, shown)
         track_picture(job.accelerator, "reconstructions", tile, progress.step)
     return values
 
 
-def in_words(values: dict[str, float], config: UMAEConfig) -> str:
-    """Diagnostics on one line."""
+def in_words(values: dict[str, float], most: int) -> str:
+    """Diagnostics on one line; `most` is what the rank of the probe images' features can be."""
     if "effective_rank_cls" not in values:
         return "nothing that is looked at can be measured: no picture can be read, or no feature is finite"
     ranks = " and ".join(f"{values[f'effective_rank_{pooling}']:.1f} ({pooling})" for pooling in ("cls", "mean"))
-    text = f"effective rank {ranks} of {config.hidden_size}"
+    text = f"effective rank {ranks} of at most {most}"
     for name, title in {"online_top1": "linear classifier", "online_knn_top1": "nearest neighbours"}.items():
         text += f", {title} {values[name]:.1%}" if name in values else ""
     pulls = [values[f"grad_norm_{term}"] for term in ("reconstruction", "uniformity")]
@@ -503,15 +505,15 @@ def go_on(job: Job, progress: Progress, monitor: Monitor | None) -> list[Cursor]
     if found is None:
         return [START] * max(1, job.workers)
     online, state = found
-    if monitor and monitor.classifier and online:
-        monitor.classifier.restore(online)
+    if monitor:
+        monitor.restore(online)
     mine = state["cursors"][job.accelerator.process_index] if state["cursors"] else []
     return [Cursor(*cursor) for cursor in mine]
 
 
 def save(job: Job, record: dict[str, Any], progress: Progress, monitor: Monitor | None, cursors: list[Cursor]) -> None:
-    """Write `step-N/`, with the online classifier and the readers' places; every process takes part."""
-    online = monitor.classifier.tensors() if monitor and monitor.classifier else None
+    """Write `step-N/`, with what the monitor has observed and the readers' places; every process takes part."""
+    online = monitor.tensors() if monitor else None
     places = gather_object([cursors]) if record["identity"]["streaming"] else []
     keep = job.args.checkpoints_total_limit
     progress.save(job.folder, record, job.processor, keep, online, cursors=places)
@@ -546,8 +548,8 @@ def finish(job: Job, record: dict[str, Any]) -> None:
     last, diagnostics = lines[-1], sum(speed["diagnostics_seconds"])
     print(
         f"finished in {cards.duration(record['seconds'])}: reconstruction loss {last['reconstruction_loss']:.4f}, "
-        f"uniformity {last['uniformity_loss']:.4f} (features fill {last['participation_ratio']:.1f} of "
-        f"{job.config.hidden_size} dimensions)\n"
+        f"uniformity {last['uniformity_loss']:.4f} (features fill {last['participation_ratio']:.1f} of at most "
+        f"{cards.most_dimensions(record['identity'])} dimensions)\n"
         f"{rate:,.0f} pictures/s, {mfu:.0%} of the device's rate at plain matrix products (MFU), {waiting:.0%} of the "
         f"time spent waiting for pictures, {diagnostics / record['seconds']:.1%} on diagnostics\n"
         + (f"pictures left out because they cannot be read: {len(unreadable)}\n" if unreadable else "")

@@ -8,13 +8,16 @@ from datasets import ClassLabel, Dataset, Features, Image
 from golden_models import fresh_config
 from torch.utils.flop_counter import FlopCounterMode
 
+import run_pretrain
 from modeling_umae import UMAEForPreTraining, uniformity_loss
 from umae import seeding
 from umae.collapse import effective_rank
 from umae.convert import set_pooling
 from umae.data import Pictures, Plan, load_pictures
+from umae.diagnosis import VIEWS
 from umae.features import frozen_features
-from umae.monitor import SHARE, Monitor, classes_of, usual_steps, watch
+from umae.monitor import SHARE, Monitor, Watched, classes_of, usual_steps, watch
+from umae.online import MemoryBank
 from umae.speed import encoder_flops, training_flops
 from umae.transforms import evaluation_processor, normalize
 
@@ -46,7 +49,10 @@ def test_a_look_measures_the_features_of_the_whole_pictures(pooling):
         assert values[f"effective_rank_{name}"] == pytest.approx(effective_rank(features[:, column]), rel=1e-4)
         assert values[f"participation_ratio_{name}"] == pytest.approx(1 / values[f"uniformity_{name}"])
         assert 0 < values[f"alignment_{name}"] < 4
-    assert 0 <= values["online_top1"] <= 1 and 0.1 < values["online_knn_top1"] <= 1
+    assert not {"online_top1", "online_knn_top1"} & values.keys(), "nothing has been observed"
+    monitor.observe(torch.randn(300, model.config.hidden_size), torch.arange(300))
+    values, _ = monitor.look(model, micro_batch(), step=2)
+    assert 0 <= values["online_top1"] <= 1 and 0 <= values["online_knn_top1"] <= 1
     assert [row.shape for row in shown.values()] == [(8, 16, 16, 3)] * 4
 
 
@@ -91,7 +97,63 @@ def test_no_gradient_of_the_online_classifier_reaches_the_model():
     assert not {id(monitor.classifier.weight)} & {id(parameter) for parameter in model.parameters()}
 
 
-def test_looking_takes_its_share_of_trainings_arithmetic():
+def one_hot(labels: torch.Tensor, width: int = 1000) -> torch.Tensor:
+    return torch.nn.functional.one_hot(labels, width).float()
+
+
+def monitor_of(labels: torch.Tensor, probe_labels: torch.Tensor, trained_on: torch.Tensor | None = None) -> Monitor:
+    """A monitor of features of width 1,000."""
+    count = len(probe_labels)
+    index, readable = torch.arange(count)[None], torch.ones(1, count, dtype=torch.bool)
+    watched = Watched(
+        count, torch.zeros(1, count, 3, 16, 16, dtype=torch.uint8), index, readable, probe_labels, trained_on
+    )
+    config = fresh_config(hidden_size=1000)
+    processor = evaluation_processor((16, 16))
+    return Monitor(Accelerator(cpu=True), config, watched, labels, 1000, processor, seed=0)
+
+
+def accuracies(monitor: Monitor, features: torch.Tensor) -> dict[str, float]:
+    """What is measured if every view of the probe images has these features."""
+    return monitor._measures(features[:, None].expand(-1, 2 * VIEWS + 1, -1), monitor.bank.gathered())
+
+
+def test_perfect_features_of_a_thousand_classes_have_perfect_neighbours():
+    labels, probe_labels = torch.arange(2000) % 1000, torch.randperm(1000)[:512]
+    monitor = monitor_of(labels, probe_labels)
+    for index in torch.arange(2000).split(100):
+        monitor.observe(one_hot(labels[index]), index)
+    assert accuracies(monitor, one_hot(probe_labels))["online_knn_top1"] == 1.0
+
+
+@pytest.mark.parametrize(("trained_on", "top1"), [(False, 1.0), (True, 0.0)])
+def test_a_probe_image_that_is_trained_on_has_no_vote_for_itself(trained_on, top1):
+    index, labels = torch.arange(20), torch.arange(20) % 2
+    monitor = monitor_of(labels, labels[:10], index[:10] if trained_on else None)
+    monitor.observe(one_hot(index), index)  # all alike far from another: 9 others of the own class, 10 of the other
+    assert accuracies(monitor, one_hot(index[:10]))["online_knn_top1"] == top1
+
+
+def test_the_memory_bank_holds_the_newest_micro_batches_and_is_restored_in_their_order():
+    bank = MemoryBank(100, Accelerator(cpu=True))
+    for step in range(7):
+        bank.update(torch.full((32, 4), float(step)), torch.full((32,), step))
+    held = bank.gathered()
+    assert held["bank_index"].tolist() == [[step] * 32 for step in (4, 5, 6)]
+    again = MemoryBank(100, Accelerator(cpu=True))
+    again.restore(held)
+    for one in (bank, again):
+        one.update(torch.full((32, 4), 7.0), torch.full((32,), 7))
+    assert all(torch.equal(tensor, again.gathered()[name]) for name, tensor in bank.gathered().items())
+
+
+def test_the_rank_that_is_printed_is_held_against_what_so_few_images_can_reach():
+    values = {"effective_rank_cls": 300.0, "effective_rank_mean": 20.0}
+    values |= {"grad_norm_reconstruction": None, "grad_norm_uniformity": None}
+    assert run_pretrain.in_words(values, 512) == "effective rank 300.0 (cls) and 20.0 (mean) of at most 512"
+
+
+def test_looking_takes_its_share_trained_ons_arithmetic():
     config = fresh_config()
     plan = Plan(pictures=1000, batch_size=8, accumulation=2, processes=2, seed=0)
     steps = usual_steps(config, plan, count=100)
@@ -125,12 +187,12 @@ def test_every_process_has_as_many_batches_and_together_they_have_all_pictures()
 
     pictures, found = load_pictures("digits", split="test"), []
     for Rank.process_index in range(3):
-        share = watch(Rank, pictures, evaluation_processor((8, 8)), (8, 8), 50, with_labels=True, seed=4)
+        share = watch(Rank, pictures, evaluation_processor((8, 8)), (8, 8), 50, True, seed=4, trained_on=True)
         assert share.index.shape == (3, 50) and share.readable.all() and share.count == 359
         found.append(share.index)
     order = torch.stack(found, dim=1).flatten()  # as gathered, batch by batch
     assert sorted(order[:359].tolist()) == list(range(359)) and torch.equal(order[359:], order[:91])
-    assert torch.equal(share.labels, pictures.labels()[order[:359]])
+    assert torch.equal(share.labels, pictures.labels()[order[:359]]) and torch.equal(share.trained_on, order[:359])
 
 
 def test_pictures_that_cannot_be_read_do_not_count(tmp_path):

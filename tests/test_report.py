@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from processes import run
 
-from umae import report
+from umae import cards, report
 from umae.pictures import COLOURS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -67,7 +67,7 @@ def test_a_report_holds_all_it_shows_and_marks_what_differs(runs, tmp_path):
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert not page.tags & {"script", "link", "iframe"} and "<img src=x" not in text
     assert str(runs) not in text and "http" not in text
-    assert re.search(r"<th>dimensions filled</th>\s*<td>\d+\.\d of 64</td>", text)
+    assert re.search(r"<th>dimensions filled</th>\s*<td>\d+\.\d of at most 64</td>", text)
     assert re.search(r"<th>top1, cls</th>\s*<td>50.0</td>", text)
 
 
@@ -102,6 +102,13 @@ def test_runs_of_one_name_are_told_apart_by_their_parents(runs, tmp_path):
         (tmp_path / "a" / "umae" / name).write_text((runs / "umae" / name).read_text())
     text = report.report([tmp_path / "a" / "umae", runs / "umae"])
     assert "<th>a/umae</th>" in text and f"<th>{runs.name}/umae</th>" in text
+
+
+def test_features_fill_no_more_dimensions_than_a_uniformity_term_has_images():
+    identity = {"pictures_per_step": 256, "gradient_accumulation_steps": 4, "config": {"hidden_size": 768}}
+    assert cards.most_dimensions({**identity, "exact_uniformity": False}) == 64
+    assert cards.most_dimensions({**identity, "exact_uniformity": True}) == 256
+    assert cards.most_dimensions({**identity, "exact_uniformity": True, "pictures_per_step": 4096}) == 768
 
 
 def test_what_is_no_run_is_refused(runs, tmp_path):

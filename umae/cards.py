@@ -95,6 +95,12 @@ def _is_hub_name(name: Any) -> bool:
     return isinstance(name, str) and "/" in name
 
 
+def most_dimensions(identity: dict[str, Any]) -> int:
+    """How many dimensions the features of a run's uniformity term can fill, which is of so many images at a time."""
+    passes = 1 if identity["exact_uniformity"] else identity["gradient_accumulation_steps"]
+    return min(identity["pictures_per_step"] // passes, identity["config"]["hidden_size"])
+
+
 def model_card(folder: Path, checkpoint: Path | None = None) -> str:
     """The text of `README.md` for a run folder, or a checkpoint in it: what it is, how to use it, how it was made."""
     run = json.loads((folder / "run.json").read_text())
@@ -122,7 +128,7 @@ def model_card(folder: Path, checkpoint: Path | None = None) -> str:
         facts |= {
             "Reconstruction loss": f"{lines[-1]['reconstruction_loss']:.4f}",
             "Uniformity": f"{lines[-1]['uniformity_loss']:.4f}, i.e. features that fill "
-            f"{lines[-1]['participation_ratio']:.1f} of {config['hidden_size']} dimensions",
+            f"{lines[-1]['participation_ratio']:.1f} of at most {most_dimensions(identity)} dimensions",
         }
     looked = next((line for line in reversed(lines) if "effective_rank_cls" in line), None)
     if looked:

@@ -17,12 +17,12 @@ from transformers import BaseImageProcessor
 from configuration_umae import UMAEConfig
 from umae import seeding
 from umae.data import Pictures, Plan
-from umae.diagnosis import POOLINGS, VIEWS, Diagnosis
+from umae.diagnosis import VIEWS, Diagnosis
 from umae.gallery import SHOWN
 from umae.images import UnreadablePicture
-from umae.online import OnlineClassifier
+from umae.online import MemoryBank, OnlineClassifier
 from umae.pictures import reconstructions
-from umae.probing import knn_leave_one_out
+from umae.probing import knn_classify
 from umae.speed import encoder_flops, training_flops
 from umae.streaming import Stream
 from umae.training import device_inputs
@@ -31,6 +31,7 @@ from umae.transforms import normalize
 MOST_PICTURES = 512  # that are looked at
 SHARE = 0.01  # of training's arithmetic, by default
 OBSERVED_STEPS = 2  # the online classifier learns from every second step: on tiny models each would cost 1.5 %
+BANK = 16_384  # training features among which neighbours are sought, of no image twice; 16 of each of 1,000 classes
 NEIGHBOURS = 20
 
 
@@ -70,6 +71,7 @@ class Watched:
         index: int64 (batches, batch), in their data set.
         readable: bool (batches, batch).
         labels: int64 (count,), None if there are none.
+        trained_on: int64 (count,), where they are among the training images; None if they are held out.
     """
 
     count: int
@@ -77,6 +79,7 @@ class Watched:
     index: torch.Tensor
     readable: torch.Tensor
     labels: torch.Tensor | None
+    trained_on: torch.Tensor | None = None
 
 
 def watch(
@@ -87,15 +90,21 @@ def watch(
     batch_size: int,
     with_labels: bool,
     seed: int,
+    trained_on: bool = False,
 ) -> Watched:
-    """Read this process' share of at most MOST_PICTURES; of a stream the first that it gives."""
+    """Read this process' share of at most MOST_PICTURES; of a stream the first that it gives.
+
+    Args:
+        trained_on: `pictures` are those that the model is trained on.
+    """
     # Each is read by one process, but a stream only as a whole
     streamed = dict(pictures.sample(seed, MOST_PICTURES)) if isinstance(pictures, Stream) else {}
     indices = list(streamed) or pictures.spread(MOST_PICTURES, seed)
     count, processes = len(indices), accelerator.num_processes
     batch_size = min(batch_size, math.ceil(count / processes))
     batches = math.ceil(count / (batch_size * processes))
-    index = torch.tensor(indices)[torch.arange(batches * processes * batch_size) % count]
+    indices = torch.tensor(indices)
+    index = indices[torch.arange(batches * processes * batch_size) % count]
     index = index.view(batches, processes, batch_size)[:, accelerator.process_index]
     pixel_values = torch.zeros(*index.shape, 3, *size, dtype=torch.uint8)
     readable = torch.zeros(index.shape, dtype=torch.bool)
@@ -107,7 +116,7 @@ def watch(
         prepared = processor(images=image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
         pixel_values[place], readable[place] = prepared[0].round().clamp(0, 255).byte(), True
     labels = pictures.labels()[indices] if with_labels else None
-    return Watched(count, pixel_values, index, readable, labels)
+    return Watched(count, pixel_values, index, readable, labels, indices if trained_on else None)
 
 
 class Monitor:
@@ -133,16 +142,32 @@ class Monitor:
         self.accelerator, self.config, self.watched, self.seed = accelerator, config, watched, seed
         self.num_classes = num_classes
         self.mean, self.std = processor.image_mean, processor.image_std
-        self.train_labels = self.classifier = None
+        self.train_labels = self.classifier = self.bank = None
         if num_classes is not None:
             self.train_labels = train_labels.to(accelerator.device)
             self.classifier = OnlineClassifier(num_classes, config.hidden_size, accelerator)
+            self.bank = MemoryBank(min(BANK, len(train_labels)), accelerator)
 
     def observe(self, features: torch.Tensor, index: torch.Tensor) -> None:
-        """Train the online classifier on a micro-batch; see `train_step`."""
+        """Train the online classifier on a micro-batch, and remember its features; see `train_step`."""
         if self.classifier is not None:
             index = index.to(self.accelerator.device, non_blocking=True)
             self.classifier.update(features, self.train_labels[index])
+            self.bank.update(features, index)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All it needs to go on with what it has observed, on the CPU; every process calls it."""
+        if self.classifier is None:
+            return {}
+        return self.classifier.tensors() | {name: tensor.cpu() for name, tensor in self.bank.gathered().items()}
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put back what `tensors` returned."""
+        if self.classifier is not None and tensors:
+            bank = {name: tensor for name, tensor in tensors.items() if name.startswith("bank_")}
+            self.classifier.restore({name: tensor for name, tensor in tensors.items() if name not in bank})
+            if bank:  # checkpoints of older versions have none
+                self.bank.restore(bank)
 
     def look(self, model: nn.Module, batch: dict, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Every process calls it; the main one gets the measures, by name, and reconstructions to look at.
@@ -153,8 +178,8 @@ class Monitor:
             step: optimiser steps so far.
 
         Returns:
-            Measures, each as `name_pooling` (see `umae.diagnosis`), `online_top1` and `online_knn_top1` if there are
-            labels, in 0..1, and the gradients' norms; and what `umae.pictures.reconstructions` returns.
+            Measures, each as `name_pooling` (see `umae.diagnosis`), `online_top1` and `online_knn_top1` if labels have
+            been observed, in 0..1, and the gradients' norms; and what `umae.pictures.reconstructions` returns.
         """
         values = self.gradient_norms(model, batch, step)
         model.eval()
@@ -163,7 +188,8 @@ class Monitor:
             encoded = encoded[: self.watched.count]
             shown = self._reconstruct(model)
         model.train()
-        return (self._measures(encoded.cpu()) | values, shown) if self.accelerator.is_main_process else ({}, {})
+        bank = {} if self.bank is None else self.bank.gathered()
+        return (self._measures(encoded.cpu(), bank) | values, shown) if self.accelerator.is_main_process else ({}, {})
 
     def gradient_norms(self, model: nn.Module, batch: dict, step: int) -> dict[str, float | None]:
         """How strongly either term, with its weight, pulls at the encoder: norms of their gradients for a micro-batch.
@@ -218,20 +244,28 @@ class Monitor:
         output = model(pixel_values, noise=noise, output_logits=True)
         return reconstructions(output, pixel_values, self.config, self.mean, self.std)
 
-    def _measures(self, encoded: torch.Tensor) -> dict[str, float]:
+    def _measures(self, encoded: torch.Tensor, bank: dict[str, torch.Tensor]) -> dict[str, float]:
         diagnosis, values = Diagnosis(), {}
         diagnosis.add(encoded[:, : 2 * VIEWS])
         if diagnosis.count == 0:  # a run does not end for want of something to look at
             return values
         for pooling, measures in diagnosis.measures().items():
             values |= {f"{name}_{pooling}": value for name, value in measures.items()}
-        readable = encoded.isfinite().all(dim=(1, 2))
-        if self.watched.labels is None or readable.sum() < 2:
+        if not bank or bank["bank_index"].numel() < 2:
             return values
-        encoded, labels = encoded[readable], self.watched.labels[readable]
-        feature = encoded[:, POOLINGS.index(self.config.pooling)]
-        votes = knn_leave_one_out(feature, labels, self.num_classes, NEIGHBOURS)
-        values["online_knn_top1"] = (votes.argmax(dim=1) == labels).double().mean().item()
-        guesses = self.classifier.scores(encoded[:, -1]).argmax(dim=1).cpu()
-        values["online_top1"] = (guesses == labels).double().mean().item()
-        return values
+        readable = encoded.isfinite().all(dim=(1, 2))
+        features, labels = encoded[readable, -1].to(self.accelerator.device), self.watched.labels[readable]
+        scores = {
+            "online_top1": self.classifier.scores(features),
+            "online_knn_top1": self._votes(features, readable, bank),
+        }
+        hits = {name: votes.argmax(dim=1).cpu() == labels for name, votes in scores.items()}
+        return values | {name: hit.double().mean().item() for name, hit in hits.items()}
+
+    def _votes(self, features: torch.Tensor, readable: torch.Tensor, bank: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(N, D) -> (N, C), of the nearest features in the memory bank but those of the same image."""
+        index, same = bank["bank_index"].flatten(), None
+        if self.watched.trained_on is not None:
+            same = self.watched.trained_on[readable].to(index.device)[:, None] == index
+        labels, known = self.train_labels[index], bank["bank_features"].flatten(0, 1)
+        return knn_classify(known, labels, features, self.num_classes, NEIGHBOURS, same=same)

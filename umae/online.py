@@ -1,4 +1,6 @@
-"""A linear classifier that is trained beside the model, and does not touch it."""
+"""What learns from the features of training beside the model, and does not touch it."""
+
+from collections import deque
 
 import torch
 from accelerate import Accelerator
@@ -81,3 +83,49 @@ class OnlineClassifier:
         self.means.copy_(tensors.pop("means"))
         self.lacks = tensors.pop("lacks").item()
         self.optimizer.state[self.weight] = tensors
+
+
+class MemoryBank:
+    """The newest features that training has made, for nearest neighbours (Wu et al. 2018, section 3.2).
+
+    Every process keeps its own, whole micro-batches of them, without a word to the others. All together they hold
+    `4 * size * D` bytes: 50 MB for 16,384 features of ViT-B.
+
+    Args:
+        size: most features of all processes together, but one micro-batch is always held.
+    """
+
+    def __init__(self, size: int, accelerator: Accelerator):
+        self.size, self.accelerator = size, accelerator
+        self.batches: deque[tuple[torch.Tensor, torch.Tensor]] = deque()  # oldest first
+
+    def update(self, features: torch.Tensor, index: torch.Tensor) -> None:
+        """Take in a micro-batch, and let go of the oldest.
+
+        Args:
+            features: (batch, D), of this process; every process calls it with as many.
+            index: int64 (batch,), of the images, on the same device.
+        """
+        self.batches.append((features.detach().float().clone(), index))
+        if len(self.batches) > max(1, self.size // (len(index) * self.accelerator.num_processes)):
+            self.batches.popleft()
+
+    def gathered(self) -> dict[str, torch.Tensor]:
+        """What all processes hold, every one of which calls it; nothing if there is nothing yet.
+
+        Returns:
+            `bank_features` (micro-batches, batch, D) and `bank_index` int64 (micro-batches, batch), oldest first, the
+            processes one after the other in every micro-batch.
+        """
+        if not self.batches:
+            return {}
+        mine = (torch.stack(column)[None] for column in zip(*self.batches, strict=True))
+        features, index = (self.accelerator.gather(tensor).transpose(0, 1).flatten(1, 2) for tensor in mine)
+        return {"bank_features": features, "bank_index": index}
+
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put back what `gathered` returned, the part of this process of it."""
+        accelerator = self.accelerator
+        columns = (tensors[name].to(accelerator.device) for name in ("bank_features", "bank_index"))
+        mine = (column.tensor_split(accelerator.num_processes, dim=1)[accelerator.process_index] for column in columns)
+        self.batches = deque(zip(*mine, strict=True))

@@ -212,6 +212,7 @@ def knn_classify(
     num_classes: int,
     k: int = 20,
     temperature: float = 0.07,
+    same: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weighted k nearest neighbours (Wu et al. 2018, section 3.4; DINO's protocol).
 
@@ -222,30 +223,22 @@ def knn_classify(
         train_labels: int64 (M,), in [0, num_classes).
         features: (N, D), of the pictures to classify.
         k: neighbours; all of them if there are fewer.
+        same: bool (N, M), True where a training picture is the one to classify, and has no vote; None for none.
 
     Returns:
         (N, C), the sums of the votes.
     """
     _check(train_features, train_labels, num_classes)
     train_features, features = normalize(train_features, dim=1), normalize(features, dim=1)
-    rows = max(BLOCK // len(train_features), 1)
-    votes = []
-    with tqdm(total=len(features), desc="nearest neighbours", unit="picture", leave=False) as bar:
-        for block in features.split(rows):
-            cosines = block @ train_features.T
+    rows, votes = max(BLOCK // len(train_features), 1), []
+    with tqdm(total=len(features), desc="k-NN", unit="image", leave=False, delay=1) as bar:
+        for start in range(0, len(features), rows):
+            cosines = features[start : start + rows] @ train_features.T
+            if same is not None:
+                cosines.masked_fill_(same[start : start + rows], -torch.inf)  # exp(-inf) is no vote
             votes.append(_vote(cosines, train_labels, num_classes, min(k, len(train_features)), temperature))
-            bar.update(len(block))
+            bar.update(len(cosines))
     return torch.cat(votes)
-
-
-def knn_leave_one_out(
-    features: torch.Tensor, labels: torch.Tensor, num_classes: int, k: int = 20, temperature: float = 0.07
-) -> torch.Tensor:
-    """As `knn_classify`, every picture by all the others: (N, D) and int64 (N,) -> (N, C)."""
-    _check(features, labels, num_classes)
-    features = normalize(features, dim=1)
-    cosines = (features @ features.T).fill_diagonal_(-torch.inf)
-    return _vote(cosines, labels, num_classes, min(k, len(features) - 1), temperature)
 
 
 def _vote(cosines: torch.Tensor, labels: torch.Tensor, num_classes: int, k: int, temperature: float) -> torch.Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Template
 from PIL import Image
 
-from umae.cards import duration, read_metrics
+from umae.cards import duration, most_dimensions, read_metrics
 from umae.checkpoints import write_text
 from umae.pictures import spectrum, training_curves
 
@@ -156,7 +156,7 @@ def _results(run: dict[str, Any]) -> dict[str, Any]:
         "state": "finished" if run["finished"] else f"step {last['step']:,} of {identity['total_steps']:,}",
         "reconstruction loss": f"{last['reconstruction_loss']:.4f}",
         "uniformity": f"{last['uniformity_loss']:.4f}",
-        "dimensions filled": f"{last['participation_ratio']:.1f} of {identity['config']['hidden_size']}",
+        "dimensions filled": f"{last['participation_ratio']:.1f} of at most {most_dimensions(identity)}",
         **{title: _newest(run["lines"], name, form) for title, (name, form) in LOOKED_AT.items()},
         "pictures a second": f"{statistics.median(line['pictures_per_second'] for line in run['lines']):,.0f}",
         "time": duration(run["seconds"]),
