@@ -31,7 +31,7 @@ from umae.transforms import normalize
 MOST_PICTURES = 512  # that are looked at
 SHARE = 0.01  # of training's arithmetic, by default
 OBSERVED_STEPS = 2  # the online classifier learns from every second step: on tiny models each would cost 1.5 %
-BANK = 16_384  # training features among which neighbours are sought, of no image twice; 16 of each of 1,000 classes
+BANK = 16_384  # training features among which neighbours are sought, as many as there are images at most
 NEIGHBOURS = 20
 
 
