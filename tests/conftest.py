@@ -1,32 +1,51 @@
-"""What every test runs under: one thread for each process, no network, caches of its own."""
+"""What every test runs under: one thread for each process, no network, caches and a temporary folder of its own."""
 
 import os
+import shutil
+import sys
 import tempfile
 
 # Before anything that reads them is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # two processes with two threads each would wait for each other
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="umae-tests-")
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # and has the folder of the process that has started it
+if not IS_WORKER:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # for pytest's, which it removes itself
+    os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="umae-tests-")
+tempfile.tempdir = os.environ["TMPDIR"]
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="huggingface-")
 
+import processes
 import pytest
-from accelerate.state import AcceleratorState, GradientState
-from processes import run
+from hypothesis import settings
 from training_runs import SHORT, TWENTY, metrics
+
+settings.register_profile("fast", max_examples=100, deadline=None)
+settings.register_profile("thorough", max_examples=500, deadline=None)
+settings.load_profile("fast")
+
+
+def pytest_unconfigure():
+    processes.end_servers()
+    if not IS_WORKER:  # killed programs, among others, have left something in there
+        shutil.rmtree(os.environ["TMPDIR"])
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
     """Accelerate keeps one state for a process; a test that runs a script in this one must not leave its own behind."""
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    state = sys.modules.get("accelerate.state")  # its import takes seconds, and not every test needs it
+    if state is not None:
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """A short run on the digits, undisturbed."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    result = run("run_pretrain.py", "--output_dir", folder, *SHORT)
+    result = processes.run("run_pretrain.py", "--output_dir", folder, *SHORT)
     return folder, result.stdout
 
 
@@ -34,5 +53,5 @@ def finished(tmp_path_factory):
 def twenty_steps(tmp_path_factory):
     """The curve of a run on one process, every step of it."""
     folder = tmp_path_factory.mktemp("twenty") / "run"
-    run("run_pretrain.py", "--output_dir", folder, *TWENTY)
+    processes.run("run_pretrain.py", "--output_dir", folder, *TWENTY)
     return metrics(folder)

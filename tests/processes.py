@@ -1,13 +1,38 @@
-"""Running our scripts as a user does: other processes, other folders, one thread each."""
+"""Running our scripts as a user does: other processes, other folders, one thread each.
 
+Most of what a short run takes are imports, so the processes are forked from one that has them (fork_server.py), unless
+they are asked to differ in what those imports have read.
+"""
+
+import json
 import os
+import select
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
+
+from fork_server import NUMBER
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 TIMEOUT = 300  # seconds; a process that hangs is a failure
+
+# No import reads these, and those of the libraries read none of Hugging Face's
+LATE = {
+    "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "RANK",
+    "WORLD_SIZE",
+}  # fmt: skip
+LIBRARIES = (
+    "torch", "torch.distributed.fsdp", "torch._dynamo", "torch.utils.flop_counter", "torch.utils.tensorboard", "pandas",
+    "pyarrow.parquet", "matplotlib.backends.backend_agg", "sklearn.datasets", "psutil",
+)  # fmt: skip
+PROGRAMS = ("run_pretrain", "run_finetune", "run_linear_probe", "umae.diagnosis", "umae.report")
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -16,18 +41,195 @@ def environment(**changes: str) -> dict[str, str]:
     return {**base, "TQDM_DISABLE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **changes}
 
 
-def run(*command: str | Path, cwd: Path = ROOT, check: bool = True, **env: str) -> subprocess.CompletedProcess:
+class Forked:
+    """A process that a server has forked, with as much of `subprocess.Popen` as is needed."""
+
+    def __init__(self, report: int):
+        self._report, self.returncode = report, None
+        self.pid = self._next_number()
+
+    def _next_number(self) -> int:
+        number = os.read(self._report, NUMBER.size)
+        if not number:
+            raise RuntimeError(
+                "the fork server has ended; run `python tests/fork_server.py torch run_pretrain` for why"
+            )
+        return NUMBER.unpack(number)[0]
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self._report], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            self.returncode = self._next_number()
+            os.close(self._report)
+        return self.returncode
+
+    def poll(self) -> int | None:
+        try:
+            return self.wait(0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+class ForkServer:
+    """The near end of a fork server's socket."""
+
+    def __init__(self, *modules: str, parent: "ForkServer | None" = None):
+        """Have it import `modules`, in a new process or in one that `parent` forks."""
+        self._control, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.environ = environment()
+        words = [str(ROOT / "tests" / "fork_server.py"), *modules]
+        with far_end:
+            if parent is None:
+                command = [sys.executable, *words]
+                self.process = subprocess.Popen(
+                    command,
+                    stdin=far_end,
+                    stdout=subprocess.DEVNULL,
+                    cwd=ROOT,
+                    env=self.environ,
+                    start_new_session=True,
+                )
+            else:
+                with open(os.devnull, "w") as null:
+                    self.process = parent.fork(words, ROOT, self.environ, (far_end.fileno(), null.fileno(), 2))
+
+    def fork(self, words: list[str], cwd: Path, environ: dict[str, str], files: tuple[int, int, int]) -> Forked:
+        """`files` are its standard input, output and error."""
+        request = json.dumps({"words": words, "cwd": str(cwd), "environ": environ}).encode()
+        report, far_end = os.pipe()
+        try:
+            socket.send_fds(self._control, [request], [*files, far_end])
+        finally:
+            os.close(far_end)
+        return Forked(report)
+
+    def end(self) -> None:
+        self._control.close()
+        self.process.wait(TIMEOUT)
+
+
+@cache
+def libraries() -> ForkServer:
+    return ForkServer(*LIBRARIES)
+
+
+@cache
+def programs() -> ForkServer:
+    return ForkServer(*PROGRAMS, parent=libraries())
+
+
+def end_servers() -> None:
+    for server in (programs, libraries):
+        if server.cache_info().currsize:
+            server().end()
+            server.cache_clear()
+
+
+def server_for(environ: dict[str, str]) -> ForkServer | None:
+    """The one whose imports have read nothing that differs in `environ`."""
+    if not hasattr(os, "pidfd_open"):
+        return None  # the servers need Linux
+    changed = {name for name, _ in environment().items() ^ environ.items()} - LATE
+    if not changed:
+        return programs()
+    return libraries() if all(name.startswith("HF_") for name in changed) else None
+
+
+def start(
+    *command: str | Path, cwd: Path = ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, fresh: bool = False,
+    **env: str,
+) -> subprocess.Popen | Forked:  # fmt: skip
+    """Start `python *command` in a session of its own.
+
+    Args:
+        stdout: an open file, if what it prints is to be kept.
+        stderr: another one, if they are to be kept apart.
+        fresh: in a process that is started rather than forked.
+    """
+    words, environ = [str(word) for word in command], environment(**env)
+    server = None if fresh else server_for(environ)
+    if server is None:
+        command = [sys.executable, *words]
+        return subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+        )
+    with open(os.devnull, "r+") as null:
+        out = null if stdout is subprocess.DEVNULL else stdout
+        error = out if stderr is subprocess.STDOUT else stderr
+        return server.fork(words, cwd, environ, (null.fileno(), out.fileno(), error.fileno()))
+
+
+def run(
+    *command: str | Path,
+    cwd: Path = ROOT,
+    check: bool = True,
+    fresh: bool = False,
+    timeout: float = TIMEOUT,
+    **env: str,
+) -> subprocess.CompletedProcess:
     """Run `python *command`; with `check`, a failure shows what the process printed."""
-    result = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=cwd, env=environment(**env), capture_output=True, text=True,
-        timeout=TIMEOUT,
-    )  # fmt: skip
-    if check:
-        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    (result,) = _results([(command, env)], cwd, check, fresh, timeout)
     return result
 
 
 def torchrun(processes: int, *command: str | Path, **options) -> subprocess.CompletedProcess:
     """Run a script in several processes on the CPU."""
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone")
-    return run(*launcher, *command, ACCELERATE_USE_CPU="1", **options)
+    return run(*launcher, *command, ACCELERATE_USE_CPU="1", fresh=True, **options)
+
+
+def together(
+    processes: int, *command: str | Path, cwd: Path = ROOT, check: bool = True, **env: str
+) -> list[subprocess.CompletedProcess]:
+    """Run a script in several processes on the CPU that know of each other as those of torchrun do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    ranks = [{**where, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    return _results(
+        [(command, {"ACCELERATE_USE_CPU": "1", **env, **rank}) for rank in ranks], cwd, check, False, TIMEOUT
+    )
+
+
+def _results(commands, cwd, check, fresh, timeout) -> list[subprocess.CompletedProcess]:
+    """Of (words, environment) each, at the same time; when one fails the others are ended."""
+    deadline = time.monotonic() + timeout
+    with ExitStack() as stack:
+        files = [[stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in commands]
+        processes = [
+            start(*command, cwd=cwd, stdout=out, stderr=error, fresh=fresh, **env)
+            for (command, env), (out, error) in zip(commands, files, strict=True)
+        ]
+        try:
+            while any(process.poll() is None for process in processes):
+                if any(process.poll() for process in processes):
+                    break
+                if time.monotonic() > deadline:
+                    raise subprocess.TimeoutExpired(str(commands), timeout)
+                time.sleep(0.005)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+        results = []
+        for process, (command, _), printed in zip(processes, commands, files, strict=True):
+            for file in printed:
+                file.seek(0)
+            output = [file.read() for file in printed]
+            results.append(subprocess.CompletedProcess(command, process.returncode, *output))
+    if check:
+        for result in results:
+            assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return results

@@ -5,7 +5,7 @@ import pytest
 import torch
 from golden_models import fresh_config
 from PIL import Image
-from processes import run, torchrun
+from processes import run, together
 
 from modeling_umae import UMAEForPreTraining
 from umae import diagnosis, seeding
@@ -75,7 +75,7 @@ def test_processes_share_the_pictures_and_find_the_same(tmp_path):
     (tmp_path / "look.py").write_text(LOOK)
     run(tmp_path / "look.py", cwd=tmp_path)
     alone = (tmp_path / "found_0").read_text()
-    torchrun(2, tmp_path / "look.py", cwd=tmp_path)
+    together(2, tmp_path / "look.py", cwd=tmp_path)
     assert (tmp_path / "found_0").read_text() == (tmp_path / "found_1").read_text() == alone
     assert "effective_rank" in alone
 

@@ -178,7 +178,7 @@ with run_pretrain.one_line_refusals("run_pretrain.py"):
 def test_too_little_memory_is_named_with_the_flags_that_help(tmp_path):
     (tmp_path / "cramped.py").write_text(CRAMPED)
     command = ("--output_dir", tmp_path / "run", "--per_device_train_batch_size", "1024", "--max_train_steps", "2")
-    result = run(tmp_path / "cramped.py", *command, check=False, PYTHONPATH=str(ROOT))
+    result = run(tmp_path / "cramped.py", *command, check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "out of memory with --per_device_train_batch_size 1024; lower it" in result.stderr
 

@@ -61,7 +61,7 @@ def test_a_stranger_loads_a_folder_without_the_package(folder, tmp_path):
 
 
 def test_with_the_package_no_remote_code_is_needed(folder):
-    run("-c", OWNER, cwd=folder.parent)
+    run("-c", OWNER, cwd=folder.parent, fresh=True)
 
 
 @pytest.mark.parametrize("saved_class", [UMAEModel, UMAEForPreTraining, UMAEForImageClassification])

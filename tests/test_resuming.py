@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from processes import ROOT, TIMEOUT, environment, run
+from processes import ROOT, TIMEOUT, environment, run, start
 from training_runs import SHORT, folder_with_bad_pictures, metrics
 
 import run_pretrain
@@ -31,10 +31,7 @@ def test_a_killed_run_ends_with_the_same_bits(finished, tmp_path, workers):
     folder, _ = finished
     mine = tmp_path / "run"
     command = ("run_pretrain.py", "--output_dir", str(mine), *SHORT, "--dataloader_num_workers", workers)
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )  # fmt: skip
+    process = start(*command)
     deadline = time.monotonic() + 120
     while not (mine / "step-4").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -76,10 +73,7 @@ def test_a_run_that_is_killed_while_it_saves_ends_with_the_same_bits(finished, t
     mine = tmp_path / "run"
     (tmp_path / "killed.py").write_text(KILLED)
     flags = ("--output_dir", mine, *SHORT, "--dataloader_num_workers", workers)
-    process = subprocess.Popen(
-        [sys.executable, *map(str, (tmp_path / "killed.py", moment, *flags))], cwd=ROOT, env=environment(),
-        start_new_session=True,
-    )  # fmt: skip
+    process = start(tmp_path / "killed.py", moment, *flags)
     assert process.wait(TIMEOUT) == -signal.SIGKILL
     assert {entry.name for entry in mine.glob("step-*")} == left
     for _ in range(300):  # the loader's workers end, too
@@ -96,12 +90,10 @@ def test_a_run_that_is_killed_while_it_saves_ends_with_the_same_bits(finished, t
     assert {entry.name for entry in mine.glob("step-*")} == {"step-8", "step-12"}
 
 
-def started(folder, *flags) -> subprocess.Popen:
-    """A run in a process of its own, once it has a checkpoint and more steps to do."""
-    process = subprocess.Popen(
-        [sys.executable, "run_pretrain.py", "--output_dir", str(folder), *flags], cwd=ROOT, env=environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+def started(folder, *flags):
+    """A run in a process of its own, once it has a checkpoint and more steps to do; it prints to `folder`.log."""
+    with folder.with_suffix(".log").open("w") as log:
+        process = start("run_pretrain.py", "--output_dir", folder, *flags, stdout=log)
     deadline = time.monotonic() + 120
     while not list(folder.glob("step-?")) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -116,17 +108,20 @@ def test_a_signal_ends_the_run_after_its_step_and_the_next_start_goes_on(tmp_pat
     process = started(tmp_path / "run", *LONG, "--dataloader_num_workers", workers)
     group = process.pid
     os.killpg(group, number)  # as a terminal does: the workers get it too
-    printed, _ = process.communicate(timeout=30)
-    assert process.returncode == 128 + number
+    assert process.wait(30) == 128 + number
+    printed = (tmp_path / "run.log").read_text()
     (step,) = re.findall(r"stopped by a signal after step (\d+); the same command goes on", printed)
     assert "Traceback" not in printed
     assert not (tmp_path / "run" / "run.lock").exists()
     with pytest.raises(ProcessLookupError):  # nobody is left
         os.killpg(group, 0)
     process = started(tmp_path / "run", *LONG)
-    assert any(f"continuing from {tmp_path / 'run'}/step-{step}\n" == line for line in process.stdout)
-    process.kill()
-    process.communicate()
+    expected, deadline = f"continuing from {tmp_path / 'run'}/step-{step}\n", time.monotonic() + 60
+    while expected not in (tmp_path / "run.log").read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert expected in (tmp_path / "run.log").read_text()
 
 
 @pytest.mark.slow
@@ -175,8 +170,8 @@ def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
         assert f"is being trained by process {process.pid}; wait for it" in second.stderr
         assert process.poll() is None
     finally:
-        process.kill()
-        process.communicate()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(finished, tmp_path, capsys):

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from golden_models import SETUP_OF_768, fresh_config, original_file
 from PIL import Image
-from processes import ROOT, run, torchrun
+from processes import ROOT, run, together
 from training_runs import metrics
 from transformers import pipeline
 
@@ -190,7 +190,7 @@ EVERY = ("--logging_steps", "1", "--checkpointing_steps", "12", "--drop_path_rat
 def test_two_processes_train_as_one_does_with_mixup_and_count_every_test_picture_once(encoder, tmp_path):
     """Drop path is off: what a picture skips is keyed by the process. The partners of mixup are not."""
     run_finetune.main(command(encoder, tmp_path / "one", *EVERY))
-    torchrun(2, "run_finetune.py", *command(encoder, tmp_path / "two", *EVERY), "--per_device_train_batch_size", "16")
+    together(2, "run_finetune.py", *command(encoder, tmp_path / "two", *EVERY), "--per_device_train_batch_size", "16")
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert [line["step"] for line in two] == list(range(1, 13))
     for mine, expected in zip(two, one, strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from golden_models import SETUP_OF_768, fresh_config, original_file
 from PIL import Image
-from processes import ROOT, run, torchrun
+from processes import ROOT, run, together
 from transformers import ViTConfig, ViTForImageClassification, pipeline
 
 import run_linear_probe
@@ -259,7 +259,7 @@ def test_two_processes_count_each_picture_once_and_report_what_one_does(model, f
     words = ("--model_name_or_path", model, "--dataset_name", tmp_path / "pictures")
     words += ("--per_device_eval_batch_size", "8")
     run(ROOT / "run_linear_probe.py", *words, "--output_dir", tmp_path / "one")
-    torchrun(2, ROOT / "run_linear_probe.py", *words, "--output_dir", tmp_path / "two")
+    together(2, ROOT / "run_linear_probe.py", *words, "--output_dir", tmp_path / "two")
     assert report(tmp_path / "two") == report(tmp_path / "one")
     assert report(tmp_path / "two")["protocol"]["test"]["pictures"] == 37
     for feature in ("cls", "mean"):
@@ -287,7 +287,7 @@ def test_two_processes_report_what_one_does_by_either_protocol(tmp_path):
         for processes in (1, 2):
             output = tmp_path / f"{kind}{processes}"
             share = (*batch, 256 // processes) if batch else ()
-            torchrun(processes, "run_linear_probe.py", *words, "--output_dir", output, *share)
+            together(processes, "run_linear_probe.py", *words, "--output_dir", output, *share)
             found.append(report(output))
         for name in found[0].keys() - {"protocol"}:
             assert found[0][name] == found[1][name], (kind, name)

@@ -133,7 +133,7 @@ def small_recipe(tmp_path) -> list[str]:
 
 def test_accelerate_launches_the_script(tmp_path):
     launcher = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "--mixed_precision", "bf16")
-    result = run(*launcher, "run_pretrain.py", *small_recipe(tmp_path))
+    result = run(*launcher, "run_pretrain.py", *small_recipe(tmp_path), fresh=True)
     assert "bf16 on 1 x CPU" in result.stdout
     assert (tmp_path / "run" / "model.safetensors").exists()
 

@@ -6,14 +6,14 @@ import datasets
 import pytest
 from PIL import Image
 
-from umae.runs import SPEED
-
 SHORT = ("--max_train_steps", "12", "--checkpointing_steps", "4", "--logging_steps", "3", "--eval_steps", "4")
 TWENTY = ("--max_train_steps", "20", "--logging_steps", "1", "--checkpointing_steps", "20")
 
 
 def metrics(folder) -> list[dict]:
     """The lines of `metrics.jsonl` without what depends on the clock."""
+    from umae.runs import SPEED  # here, because it takes seconds, and conftest.py imports this file
+
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
 
