@@ -254,7 +254,9 @@ def judge(
     for name, features in test.features.items():
         results[name] = over_seeds([judge_head(heads[name], features, test.labels) for heads in trained])
         for k in NEIGHBOURS:
-            votes = knn_classify(train.features[name], train.labels, features, num_classes, k, TEMPERATURE)
+            votes = knn_classify(
+                train.features[name], train.labels, features, num_classes, k, TEMPERATURE, show_progress=True
+            )
             results[name][f"knn{k}_top1"] = percent(topk_accuracy(rank_classes(votes, 1), test.labels)["top1"])
         results[name]["effective_rank"] = round(effective_rank(features), 2)
         results[name]["uniformity"] = round(uniformity(features), 6)

@@ -189,10 +189,10 @@ def test_knn_in_blocks_is_knn_at_once(monkeypatch):
 def test_what_takes_minutes_on_many_pictures_shows_how_far_it_is(capsys):
     features, labels = clusters(64)
     one_head(features, labels, 4, seed=0)
-    knn_classify(features, labels, features, 4)
+    knn_classify(features, labels, features, 4, show_progress=True)
     printed = capsys.readouterr().err
     steps = probing.EPOCHS * 16  # batches of a sixteenth
-    for text in ("choosing linear heads", "training linear heads", f"/{steps}", "nearest neighbours", "0/64"):
+    for text in ("choosing linear heads", "training linear heads", f"/{steps}", "k-NN", "0/64"):
         assert text in printed
 
 

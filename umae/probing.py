@@ -213,6 +213,7 @@ def knn_classify(
     k: int = 20,
     temperature: float = 0.07,
     same: torch.Tensor | None = None,
+    show_progress: bool = False,
 ) -> torch.Tensor:
     """Weighted k nearest neighbours (Wu et al. 2018, section 3.4; DINO's protocol).
 
@@ -231,7 +232,7 @@ def knn_classify(
     _check(train_features, train_labels, num_classes)
     train_features, features = normalize(train_features, dim=1), normalize(features, dim=1)
     rows, votes = max(BLOCK // len(train_features), 1), []
-    with tqdm(total=len(features), desc="k-NN", unit="image", leave=False, delay=1) as bar:
+    with tqdm(total=len(features), desc="k-NN", unit="image", leave=False, disable=not show_progress) as bar:
         for start in range(0, len(features), rows):
             cosines = features[start : start + rows] @ train_features.T
             if same is not None:
