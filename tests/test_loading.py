@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden_models import fresh_config
+from PIL import Image
 from processes import run
 from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTModel
 
@@ -53,6 +54,16 @@ assert type(AutoModelForImageClassification.from_pretrained("run")) is umae.UMAE
 """
 
 
+ELSEWHERE = """
+import importlib, pkgutil, sys
+sys.modules.update(dict.fromkeys(["fcntl", "grp", "psutil", "pwd", "resource", "syslog"]))  # None: cannot be imported
+import umae, run_pretrain, run_linear_probe, run_finetune
+for module in pkgutil.iter_modules(umae.__path__):
+    importlib.import_module(f"umae.{module.name}")
+umae.features.main(["run", "images", "features.parquet"])
+"""
+
+
 def test_a_stranger_loads_a_folder_without_the_package(folder, tmp_path):
     expected = UMAEModel.from_pretrained(folder)(pixels()).pooler_output
     run("-c", STRANGER, cwd=folder.parent, PYTHONPATH="", HF_MODULES_CACHE=str(tmp_path / "modules"))
@@ -62,6 +73,13 @@ def test_a_stranger_loads_a_folder_without_the_package(folder, tmp_path):
 
 def test_with_the_package_no_remote_code_is_needed(folder):
     run("-c", OWNER, cwd=folder.parent, fresh=True)
+
+
+def test_all_imports_and_features_are_computed_without_what_only_linux_has(folder):
+    (folder.parent / "images").mkdir()
+    Image.new("RGB", (20, 16), (200, 30, 30)).save(folder.parent / "images" / "a.png")
+    run("-c", ELSEWHERE, cwd=folder.parent)
+    assert (folder.parent / "features.parquet").exists()
 
 
 @pytest.mark.parametrize("saved_class", [UMAEModel, UMAEForPreTraining, UMAEForImageClassification])

@@ -9,9 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor
 
-from umae.data import Pictures
+from umae.data import Pictures, ignore_signals
 from umae.features import EvaluationPictures
-from umae.interruption import ignore_signals
 
 
 def topk_accuracy(guesses: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:

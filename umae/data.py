@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import io
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,6 @@ from tqdm.auto import tqdm
 
 from umae import seeding
 from umae.images import UnreadablePicture, open_image, read_pixels
-from umae.interruption import ignore_signals
 from umae.transforms import CROP_NUMBERS, MIN_SCALE, least_side, random_resized_crop
 
 Augment = Callable[[list[torch.Tensor], int, torch.Tensor], list[torch.Tensor]]
@@ -551,6 +551,12 @@ def random_crop(
     """The crop of one picture, keyed by (seed, epoch, index): uint8 (3, height, width) -> (3, *size)."""
     (numbers,) = seeding.uniform(seed, seeding.CROP, epoch, torch.tensor([index]), CROP_NUMBERS)
     return random_resized_crop(pixels, numbers, size, (min_scale, 1.0))
+
+
+def ignore_signals(worker: int = 0) -> None:
+    """For the loader's workers: a terminal's Ctrl-C reaches them too, but they end when the training process does."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def training_loader(

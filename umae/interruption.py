@@ -62,12 +62,6 @@ class StopRequest:
             signal.signal(other, signal.SIG_DFL)
 
 
-def ignore_signals(worker: int = 0) -> None:
-    """For the loader's workers: a terminal's Ctrl-C reaches them too, but they end when the training process does."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Hold a run folder for this process; a lock whose process is gone is taken over.

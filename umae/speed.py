@@ -2,7 +2,6 @@
 
 import time
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -67,6 +66,8 @@ def used_memory(device: torch.device) -> int:
     """Bytes: on a GPU the most that tensors have taken so far, on a CPU what the process takes now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import psutil  # for training alone, which everything else runs without
+
     return psutil.Process().memory_info().rss
 
 
