@@ -33,6 +33,31 @@ def test_any_number_of_processes_at_the_same_global_batch_train_the_same(twenty_
     assert_same_curve(metrics(tmp_path / "run"), twenty_steps)
 
 
+WRAPPED = """
+import os, sys, warnings
+from pathlib import Path
+from golden_models import fresh_config
+from torch.nn.parallel import DistributedDataParallel
+from modeling_umae import UMAEForPreTraining
+from umae.launch import close, make_accelerator
+from umae.progress import Progress
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    accelerator = make_accelerator(os.environ, "no", 1, "none", Path(sys.argv[1]))
+    model = UMAEForPreTraining(fresh_config())
+    groups = [{"params": model.parameters()}]
+    progress = Progress.begin(accelerator, model, groups, (0.9, 0.95), ["loss"], False, False)
+assert isinstance(progress.model, DistributedDataParallel) and not progress.model.will_sync_module_buffers()
+assert not caught, [str(warning.message) for warning in caught]
+close(accelerator)
+"""
+
+
+def test_several_processes_send_no_buffers_and_start_without_a_warning(tmp_path):
+    (tmp_path / "wrapped.py").write_text(WRAPPED)
+    torchrun(2, tmp_path / "wrapped.py", tmp_path)
+
+
 @pytest.mark.slow
 def test_two_machines_train_as_one_process_does(twenty_steps, tmp_path):
     with socket.socket() as free:

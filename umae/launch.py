@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, str_to_bool
+from accelerate.utils import str_to_bool
 
 from umae.speed import has_fast_bf16
 
@@ -50,7 +50,6 @@ def make_accelerator(
         gradient_accumulation_steps=gradient_accumulation_steps,
         log_with=trackers or None,
         project_dir=folder / "logs",
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # the position tables never change
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from torch.nn.parallel import DistributedDataParallel
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from umae import checkpoints
@@ -55,7 +56,10 @@ class Progress:
             compile_layers(model)
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
         window = torch.zeros(2, len(names), device=accelerator.device)
-        return cls(accelerator, 0, type(model), *accelerator.prepare(model, optimizer), names, window)
+        prepared, optimizer = accelerator.prepare(model, optimizer)
+        if isinstance(prepared, DistributedDataParallel):
+            prepared.broadcast_buffers = False  # they never change; Accelerate's own way warns from torch 2.13 on
+        return cls(accelerator, 0, type(model), prepared, optimizer, names, window)
 
     def count(self, values: torch.Tensor) -> None:
         """Add a step and its values, float32 (values,); in fp16 gradients overflow, and are not among them."""
