@@ -543,15 +543,17 @@ def finish(job: Job, record: dict[str, Any]) -> None:
     record["finished"] = True
     write_run(folder, record)
     lines, unreadable = cards.read_metrics(folder), record["unreadable"]
-    speed = {name: [line[name] for line in lines if name in line] for name in SPEED}
-    rate, mfu, waiting = (statistics.median(speed[name]) for name in SPEED[:3])
-    last, diagnostics = lines[-1], sum(speed["diagnostics_seconds"])
+    columns = {name: [line[name] for line in lines if name in line] for name in SPEED}
+    speed = {name: statistics.median(column) for name, column in columns.items() if column}
+    last, diagnostics = lines[-1], sum(columns["diagnostics_seconds"])
+    mfu = f", {speed['mfu']:.0%} of its peak (MFU)" if "mfu" in speed else ""
     print(
         f"finished in {cards.duration(record['seconds'])}: reconstruction loss {last['reconstruction_loss']:.4f}, "
         f"uniformity {last['uniformity_loss']:.4f} (features fill {last['participation_ratio']:.1f} of at most "
         f"{cards.most_dimensions(record['identity'])} dimensions)\n"
-        f"{rate:,.0f} pictures/s, {mfu:.0%} of the device's rate at plain matrix products (MFU), {waiting:.0%} of the "
-        f"time spent waiting for pictures, {diagnostics / record['seconds']:.1%} on diagnostics\n"
+        f"{speed['pictures_per_second']:,.0f} pictures/s, {speed['matmul_share']:.0%} of the device's rate at plain "
+        f"matrix products{mfu}, {speed['data_wait']:.0%} of the time spent waiting for pictures, "
+        f"{diagnostics / record['seconds']:.1%} on diagnostics\n"
         + (f"pictures left out because they cannot be read: {len(unreadable)}\n" if unreadable else "")
         + f"weights and card in {folder}, pictures in {folder / 'reconstructions.png'}"
     )

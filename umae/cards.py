@@ -63,7 +63,11 @@ print(classify(image))
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "mfu" in line and "matmul_share" not in line:  # older runs called this share so
+            line["matmul_share"] = line.pop("mfu")
+    return lines
 
 
 def base_model(name_or_path: str | None) -> list[str]:

@@ -25,10 +25,10 @@ T = TypeVar("T")
 
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
-# What depends on the machine: pictures a second, the share of the device's rate at matrix products that training
-# reaches, the share of the time spent waiting for pictures, memory in GB, and the seconds that went into diagnostics,
-# which are not part of the others.
-SPEED = ("pictures_per_second", "mfu", "data_wait", "memory_gb", "diagnostics_seconds")
+# What depends on the machine: pictures a second, what share that is of the device's rate at matrix products and of its
+# peak (see `ideal_seconds`), the share of the time spent waiting for pictures, memory in GB, and the seconds that went
+# into diagnostics, which are not part of the others.
+SPEED = ("pictures_per_second", "matmul_share", "mfu", "data_wait", "memory_gb", "diagnostics_seconds")
 
 
 def open_run(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -147,11 +147,17 @@ class MetricsLog:
     Args:
         start: steps done so far; lines of later ones are dropped, they will be written again.
         pictures_per_step: on all processes.
-        ideal_seconds: what one picture would cost if training were nothing but matrix products at full rate.
+        ideal_seconds: what one picture would cost if training were nothing but matrix products at full rate, see the
+            function of this name.
     """
 
     def __init__(
-        self, accelerator: Accelerator, folder: Path, start: int, pictures_per_step: int, ideal_seconds: float
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        start: int,
+        pictures_per_step: int,
+        ideal_seconds: dict[str, float],
     ):
         self.accelerator, self.path, self.bar = accelerator, folder / METRICS_FILE, None
         self.pictures_per_step, self.ideal_seconds = pictures_per_step, ideal_seconds
@@ -197,15 +203,22 @@ class MetricsLog:
         now = time.perf_counter()
         seconds, self.last_time = now - self.last_time - self.diagnosed, now
         rate, memory = (step - self.last_step) * self.pictures_per_step / seconds, used_memory(self.accelerator.device)
-        numbers = (rate, rate * self.ideal_seconds, self.waited / seconds, memory / 1e9, self.diagnosed)
-        speed = dict(zip(SPEED, numbers, strict=True))
+        speed = {
+            "pictures_per_second": rate,
+            **{name: rate * ideal for name, ideal in self.ideal_seconds.items()},
+            "data_wait": self.waited / seconds,
+            "memory_gb": memory / 1e9,
+            "diagnostics_seconds": self.diagnosed,
+        }
         self.last_step, self.waited, self.diagnosed = step, 0.0, 0.0
         line = {"step": step, **values, **{name: float(f"{value:.4g}") for name, value in speed.items()}}
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         self.bar.set_postfix_str(
-            f"{shown}, {rate:.0f} pictures/s ({line['mfu']:.0%} MFU, {line['data_wait']:.0%} waiting)"
+            f"{shown}, {rate:.0f} pictures/s ({line['matmul_share']:.0%} of the matmul rate, "
+            + (f"{line['mfu']:.0%} MFU, " if "mfu" in line else "")
+            + f"{line['data_wait']:.0%} waiting)"
         )
         tracked = {name: value for name, value in line.items() if name != "step" and value is not None}
         self.accelerator.log(tracked, step=step)

@@ -1,5 +1,6 @@
-"""How fast training is, against what the same device does with plain matrix products."""
+"""How fast training is, against what the same device does with plain matrix products, and its peak."""
 
+import re
 import time
 
 import torch
@@ -71,10 +72,43 @@ def used_memory(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
-def ideal_seconds(flops: int, device: torch.device, mixed_precision: str, processes: int) -> float:
-    """How long so many operations take at the rate that all processes together reach at plain matrix products."""
+# Matrix products in 16 bits on tensor cores, dense, accumulated in float32: operations a second by NVIDIA's data sheets
+# and architecture whitepapers, which give twice as much "with sparsity"; names as `torch.cuda.get_device_name` has them
+PEAK_FLOPS = {
+    r"B200": 2250e12,
+    r"H200": 989e12,
+    r"H100 80GB HBM3": 989e12,  # SXM
+    r"H100 NVL": 835e12,
+    r"H100 PCIe": 756e12,
+    r"A100[- ].*": 312e12,
+    r"V100-SXM2-.*": 125e12,
+    r"V100-PCIE-.*": 112e12,
+    r"L40S": 362e12,
+    r"L4": 121e12,
+    r"GeForce RTX 4090": 165e12,
+}
+
+
+def peak_flops(device_name: str, mixed_precision: str) -> float | None:
+    """Floating-point operations a second that a GPU is made for, None where that is not known."""
+    name = re.sub("^(NVIDIA|Tesla) ", "", device_name)
+    if mixed_precision == "no" or " MIG " in name or (mixed_precision == "bf16" and name.startswith("V100")):
+        return None
+    return next((peak for pattern, peak in PEAK_FLOPS.items() if re.fullmatch(pattern, name)), None)
+
+
+def ideal_seconds(flops: int, device: torch.device, mixed_precision: str, processes: int) -> dict[str, float]:
+    """How long so many operations take where all processes together do nothing but plain matrix products.
+
+    Returns:
+        Seconds, by what a share of that rate is called: `matmul_share`, of the rate that is reached here, and where the
+        device's peak is known `mfu`, model FLOPs utilisation, of the peak (Chowdhery et al. 2022, appendix B).
+    """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, torch.float32)
-    return flops / matmul_rate(device, dtype) / processes
+    rates = {"matmul_share": matmul_rate(device, dtype)}
+    if device.type == "cuda":
+        rates["mfu"] = peak_flops(torch.cuda.get_device_name(device), mixed_precision)
+    return {name: flops / rate / processes for name, rate in rates.items() if rate is not None}
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
