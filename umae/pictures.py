@@ -53,15 +53,18 @@ def reconstructions(
 
 def strips(rows: dict[str, np.ndarray]) -> Image.Image:
     """Rows of pictures with their names beside them, each row uint8 (pictures, height, width, channels)."""
-    columns = len(next(iter(rows.values())))
+    columns, height, width = next(iter(rows.values())).shape[:3]
     figure = Figure(figsize=(1.25 * columns, 1.3 * len(rows)), layout="constrained", dpi=100)
-    axes = figure.subplots(len(rows), columns, squeeze=False)
-    for (name, pictures), line in zip(rows.items(), axes, strict=True):
-        for picture, axis in zip(pictures, line, strict=True):
-            axis.imshow(picture, interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-        line[0].set_ylabel(name, fontsize=10)
+    axis = figure.subplots()  # one for all: to lay out one for each picture takes seconds
+    right, down = (side / max(height, width) / 2 for side in (width, height))  # from the middle of a picture
+    for row, pictures in enumerate(rows.values()):
+        for column, picture in enumerate(pictures):
+            x, y = 1.06 * column, 1.1 * row
+            axis.imshow(picture, interpolation="nearest", extent=(x - right, x + right, y + down, y - down))
+    axis.set(xlim=(-right, 1.06 * (columns - 1) + right), ylim=(1.1 * (len(rows) - 1) + 0.5, -0.5), xticks=[])
+    axis.set_yticks([1.1 * row for row in range(len(rows))], rows, rotation=90, va="center", fontsize=10)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
     return _rendered(figure)
 
 
