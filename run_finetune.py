@@ -313,7 +313,8 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForImageClassification
     changes = {"crops from": job.min_crop_scale, **dataclasses.asdict(job.strengths)}
     lines = {
         "pictures": f"{len(job.train):,} from {job.train.description}, judged on {len(job.test):,} from "
-        f"{job.test.description}; {len(job.names)} classes",
+        f"{job.test.description}",
+        "labels": job.train.label_summary,
         "model": f"{millions:.1f} million parameters, {height} x {width} pixels, pooling {config.pooling}, from "
         f"{config.name_or_path}",
         "steps": f"{identity['total_steps']:,} ({identity['total_steps'] / plan.steps_per_epoch:.4g} epochs), "
@@ -326,6 +327,8 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForImageClassification
         + ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in changes.items()),
         "precision": f"{identity['mixed_precision']} on {record['hardware']}",
     }
+    if job.train.not_read:
+        lines["not read"] = job.train.not_read
     for name, text in lines.items():
         job.accelerator.print(f"  {name:<16} {text}")
 

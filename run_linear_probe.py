@@ -100,6 +100,9 @@ def main(argv: list[str]) -> None:
             args.label_column_name, accelerator.print,
         )  # fmt: skip
 
+    accelerator.print(f"labels: {train.label_summary}")
+    if train.not_read:
+        accelerator.print(f"not read: {train.not_read}")
     seeds, layers = parse_seeds(args.seeds), parse_layers(args.layers, encoder.config.num_hidden_layers)
     shares = [share.strip() for share in (args.low_shot or "").split(",") if share.strip()]
     for share in shares:

@@ -27,7 +27,7 @@ class DataArguments:
     dataset_config_name: str | None = flag(None, "Configuration of a Hub data set.")
     train_split: str = flag("train", "Split to train on; slices such as `train[:10%%]` for Hub data sets and parquet.")
     image_column_name: str | None = flag(None, "Column of the pictures; found by its type if there is one.")
-    label_column_name: str | None = flag(None, "Column of the labels, which pre-training does not use.")
+    label_column_name: str | None = flag(None, "Column of the labels, which only evaluate; `none` if there are none.")
     max_unreadable_share: Annotated[float, Between(0, 1)] = flag(
         0.01, "Share of the pictures that may be unreadable, and are left out."
     )
@@ -358,7 +358,12 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
         f"pictures" + (f", then over {parts} micro-batches" if parts > 1 else ""),
         "precision": f"{identity['mixed_precision']} on {record['hardware']}",
     }
+    lines["labels"] = job.pictures.label_summary
+    if job.pictures.not_read:
+        lines["not read"] = job.pictures.not_read
     if job.watched is not None:
+        if job.pictures.has_labels and classes_of(job.pictures, job.watched) is None:
+            lines["labels"] += f"; without online accuracies: {job.watched.description} has no such labels"
         lines["looked at"] = f"{job.watched.description}, every {eval_steps(job):,} steps"
     for name, text in lines.items():
         job.accelerator.print(f"  {name:<16} {text}")

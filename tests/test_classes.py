@@ -33,6 +33,13 @@ def test_no_labels_to_evaluate_with_are_refused_with_the_splits_that_there_are(t
         load_labelled(name, None, "train", asked)
 
 
+def test_a_classifier_without_labels_is_refused():
+    with pytest.raises(
+        ValueError, match="label_column_name none leaves no labels, and a classifier is trained on them"
+    ):
+        load_labelled("digits", None, "train", None, label_column="none")
+
+
 def test_what_is_trained_on_is_not_held_out():
     assert held_out_splits("digits", None, "train") == ["test"]
     assert held_out_splits("digits", None, "train+test[:10%]") == []

@@ -119,6 +119,36 @@ def test_folders_that_may_be_splits_or_classes_are_refused_with_what_was_found(t
             load(str(tmp_path))
 
 
+def test_labels_are_described_by_their_classes_and_where_they_come_from(tmp_path, parquet):
+    assert load_pictures(str(parquet)).label_summary == "2 classes from column 'kind': x, y"
+    assert load_pictures("digits").label_summary == "10 classes from column 'label': 0, 1, 2, 3, 4, 5, ..."
+    assert load_pictures(str(parquet), label_column="name").label_summary == "string values from column 'name'"
+    plate = tmp_path / "plate_00"
+    assert (
+        load_pictures(write_images(plate, "day 0", "day 1")).label_summary == "2 classes from sub-folders: day 0, day 1"
+    )
+    assert load_pictures(write_images(tmp_path / "flat", "a.png")).label_summary == "none"
+
+
+def test_label_column_none_says_that_there_are_no_labels(tmp_path, parquet):
+    for name in ("digits", str(parquet), write_images(tmp_path / "plate_00", "day 0", "day 1")):
+        pictures = load_pictures(name, label_column="none")
+        assert pictures.dataset.column_names == [pictures.image_column] and not pictures.has_labels
+        assert len(pictures) == len(load_pictures(name)) and pictures.label_summary == "none"
+    with pytest.raises(ValueError, match=r"digits .train. has no column 'kind'; it has image, label"):
+        load_pictures("digits", label_column="kind")
+
+
+def test_files_that_may_be_images_and_are_not_read_are_counted_by_their_ending(tmp_path):
+    folder = write_images(
+        tmp_path / "holiday", "a/1.png", "a/2.HEIC", "b/3.heic", "b/4.cr2", "notes.txt", ".hidden.heic"
+    )
+    assert load_pictures(folder).not_read == "2 .heic, 1 .cr2"
+    assert load_pictures(write_images(tmp_path / "plain", "1.png", "notes.txt")).not_read == ""
+    with pytest.raises(ValueError, match=r"no images could be loaded; it holds 1 .heic, which are not read"):
+        load_pictures(write_images(tmp_path / "phone", "1.heic", "notes.txt"))
+
+
 def test_a_flat_folder_has_no_labels(tmp_path):
     (tmp_path / "1.png").write_bytes(png())
     pictures = load_pictures(str(tmp_path))
@@ -197,7 +227,7 @@ def test_a_missing_folder_is_not_looked_up_on_the_hub(name):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no pictures could be loaded"):
+    with pytest.raises(ValueError, match="no images could be loaded"):
         load_pictures(str(tmp_path))
 
 

@@ -155,21 +155,21 @@ def test_the_command_refuses_what_makes_no_sense_and_writes_nothing(run, folder,
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "only.png").write_bytes(b"not a picture")
-    (tmp_path / "note.txt").write_text("mine")
+    (tmp_path / "note.parquet").write_text("mine")
     out = tmp_path / "features.parquet"
     for words, message in (
         ((run, tmp_path / "empty", out), "empty"),
         ((run, tmp_path / "broken", out), "none of the 1 pictures"),
         ((run, tmp_path / "nowhere" / "at_all", out), "nowhere"),
         ((tmp_path / "empty", folder, out), "has no config.json"),
-        ((run, folder, tmp_path), "is no parquet file"),
-        ((run, folder, tmp_path / "note.txt"), "is no parquet file"),
+        ((run, folder, tmp_path / "features.csv"), "name a file that ends in .parquet"),
+        ((run, folder, tmp_path / "note.parquet"), "is no parquet file"),
         ((run, folder, tmp_path / "nowhere" / "features.parquet"), "there is no folder"),
         ((run, folder, out, "--batch_size", "0"), "batch_size must be at least 1"),
     ):
         with pytest.raises(SystemExit, match=message):
             main([str(word) for word in words])
-    assert not out.exists() and (tmp_path / "note.txt").read_text() == "mine"
+    assert not out.exists() and (tmp_path / "note.parquet").read_text() == "mine"
     (run / "preprocessor_config.json").write_text('{"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0.9}')
     with pytest.raises(SystemExit, match="prepares its pictures by ConvNextImageProcessor"):
         main([str(run), str(folder), str(out)])

@@ -59,7 +59,8 @@ def finished(encoder, tmp_path_factory):
 def test_a_run_says_what_it_will_do_and_leaves_a_whole_classifier(finished):
     folder, printed = finished
     for text in (
-        "1,438 from digits (train), judged on 359 from digits (test); 10 classes",
+        "1,438 from digits (train), judged on 359 from digits (test)",
+        "labels           10 classes from column 'label': 0, 1, 2, 3, 4, 5, ...",
         "12 (0.2727 epochs), 0.6 of them warm-up",
         "drop path 0.1, crops from 0.08, horizontal flip 0.5, rand augment 9, random erasing 0.25, mixup 0.8,",
     ):

@@ -186,10 +186,11 @@ def numbers():
     return np.random.default_rng(5)
 
 
-def test_five_classes_or_fewer_have_no_top5(model, tmp_path):
+def test_five_classes_or_fewer_have_no_top5(model, tmp_path, capsys):
     write_split(tmp_path / "pictures" / "train", 0, 6, CLASSES[:5])
     write_split(tmp_path / "pictures" / "validation", 1, 2, CLASSES[:5])
     probe(model, tmp_path / "pictures", tmp_path / "out")
+    assert "labels: 5 classes from sub-folders: dark, green, red, striped, turned\n" in capsys.readouterr().out
     assert report(tmp_path / "out")["mean"]["top5"] is None
     assert report(tmp_path / "out")["protocol"]["test"]["data"] == "folder pictures (validation)"
 

@@ -21,7 +21,8 @@ from umae.convert import read_weights
 
 def test_a_run_says_what_it_will_do_and_leaves_a_whole_folder(finished):
     folder, printed = finished
-    for text in ("1,438 from digits (train)", "effective batch  128", "weight 0.01, mean over the cls features of 128"):
+    labels = "labels           10 classes from column 'label': 0, 1, 2, 3, 4, 5, ..."
+    for text in ("1,438 from digits (train)", labels, "batch  128", "weight 0.01, mean over the cls features of 128"):
         assert text in printed
     assert {entry.name for entry in folder.iterdir()} == {
         "README.md", "attention.png", "config.json", "configuration_umae.py", "curve.png",
@@ -95,6 +96,33 @@ def test_a_test_split_without_labels_gives_way_to_the_labelled_one_so_that_both_
     assert "images (test) comes without labels" in printed and "images (validation) is used instead" in printed
     assert "looked at        images (validation)" in printed
     assert {"online_top1", "online_knn_top1"} <= metrics(tmp_path / "run")[-1].keys()
+
+
+LABELS = "2 classes from column 'label': a, b"
+
+
+@pytest.mark.parametrize(
+    ("test_labels", "flags", "announced"),
+    [
+        ([0, 1], ("--label_column_name", "none"), "none"),
+        (
+            [-1, -1],
+            (),
+            "2 classes from column 'label': a, b; without online accuracies: images (test) has no such labels",
+        ),
+    ],
+    ids=["said to be none", "not of the images to evaluate"],
+)
+def test_without_labels_there_are_no_online_accuracies_and_that_is_said(
+    tmp_path, capsys, test_labels, flags, announced
+):
+    (tmp_path / "images").mkdir()
+    name = folder_of_parquet(tmp_path / "images", train=[0, 1] * 4, test=test_labels)
+    command = f"{small_model(name)} --output_dir {tmp_path / 'run'} --max_train_steps 1"
+    run_pretrain.main([*command.split(), "--per_device_train_batch_size", "8", *flags])
+    assert f"  labels           {announced}\n" in capsys.readouterr().out
+    (line,) = metrics(tmp_path / "run")
+    assert "effective_rank_cls" in line and "online_top1" not in line and "online_knn_top1" not in line
 
 
 def test_the_code_on_the_card_runs_as_it_stands(finished, tmp_path):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from umae.data import Pictures, held_out_splits, load_pictures, split_names
+from umae.data import NO_LABELS, Pictures, held_out_splits, load_pictures, split_names
 from umae.streaming import Stream
 
 UNLABELLED = "comes without labels (no column of them, or -1 in every row)"
@@ -26,6 +26,12 @@ def load_labelled(
     Raises:
         ValueError: a split is missing, both are the same, or their labels are missing or differ.
     """
+
+    if label_column == NO_LABELS:
+        raise ValueError(
+            f"label_column_name {NO_LABELS} leaves no labels, and a classifier is trained on them; leave it out, or "
+            f"name a column"
+        )
 
     def load(split: str) -> Pictures:
         return load_pictures(name, config_name, split, image_column, label_column)

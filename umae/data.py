@@ -9,8 +9,9 @@ import hashlib
 import io
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ PICTURE_ENDINGS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif",
 )  # fmt: skip
 MEMORY_LIMIT = 2**30  # bytes of decoded pictures that a process keeps in memory
+# What lies in folders of images and is none. Files with other endings than these and PICTURE_ENDINGS are named.
+OTHER_ENDINGS = (
+    ".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".rst", ".xml", ".html", ".yaml", ".yml", ".toml", ".ini", ".log",
+    ".db", ".py", ".sh", ".pdf", ".xls", ".xlsx", ".docx",
+)  # fmt: skip
+SHARDS = (".parquet", ".arrow", ".tar", ".zip", ".gz", ".tgz")  # whole data sets, which `datasets` reads
+NO_LABELS = "none"  # as label_column: whatever labels there seem to be
+SHOWN_CLASSES = 6
 # Sub-folders that mean a split rather than a class, and the split they mean.
 SPLIT_FOLDERS = {
     "train": "train", "training": "train", "test": "test", "testing": "test",
@@ -48,6 +57,7 @@ class Pictures:
         label_column: name of the label's column, None if there is none.
         description: what to call it in print, without any local path: `uoft-cs/cifar10 (train)`.
         folder: where the files lie, for a folder of pictures.
+        not_read: what else lies there with an ending that is not read, in words: `12 .heic, 3 .cr2`; empty if nothing.
     """
 
     dataset: datasets.Dataset
@@ -55,6 +65,7 @@ class Pictures:
     label_column: str | None
     description: str
     folder: Path | None = None
+    not_read: str = ""
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -151,6 +162,19 @@ class Pictures:
             return False
         return any(label not in (None, -1) for label in self.dataset[self.label_column][:])
 
+    @property
+    def label_summary(self) -> str:
+        """The labels and where they come from, in words: `2 classes from sub-folders: cat, dog`."""
+        if self.label_column is None:
+            return "none"
+        source = "sub-folders" if self.folder is not None else f"column {self.label_column!r}"
+        names = self.label_names
+        if names is None:
+            feature = self.dataset.features[self.label_column]
+            return f"{getattr(feature, 'dtype', 'nested')} values from {source}"
+        shown = ", ".join(names[:SHOWN_CLASSES]) + (", ..." if len(names) > SHOWN_CLASSES else "")
+        return f"{len(names)} classes from {source}: {shown}"
+
     def labels(self) -> torch.Tensor:
         """int64 (N,). Raises `ValueError` if there are none, or some are missing, negative or text."""
         if self.label_column is None:
@@ -186,17 +210,24 @@ def load_pictures(
             only, may be either and are refused.
         config_name: the Hub data set's configuration.
         split: which split; for `datasets`' own formats also slices such as `train[:10%]`.
-        image_column, label_column: found by their types if there is one candidate.
+        image_column, label_column: found by their types if there is one candidate; the label column `none` says that
+            there are no labels, whatever the sub-folders or columns look like.
 
     Raises:
         ValueError: the data set, split or column does not exist or is ambiguous; what does exist is listed.
     """
     folder = Path(name)
     if name == "digits":
-        return _prepare(_pick(_digits(), split, name), None, None, f"digits ({split})")
+        return _prepare(_pick(_digits(), split, name), image_column, label_column, f"digits ({split})")
     if folder.is_dir() and _holds_pictures(folder):
         rows = _pick(_picture_folder(folder), split, name)
-        return _prepare(rows, image_column, label_column, f"folder {folder.resolve().name} ({split})", folder)
+        pictures = _prepare(rows, image_column, label_column, f"folder {folder.resolve().name} ({split})", folder)
+        return replace(pictures, not_read=_not_read(folder))
+    if folder.is_dir() and _not_read(folder) and not any(path.suffix.lower() in SHARDS for path in _files(folder)):
+        raise ValueError(
+            f"{name}: no images could be loaded; it holds {_not_read(folder)}, which are not read; expected images "
+            f"({', '.join(PICTURE_ENDINGS)}) or parquet files; convert them"
+        )
     rows = load_split(name, config_name, split)
     return _prepare(rows, image_column, label_column, describe(name, split))
 
@@ -238,7 +269,7 @@ def load_split(name: str, config_name: str | None, split: str, streaming: bool =
         raise ValueError(f"there is neither a folder nor a data set on the Hub called {name!r} ({error})") from error
     except (datasets.data_files.EmptyDatasetError, ConnectionError, FileNotFoundError) as error:
         raise ValueError(
-            f"{name}: no pictures could be loaded ({error}); expected a folder with pictures "
+            f"{name}: no images could be loaded ({error}); expected a folder with images "
             f"({', '.join(PICTURE_ENDINGS)}) or parquet files, or a name on the Hub"
         ) from error
     except ValueError as error:  # an unknown or empty split or configuration: the message lists those that exist
@@ -254,12 +285,26 @@ def _holds_pictures(folder: Path) -> bool:
 
 
 def _picture_files(folder: Path) -> Iterator[Path]:
-    """Picture files at any depth, sorted by path, hidden ones left out."""
+    """Image files at any depth, sorted by path, hidden ones left out."""
+    return (path for path in _files(folder) if path.suffix.lower() in PICTURE_ENDINGS)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files at any depth, sorted by path, hidden ones left out."""
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in PICTURE_ENDINGS:
+            if not name.startswith("."):
                 yield Path(parent, name)
+
+
+def _not_read(folder: Path) -> str:
+    """How many files of which endings may be images, and are not read, in words: `12 .heic, 3 .cr2`."""
+    endings = Counter(path.suffix.lower() or "without an ending" for path in _files(folder))
+    counts = [
+        (ending, count) for ending, count in endings.most_common() if ending not in PICTURE_ENDINGS + OTHER_ENDINGS
+    ]
+    return ", ".join(f"{count:,} {ending}" for ending, count in counts)
 
 
 def _picture_folder(folder: Path) -> dict[str, datasets.Dataset]:
@@ -357,13 +402,14 @@ def _prepare(
 ) -> Pictures:
     """Find the columns and leave the pictures encoded."""
     features = rows.features
-    if label_column is not None and label_column not in features:
+    if label_column not in (None, NO_LABELS, *features):
         raise ValueError(f"{description} has no column {label_column!r}; it has {', '.join(features)}")
     image_column = find_image_column(features, image_column, description)
     if label_column is None:
         typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
         candidates = typed if len(typed) == 1 else [name for name in ("label", "labels") if name in features]
-        label_column = candidates[0] if candidates else None
+        label_column = candidates[0] if candidates else NO_LABELS
+    label_column = None if label_column == NO_LABELS else label_column
     if len(rows) == 0:
         raise ValueError(f"{description} holds no pictures")
     rows = rows.select_columns([column for column in (image_column, label_column) if column])

@@ -316,6 +316,8 @@ def write_features(run: str, folder: str, out: Path, batch_size: int, num_worker
     encoder = encoder_from_pretrained(run, pooling="mean")
     processor = load_processor(run, encoder.config.image_height_width)
     pictures = load_pictures(folder)
+    if pictures.not_read:
+        accelerator.print(f"not read: {pictures.not_read}")
     features = extract_features(
         encoder, pictures, processor, batch_size, num_workers, accelerator=accelerator, skip_unreadable=True
     )
@@ -332,6 +334,8 @@ def write_features(run: str, folder: str, out: Path, batch_size: int, num_worker
 
 def _check_target(out: Path) -> None:
     """Raise `ValueError` unless `out` can become, or already is, a parquet file."""
+    if out.suffix != ".parquet":
+        raise ValueError(f"{out}: the features are written as parquet; name a file that ends in .parquet")
     if not out.parent.is_dir():
         raise ValueError(f"{out}: there is no folder {out.parent}")
     if not os.access(out.parent, os.W_OK):

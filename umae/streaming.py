@@ -74,6 +74,16 @@ class Stream:
         """False: a stream is read without them."""
         return False
 
+    @property
+    def label_summary(self) -> str:
+        """As `Pictures.label_summary`."""
+        return "none, a stream is read without them"
+
+    @property
+    def not_read(self) -> str:
+        """As `Pictures.not_read`: a stream has rows, not files."""
+        return ""
+
     def place(self, index: int) -> str:
         """An index as people read it."""
         return f"row {index % 2**ROW_BITS} of shard {index >> ROW_BITS}"
