@@ -27,6 +27,7 @@ setup(
         "Jinja2>=3.1",  # the report
         "PyYAML>=6",
         "psutil>=5",
+        "filelock>=4.2",  # older ones leave a killed run's lock to its loader's workers
     ],
     extras_require={
         "fast": ["simplejpeg>=1.8"],  # decodes JPEGs faster than Pillow, to the same pixels

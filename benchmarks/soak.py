@@ -20,8 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks import measure
-from umae.interruption import LOCK_FILE
-from umae.runs import SPEED
+from umae.runs import RUN_FILE, SPEED
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ("run_pretrain.py", "--max_train_steps", "120", "--checkpointing_steps", "5", "--logging_steps", "4")
@@ -46,9 +45,9 @@ def killed_until_it_ends(folder: Path, workers: int, longest: float, chance: ran
     """Start a run again and again, killing it, until it ends; returns how many times it was killed."""
     kills = 0
     while True:
-        process = start(folder, workers)
+        before, process = _written(folder), start(folder, workers)
         if kills < most:
-            while process.poll() is None and not _held_by(folder, process.pid):
+            while process.poll() is None and _written(folder) == before:
                 time.sleep(0.005)
             try:
                 process.wait(chance.uniform(0, longest))
@@ -62,11 +61,10 @@ def killed_until_it_ends(folder: Path, workers: int, longest: float, chance: ran
         kills += 1
 
 
-def _held_by(folder: Path, pid: int) -> bool:
-    try:
-        return json.loads((folder / LOCK_FILE).read_text())["pid"] == pid
-    except (OSError, ValueError):
-        return False
+def _written(folder: Path) -> int:
+    """When a run last took the folder, or saved in it."""
+    path = folder / RUN_FILE
+    return path.stat().st_mtime_ns if path.exists() else 0
 
 
 def main() -> None:

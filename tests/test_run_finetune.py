@@ -68,7 +68,7 @@ def test_a_run_says_what_it_will_do_and_leaves_a_whole_classifier(finished):
     assert {entry.name for entry in folder.iterdir()} == {
         "README.md", "config.json", "configuration_umae.py", "finetune.json", "image_processing_umae.py",
         "metrics.jsonl", "model.safetensors", "modeling_umae.py", "preprocessor_config.json", "run.json",
-        "step-8", "step-12",
+        "run.lock", "step-8", "step-12",
     }  # fmt: skip
     lines = metrics(folder)
     assert [line["step"] for line in lines] == [3, 6, 9, 12]

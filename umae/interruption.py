@@ -1,18 +1,14 @@
 """What happens to a run from outside: a signal that asks it to stop, a second run on the same folder."""
 
-import fcntl
-import json
-import os
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import torch
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 
 LOCK_FILE = "run.lock"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -64,48 +60,22 @@ class StopRequest:
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold a run folder for this process; a lock whose process is gone is taken over.
+    """Hold a run folder for this process. The system lets go of it when the process ends, however it ends.
+
+    The file that is left behind holds nothing: only the system's lock on it counts. Over NFS another machine sees that
+    lock if the mount passes it on to the server: version 4, or version 3 without `nolock` or `local_lock`.
 
     Raises:
-        ValueError: another process holds it, or one of another machine may.
+        ValueError: another process holds it.
     """
-    path = folder / LOCK_FILE
-    mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": psutil.Process().create_time()}
-    with _one_at_a_time(folder):  # else two runs could take over the same lock
-        if path.exists():
-            _refuse_unless_stale(path)
-        path.write_text(json.dumps(mine) + "\n")
+    held = FileLock(folder / LOCK_FILE, timeout=0)
+    try:
+        held.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"{folder} is being trained by another process; wait for it, or use another output_dir"
+        ) from error
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let one process of this machine in after the other; the system lets go of it when a process dies."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _refuse_unless_stale(path: Path) -> None:
-    """Raise `ValueError` unless the process that wrote the lock is certain to be gone."""
-    try:
-        owner = json.loads(path.read_text())
-        pid, host, started = owner["pid"], owner["host"], owner["started"]
-    except (ValueError, KeyError, TypeError):
-        return  # its process was killed while it wrote
-    if host == socket.gethostname():
-        try:
-            if psutil.Process(pid).create_time() != started:
-                return  # another process has got its number
-        except psutil.NoSuchProcess:
-            return
-        raise ValueError(f"{path.parent} is being trained by process {pid}; wait for it, or use another --output_dir")
-    raise ValueError(
-        f"{path.parent} is held by process {pid} on {host}; if that machine or process is gone, delete {path}"
-    )
+        held.release()

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from configuration_umae import UMAEConfig
 from umae.checkpoints import clear_leftovers, newest_whole, write_text
-from umae.interruption import lock
+from umae.interruption import LOCK_FILE, lock
 from umae.speed import used_memory
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ def open_run(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) -
         before = json.loads((folder / RUN_FILE).read_text())
         _check_identity(folder, before["identity"], identity)
         run |= {name: before[name] for name in ("seconds", "unreadable", "finished")}
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(entry.name != LOCK_FILE for entry in folder.iterdir())):
         found = "is not empty and holds no run" if folder.is_dir() else "is a file"
         raise ValueError(f"{folder} {found}; give a new or empty folder as --output_dir")
     return run
