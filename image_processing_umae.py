@@ -121,8 +121,9 @@ class UMAEImageProcessor(ViTImageProcessorPil):
         return super().process_image(image, *args, **kwargs)
 
     def to_dict(self) -> dict:
-        """The settings, under the name of transformers' class: who does not trust this code needs none to load them."""
-        return {**super().to_dict(), "image_processor_type": "ViTImageProcessor"}
+        """The settings, saved or not, under the name of transformers' class, which loads where no code is trusted."""
+        code = {"AutoImageProcessor": "image_processing_umae.UMAEImageProcessor"}
+        return {**super().to_dict(), "image_processor_type": "ViTImageProcessor", "auto_map": code}
 
 
 __all__ = ["UMAEImageProcessor", "UnreadablePicture", "open_image"]

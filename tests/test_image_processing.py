@@ -107,6 +107,14 @@ def test_without_its_code_the_folder_gives_transformers_own_processor(folder, mo
     assert (folder / "preprocessor_config.json").read_text() == theirs, "settings are as transformers would save them"
 
 
+def test_saving_and_loading_leave_the_settings_as_they_are(folder):
+    fresh, saved = evaluation_processor((16, 16)), load_processor(str(folder))
+    assert fresh.to_dict() == saved.to_dict()
+    before = fresh.to_json_string()
+    fresh.save_pretrained(folder)
+    assert before == fresh.to_json_string() == load_processor(str(folder)).to_json_string()
+
+
 def test_folders_that_were_saved_without_the_code_are_read_by_the_rule(folder, tmp_path):
     file = folder / "preprocessor_config.json"
     settings = json.loads(file.read_text())
