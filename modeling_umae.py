@@ -248,6 +248,7 @@ class UMAEEmbeddings(nn.Module):
         patch = config.patch_height_width
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         # A buffer: saved, never trained. (`from_pretrained` would make a frozen parameter trainable.)
+        # In a classifier it is a parameter, see `train_positions`.
         self.register_buffer("position_embeddings", sincos_position_table(config.hidden_size, config.grid))
         projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch, stride=patch)
         self.patch_embeddings = nn.ModuleDict({"projection": projection})
@@ -264,6 +265,12 @@ class UMAEEmbeddings(nn.Module):
             patches = patches if ids_keep is None else gather_patches(patches, ids_keep)  # (B, visible, D)
         cls_token = (self.cls_token + positions[:, :1]).expand(patches.shape[0], -1, -1)
         return torch.cat([cls_token, patches], dim=1)
+
+    def train_positions(self) -> None:
+        """Make the position table a parameter of the same name, as facebookresearch/mae fine-tunes it."""
+        table = self.position_embeddings
+        del self.position_embeddings
+        self.position_embeddings = nn.Parameter(table)
 
     def project_visible(self, pixel_values: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
         """The convolution at the visible patches only, as the matrix product that it is: -> (batch, visible, D)."""
@@ -818,7 +825,10 @@ class UMAEHead(nn.Linear):
 
 
 class UMAEForImageClassification(UMAEPreTrainedModel):
-    """The encoder and a linear head on its pooled feature; `from_pretrained` takes over a pre-trained encoder."""
+    """The encoder and a linear head on its pooled feature; `from_pretrained` takes over a pre-trained encoder.
+
+    All of it trains, the position table too (models_vit.py of facebookresearch/mae), which pre-training keeps fixed.
+    """
 
     _auto_class = "AutoModelForImageClassification"
     _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
@@ -827,6 +837,7 @@ class UMAEForImageClassification(UMAEPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vit = UMAEModel(config)
+        self.vit.embeddings.train_positions()
         self.classifier = UMAEHead(config.hidden_size, config.num_labels)
         self.post_init()
 

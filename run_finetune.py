@@ -80,7 +80,7 @@ class TrainingArguments:
     )
     weight_decay: Annotated[float, Between(0)] = flag(0.05, "AdamW's decay of tensors with more than one dimension.")
     warmup_epochs: Annotated[float | None, Between(0)] = flag(
-        None, "Epochs of linear warm-up. [a twentieth of the steps]"
+        None, "Epochs of linear warm-up. [5, but at most half of the run]"
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
         None, "[what `accelerate` says unless no; then bf16 if the hardware has it]"
@@ -103,7 +103,7 @@ class TrainingArguments:
 
 
 BETAS = (0.9, 0.999)  # of AdamW
-USUAL_WARMUP = 20  # one in so many steps: 5 of MAE's 100 epochs
+USUAL_WARMUP = 5  # epochs, as MAE has them at any length; at most half of a run
 REPORT = "finetune.json"
 TYPES = (DataArguments, ModelArguments, AugmentationArguments, TrainingArguments)
 
@@ -151,6 +151,7 @@ def main(argv: list[str]) -> None:
     train_pictures.check_readable()
     model = make_model(accelerator, model_args, names)
     plan = make_plan(accelerator, train_pictures, args)
+    total_steps = args.max_train_steps or args.num_train_epochs * plan.steps_per_epoch
     job = Job(
         accelerator=accelerator,
         folder=Path(args.output_dir),
@@ -161,12 +162,12 @@ def main(argv: list[str]) -> None:
         processor=load_processor(model_args.model_name_or_path, model.config.image_height_width),
         plan=plan,
         schedule=make_schedule(
-            args.max_train_steps or args.num_train_epochs * plan.steps_per_epoch,
+            total_steps,
             plan.steps_per_epoch,
             plan.pictures_per_step,
             args.base_learning_rate,
             args.warmup_epochs,
-            USUAL_WARMUP,
+            usual_warmup_steps=min(USUAL_WARMUP * plan.steps_per_epoch, total_steps / 2),
         ),
         min_crop_scale=augmentation_args.min_crop_scale,
         strengths=make_strengths(augmentation_args, plan),

@@ -151,6 +151,7 @@ def main(argv: list[str]) -> None:
     pictures.check_readable()
     model = make_model(accelerator, model_args)
     plan = make_plan(accelerator, pictures, args)
+    total_steps = args.max_train_steps or args.num_train_epochs * plan.steps_per_epoch
     job = Job(
         accelerator=accelerator,
         folder=Path(args.output_dir),
@@ -160,12 +161,12 @@ def main(argv: list[str]) -> None:
         processor=evaluation_processor(model.config.image_height_width),
         plan=plan,
         schedule=make_schedule(
-            args.max_train_steps or args.num_train_epochs * plan.steps_per_epoch,
+            total_steps,
             plan.steps_per_epoch,
             plan.pictures_per_step,
             args.base_learning_rate,
             args.warmup_epochs,
-            USUAL_WARMUP,
+            usual_warmup_steps=total_steps / USUAL_WARMUP,
         ),
         workers=num_workers(accelerator, pictures, data_args.dataloader_num_workers),
         max_unreadable_share=data_args.max_unreadable_share,

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from golden_models import SETUP_OF_768, fresh_config, original_file
 from PIL import Image
 from processes import ROOT, run, together
+from safetensors.torch import load_file
 from training_runs import metrics
 from transformers import pipeline
 
@@ -61,7 +62,7 @@ def test_a_run_says_what_it_will_do_and_leaves_a_whole_classifier(finished):
     for text in (
         "1,438 from digits (train), judged on 359 from digits (test)",
         "labels           10 classes from column 'label': 0, 1, 2, 3, 4, 5, ...",
-        "12 (0.2727 epochs), 0.6 of them warm-up",
+        "12 (0.2727 epochs), 6 of them warm-up",
         "drop path 0.1, crops from 0.08, horizontal flip 0.5, rand augment 9, random erasing 0.25, mixup 0.8,",
     ):
         assert text in printed
@@ -86,6 +87,29 @@ def test_a_run_says_what_it_will_do_and_leaves_a_whole_classifier(finished):
     card = (folder / "README.md").read_text()
     assert "model-index" in card and f"value: {report['top1']}" in card and str(folder.parent) not in card
     assert "base_model:\n- facebook/vit-mae-base\n" in card and "license" not in card.split("---")[1]
+
+
+def test_the_position_table_is_fine_tuned_as_in_mae(finished, encoder):
+    """models_vit.py of facebookresearch/mae trains `pos_embed`, which pre-training keeps fixed."""
+    name = "vit.embeddings.position_embeddings"
+    before, after = (read_model(folder)[1][name] for folder in (encoder, finished[0]))
+    assert 1e-5 < (after - before).abs().max() < 0.1
+    state = load_file(finished[0] / "step-12" / "optimizer.safetensors")
+    assert state[f"{name}/exp_avg"].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "steps"), [(["--num_train_epochs", "50"], 5 * 44), (["--num_train_epochs", "4"], 2 * 44)]
+)
+def test_the_warm_up_is_maes_five_epochs_and_at_most_half_of_the_run(encoder, tmp_path, words, steps):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "file").touch()  # the run is refused once its schedule is known
+    words = [word for word in command(encoder, tmp_path / "run", *words) if word not in ("--max_train_steps", "12")]
+    seen = []
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="not empty"):
+        patch.setattr(run_finetune, "identity_of", lambda job, weights: seen.append(job.schedule.warmup_steps) or {})
+        run_finetune.main(words)
+    assert seen == [steps]
 
 
 def test_the_folder_classifies_in_a_pipeline_under_the_names_of_the_classes(finished, tmp_path):

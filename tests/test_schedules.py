@@ -49,8 +49,9 @@ def test_every_layer_learns_by_its_power_of_the_layer_decay():
         else:
             power = 0
         assert scale == pytest.approx(0.65**power), name
-        spared = "norm" in name or name.endswith(("bias", "cls_token"))
+        spared = "norm" in name or name.endswith(("bias", "cls_token", "position_embeddings"))
         assert decay == (0.0 if spared else 0.05), name
+    assert found["vit.embeddings.position_embeddings"] == (pytest.approx(0.65**4), 0.0)
     assert found["classifier.weight"][0] == found["vit.fc_norm.weight"][0] == 1
 
 

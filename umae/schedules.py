@@ -37,22 +37,22 @@ def make_schedule(
     pictures_per_step: int,
     base_learning_rate: float,
     warmup_epochs: float | None,
-    usual_warmup: int,
+    usual_warmup_steps: float,
 ) -> Schedule:
     """The curve of a run.
 
     Args:
         base_learning_rate: for 256 pictures a step; scaled by their number.
-        warmup_epochs: None for one in `usual_warmup` of the steps.
+        warmup_epochs: None for `usual_warmup_steps`.
 
     Raises:
         ValueError: the warm-up is longer than the run.
     """
-    warmup = total_steps / usual_warmup if warmup_epochs is None else warmup_epochs * steps_per_epoch
+    warmup = usual_warmup_steps if warmup_epochs is None else warmup_epochs * steps_per_epoch
     if warmup > total_steps:
         raise ValueError(
             f"--warmup_epochs {warmup_epochs:g} is {warmup:g} steps, longer than the whole run of {total_steps}; lower "
-            f"it, or leave it out for {1 / usual_warmup:.0%} of the run"
+            f"it, or leave it out for {usual_warmup_steps:g} steps"
         )
     return Schedule(total_steps, warmup, base_learning_rate * pictures_per_step / 256)
 
@@ -82,8 +82,8 @@ def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float
 
     Each has a `lr_scale`, which `set_learning_rate` multiplies the rate by. With L layers in the encoder it is 1 for
     the head and the norms after the encoder, `layer_decay` to the power of L - i for layer i from 0 on, and to the
-    power of L + 1 for the tokens and the patch embedding. As in MAE's fine-tuning, tensors of one dimension and the
-    class token have no weight decay.
+    power of L + 1 for the tokens, the position table and the patch embedding. As in MAE's fine-tuning, tensors of one
+    dimension, the class token and the position table have no weight decay.
 
     Args:
         model: a `UMAEForImageClassification`.
@@ -98,7 +98,8 @@ def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float
             continue
         inner = re.match(r"vit\.encoder\.layer\.(\d+)\.", name)
         depth = 0 if name.startswith("vit.embeddings.") else int(inner[1]) + 1 if inner else top
-        decay = 0.0 if parameter.ndim <= 1 or name.endswith(".cls_token") else weight_decay
+        spared = parameter.ndim <= 1 or name.endswith((".cls_token", ".position_embeddings"))
+        decay = 0.0 if spared else weight_decay
         group = {"params": [], "weight_decay": decay, "lr_scale": layer_decay ** (top - depth)}
         groups.setdefault((depth, decay), group)["params"].append(parameter)
     return list(groups.values())
