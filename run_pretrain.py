@@ -46,7 +46,7 @@ class ModelArguments:
     mask_ratio: Annotated[float | None, Between(0, 1)] = flag(None, "Share of the patches that is hidden. [0.75]")
     norm_pix_loss: bool | None = flag(None, "Reconstruct pixels normalised within each patch. [true]")
     uniformity_weight: Annotated[float | None, Between(0)] = flag(
-        None, "Lambda, the weight of the uniformity term; 0 is plain MAE. [0.01]"
+        None, "Lambda, the weight of the uniformity term; 0 is plain MAE. [that of the weights, or 0.01]"
     )
     pooling: Literal["cls", "mean"] | None = flag(None, "The feature: class token or mean of the patches. [cls]")
 
@@ -266,6 +266,7 @@ def load_weights(
 ) -> UMAEForPreTraining:
     """Start from a run folder or any published MAE; only a decoder may be missing, and that is said."""
     config, tensors = read_model(name_or_path)
+    config.uniformity_weight = config.uniformity_weight or UMAEConfig().uniformity_weight  # plain MAE has none
     for name, value in overrides.items():
         setattr(config, name, value)
     config.name_or_path = name_or_path

@@ -196,6 +196,16 @@ def test_a_file_of_the_original_becomes_a_model_with_its_outputs_and_settings(tm
     assert processor.crop_size == {"height": 32, "width": 32}
 
 
+@pytest.mark.parametrize("settings", [None, argparse.Namespace(mask_ratio=0.6)], ids=["none", "without lamb"])
+def test_weights_that_no_uniformity_term_has_trained_have_none(tmp_path, settings):
+    path = original_file(tmp_path / "mae.pth", args=settings)
+    assert original_config(*read_weights(path), 3, 4).uniformity_weight == 0
+    for model in (ViTModel(ViTConfig(**SIZES)), ViTMAEForPreTraining(ViTMAEConfig(**SIZES, **DECODER))):
+        assert read_model(saved(model, tmp_path / "folder"))[0].uniformity_weight == 0
+    umae = saved(UMAEModel(fresh_config(uniformity_weight=0.3)), tmp_path / "umae")
+    assert read_model(umae)[0].uniformity_weight == 0.3
+
+
 def test_a_file_without_decoder_becomes_an_encoder(tmp_path):
     source = original_file(tmp_path / "encoder.pth", decoder=False, args=None, optimizer=None, epoch=None)
     convert.main([str(source), str(tmp_path / "out"), *HEADS])
@@ -315,25 +325,41 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, settings):
         original_config(*read_weights(path), 3, 4)
 
 
-def original_classifier(path, head: dict[str, torch.Tensor], **others) -> torch.nn.Module:
+def original_classifier(path, head: dict[str, torch.Tensor], settings=None) -> torch.nn.Module:
     """A file with a head on the encoder, as main_linprobe.py and main_finetune.py save it; returns the encoder."""
     tensors, _ = read_weights(original_file(path, decoder=False))
-    torch.save({"model": {**tensors, **head, **others}}, path)
+    torch.save({"model": {**tensors, **head}, "args": settings}, path)
     return pretraining_model().eval().vit
 
 
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
 @torch.no_grad()
-def test_a_linear_probe_of_the_original_gives_its_logits(tmp_path):
+def test_a_linear_probe_of_the_original_gives_its_logits(tmp_path, pooling):
     head = torch.nn.Sequential(torch.nn.BatchNorm1d(48, affine=False, eps=1e-6), torch.nn.Linear(48, 7)).eval()
     head[0].running_mean.normal_()
     head[0].running_var.uniform_(0.1, 2)
     encoder = original_classifier(tmp_path / "probe.pth", {f"head.{key}": v for key, v in head.state_dict().items()})
+    pixel_values, _ = batch()
+    feature = encoder(pixel_values).last_hidden_state[:, 0]
+    if pooling == "mean":  # --global_pool: the encoder's norm is not there, and the one of the mean stays as it began
+        tensors, _ = read_weights(tmp_path / "probe.pth")
+        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("norm.")}
+        plain = {"fc_norm.weight": torch.ones(48), "fc_norm.bias": torch.zeros(48)}
+        torch.save({"model": {**tensors, **plain}}, tmp_path / "probe.pth")
+        encoder.layernorm = torch.nn.Identity()
+        mean = encoder(pixel_values).last_hidden_state[:, 1:].mean(dim=1)
+        feature = torch.nn.functional.layer_norm(mean, (48,), eps=1e-6)
     convert.main([str(tmp_path / "probe.pth"), str(tmp_path / "out"), *HEADS])
     classifier = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
-    pixel_values, _ = batch()
-    expected = head(encoder(pixel_values).last_hidden_state[:, 0])
     assert classifier.config.num_labels == 7
-    assert torch.allclose(classifier(pixel_values).logits, expected, atol=1e-5)
+    assert torch.allclose(classifier(pixel_values).logits, head(feature), atol=1e-5)
+    assert torch.allclose(encoder_from_pretrained(tmp_path / "out")(pixel_values).pooler_output, feature, atol=1e-5)
+
+
+def test_a_fine_tuned_model_of_the_original_keeps_its_drop_path(tmp_path):
+    settings = argparse.Namespace(drop_path=0.2)
+    original_classifier(tmp_path / "tuned.pth", dict(torch.nn.Linear(48, 7).named_parameters(prefix="head")), settings)
+    assert read_model(tmp_path / "tuned.pth", None, 3)[0].drop_path_rate == 0.2
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from golden_models import SETUP_OF_768, original_file
+from accelerate import Accelerator
+from golden_models import SETUP_OF_768, fresh_config, original_file
 from PIL import Image
 from processes import SHARED, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -215,6 +216,17 @@ def test_training_starts_from_given_weights(finished, tmp_path):
     before, after = (umae.UMAEForPreTraining.from_pretrained(one) for one in (folder, tmp_path / "run"))
     assert after.config.uniformity_weight == 0.5
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("trained_with", "said", "expected"), [(0.0, None, 0.01), (0.3, None, 0.3), (0.0, 0.0, 0.0), (0.3, 0.1, 0.1)]
+)
+def test_the_uniformity_weight_is_what_was_said_or_that_of_the_weights_or_else_the_default(
+    tmp_path, trained_with, said, expected
+):
+    umae.UMAEForPreTraining(fresh_config(uniformity_weight=trained_with)).save_pretrained(tmp_path)
+    args = run_pretrain.ModelArguments(model_name_or_path=str(tmp_path), uniformity_weight=said)
+    assert run_pretrain.make_model(Accelerator(cpu=True), args).config.uniformity_weight == expected
 
 
 def test_training_starts_from_a_file_of_the_original_code(tmp_path, capsys):

@@ -118,8 +118,10 @@ def encoder_from_pretrained(name_or_path: str, pooling: str | None = None, revis
 def set_pooling(encoder: UMAEModel, pooling: str) -> UMAEModel:
     """Change, in place, which feature `pooler_output` is.
 
-    "cls" is the class token, `last_hidden_state[:, 0]`. "mean" is `fc_norm` of the mean of the patch tokens: with the
-    scale that was learned if the encoder was trained with it, else a plain layer norm, as facebookresearch/mae probes.
+    "cls" is the class token, `last_hidden_state[:, 0]`. "mean" is `fc_norm` of the mean of the patch tokens in
+    `last_hidden_state`: with the scale that was learned if the encoder was trained with it, else a plain layer norm.
+    These tokens have passed the encoder's own norm. `--global_pool` of facebookresearch/mae leaves that norm out; so
+    does an encoder with `final_layernorm=False`, which files from there are read as.
     """
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
@@ -232,7 +234,7 @@ def _config_of(source: str | Path, fields: dict[str, Any], tensors: dict[str, to
         return config
     names = SHARED_FIELDS + (MAE_FIELDS if isinstance(config, ViTMAEConfig) else ())
     classes = {"id2label": config.id2label, "label2id": config.label2id} if "classifier.weight" in tensors else {}
-    return UMAEConfig(**{name: getattr(config, name) for name in names}, **classes)
+    return UMAEConfig(**{name: getattr(config, name) for name in names}, **classes, uniformity_weight=0.0)
 
 
 def rename(key: str, renames: tuple[tuple[str, str], ...] = RENAMES) -> str:
@@ -407,7 +409,7 @@ def original_config(
     """What a checkpoint of the original code tells about its model.
 
     All sizes but the number of heads are those of the tensors. An `fc_norm` that has been trained, or has a head behind
-    it, means that it pooled the mean. Mask ratio and objective are taken from the settings, if there are any.
+    it, means that it pooled the mean. Mask ratio, objective and drop path are those of the settings, if there are any.
 
     Raises:
         ValueError: the tensors are not those of such a model.
@@ -422,7 +424,7 @@ def original_config(
         **_sizes_of(tensors, num_attention_heads),
         **heads,
         **classes,
-        **_objective_of(settings),
+        **_training_of(settings),
         pooling="mean" if trained or pools_mean else "cls",
         final_layernorm=not pools_mean,
     )
@@ -470,18 +472,19 @@ def _sizes_of(tensors: dict[str, torch.Tensor], num_attention_heads: int | None)
     return sizes
 
 
-def _objective_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """The objective's fields in UMAEConfig, as far as the original's settings have them.
+def _training_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """The fields in UMAEConfig of how it was trained, as far as the original's settings have them.
 
-    The original divides the gradient of its term by the number of processes; so is the weight.
+    Without `lamb` it was trained without the uniformity term. The original divides the gradient of its term by the
+    number of processes; so is the weight.
     """
-    fields = {name: settings[name] for name in ("mask_ratio", "norm_pix_loss") if name in settings}
-    if "lamb" in settings:
-        weight, processes = settings["lamb"], settings.get("world_size", 1)
-        if not (isinstance(weight, int | float) and isinstance(processes, int) and processes >= 1):
-            raise ValueError(f"the settings in the checkpoint have lamb {weight!r:.80}, world_size {processes!r:.80}")
-        fields["uniformity_weight"] = weight / processes if settings.get("reg") in ("spectral", "entropy") else 0.0
-    return fields
+    names = {"mask_ratio": "mask_ratio", "norm_pix_loss": "norm_pix_loss", "drop_path": "drop_path_rate"}
+    fields = {ours: settings[name] for name, ours in names.items() if name in settings}
+    weight, processes = settings.get("lamb", 0.0), settings.get("world_size", 1)
+    if not (isinstance(weight, int | float) and isinstance(processes, int) and processes >= 1):
+        raise ValueError(f"the settings in the checkpoint have lamb {weight!r:.80}, world_size {processes!r:.80}")
+    is_used = settings.get("reg") in ("spectral", "entropy")
+    return {**fields, "uniformity_weight": weight / processes if is_used else 0.0}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
