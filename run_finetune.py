@@ -481,5 +481,5 @@ def protocol(job: Job, record: dict[str, Any], unreadable: list[str]) -> dict[st
 
 
 if __name__ == "__main__":
-    with one_line_refusals("run_finetune.py"):
+    with one_line_refusals("run_finetune.py", TYPES):
         main(sys.argv[1:])

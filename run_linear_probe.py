@@ -409,5 +409,5 @@ def print_table(report: dict[str, Any], output: Path) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_refusals("run_linear_probe.py"):
+    with one_line_refusals("run_linear_probe.py", (ProbeArguments,)):
         main(sys.argv[1:])

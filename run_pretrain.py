@@ -89,15 +89,15 @@ class TrainingArguments:
 
 BETAS = (0.9, 0.95)  # of AdamW
 USUAL_WARMUP = 10  # one in so many steps
+TYPES = (DataArguments, ModelArguments, TrainingArguments)
 DIGITS_RECIPE = Path(__file__).resolve().parent / "recipes" / "digits.yaml"
 
 
 def parse(argv: list[str]) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
     """The command line. The digits, 8 x 8 pixels small, come with sizes of their own unless a recipe is given."""
-    types = (DataArguments, ModelArguments, TrainingArguments)
-    data, model, training = parse_arguments(types, argv)
+    data, model, training = parse_arguments(TYPES, argv)
     if data.dataset_name == "digits" and training.recipe is None:
-        data, model, training = parse_arguments(types, ["--recipe", str(DIGITS_RECIPE), *argv])
+        data, model, training = parse_arguments(TYPES, ["--recipe", str(DIGITS_RECIPE), *argv])
     return data, model, training
 
 
@@ -567,5 +567,5 @@ def finish(job: Job, record: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_refusals("run_pretrain.py"):
+    with one_line_refusals("run_pretrain.py", TYPES):
         main(sys.argv[1:])

@@ -81,12 +81,25 @@ def parse_arguments(types: Sequence[type], argv: Sequence[str]) -> tuple:
 
 
 @contextmanager
-def one_line_refusals(program: str) -> Iterator[None]:
-    """End the program with one line and status 1 where the input is wrong or training has failed."""
+def one_line_refusals(program: str, types: Sequence[type] = ()) -> Iterator[None]:
+    """End the program with one line and status 1 where the input is wrong or training has failed.
+
+    Args:
+        types: the dataclasses of the program's flags. The package names parameters; where the program has a flag for
+            one, `output_dir`, the line says `--output_dir`. Names without an underscore are words and stay as they are.
+    """
     try:
         yield
     except (ValueError, FloatingPointError) as error:
-        raise SystemExit(f"{program}: {error}") from error
+        raise SystemExit(f"{program}: {_with_dashes(str(error), types)}") from error
+
+
+def _with_dashes(text: str, types: Sequence[type]) -> str:
+    names = [field.name for one in types for field in dataclasses.fields(one) if "_" in field.name]
+    if not names:
+        return text
+    # Neither quoted nor a part of a path
+    return re.sub(rf"(?<![\w/.'\"`-])({'|'.join(names)})(?![\w/'\"`]|\.\w)", r"--\1", text)
 
 
 def parse_overrides(given: Mapping[str, Any] | str | None, names: Sequence[str], flag_name: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The arrows of the design: who may import whom."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -54,6 +55,19 @@ def test_the_package_reads_neither_the_command_line_nor_the_environment(name):
             node.body = []
     text = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert not text & {"sys.argv", "os.environ", "os.getenv"}
+
+
+@pytest.mark.parametrize("name", PACKAGE)
+def test_the_package_speaks_of_parameters_and_not_of_flags(name):
+    """Whoever calls it from Python has none; `script_arguments.one_line_refusals` puts the `--` back."""
+    tree = ast.parse((ROOT / "umae" / f"{name}.py").read_text())
+    tree.body = tree.body[1:]  # the module's own text may say how `python -m` is called, and `main` is that
+    for node in tree.body:
+        if not (isinstance(node, ast.FunctionDef) and node.name == "main"):
+            texts = {
+                one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and isinstance(one.value, str)
+            }
+            assert not [text for text in texts if re.search("--[a-z]", text)]
 
 
 @pytest.mark.parametrize("name", ["cards", "hub"])

@@ -233,7 +233,7 @@ def test_safetensors_in_the_originals_names_are_read_too(tmp_path):
 
 def test_heads_of_another_width_have_to_be_named(tmp_path):
     path = original_file(tmp_path / "mae.pth")
-    with pytest.raises(SystemExit, match=r"width 48 is none of the published ones \(768, 1024, 1280\); give --num_att"):
+    with pytest.raises(SystemExit, match=r"width 48 is none of the published ones \(768, 1024, 1280\); give num_att"):
         convert.main([str(path), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 

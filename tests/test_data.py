@@ -152,7 +152,7 @@ def test_files_that_may_be_images_and_are_not_read_are_counted_by_their_ending(t
 def test_a_flat_folder_has_no_labels(tmp_path):
     (tmp_path / "1.png").write_bytes(png())
     pictures = load_pictures(str(tmp_path))
-    with pytest.raises(ValueError, match=r"has no labels: its columns are image; name one with --label_column_name"):
+    with pytest.raises(ValueError, match=r"has no labels: its columns are image; name one with label_column_name"):
         pictures.labels()
 
 

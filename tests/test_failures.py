@@ -1,18 +1,23 @@
 """Pre-training on what cannot be: refused in one line before anything is written, or ended with nothing spoiled."""
 
 import json
+import runpy
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from golden_models import fresh_config
 from processes import ROOT, run
 from training_runs import SHORT, folder_with_bad_pictures
 
 import run_pretrain
 import umae
+from modeling_umae import UMAEModel
 from umae import seeding, training
 from umae.progress import Progress
+from umae.transforms import evaluation_processor
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -31,7 +36,7 @@ def test_unreadable_pictures_are_left_out_named_once_and_counted(tmp_path, capsy
 def test_too_many_unreadable_pictures_end_the_run_with_their_names(tmp_path):
     settings = folder_with_bad_pictures(tmp_path / "pictures", 40, bad=2)
     command = f"{settings} --output_dir {tmp_path / 'run'} --per_device_train_batch_size 8 --max_train_steps 20".split()
-    with pytest.raises(ValueError, match=r"[12] of 40 pictures cannot be read, more than --max_unreadable_share 0\.01"):
+    with pytest.raises(ValueError, match=r"[12] of 40 pictures cannot be read, more than max_unreadable_share 0\.01"):
         run_pretrain.main(command)
 
 
@@ -71,7 +76,7 @@ def test_a_refusal_is_one_line_and_a_status(tmp_path):
     result = run("run_pretrain.py", "--output_dir", tmp_path / "run", "--mask_ratio", "1.0", check=False)
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert "run_pretrain.py: mask_ratio must lie in [0, 1), got 1.0" in result.stderr
+    assert "run_pretrain.py: --mask_ratio must lie in [0, 1), got 1.0" in result.stderr
 
 
 def test_a_folder_that_is_no_run_is_not_touched(tmp_path):
@@ -90,7 +95,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_the_start(tmp_path, folde
             pytest.skip("may not mount a file system here")
     folder = folder.format(read_only=tmp_path / "disk")
     try:
-        with pytest.raises(ValueError, match=f"cannot write to {folder}: .*; give another --output_dir"):
+        with pytest.raises(ValueError, match=f"cannot write to {folder}: .*; give another output_dir"):
             run_pretrain.main(["--output_dir", folder, *SHORT])
     finally:
         subprocess.run(["umount", tmp_path / "disk"], capture_output=True)
@@ -139,7 +144,7 @@ def step(accelerator, model, *arguments, **named):
         print(sum(parameter.double().abs().sum().item() for parameter in model.parameters()), file=file)
     return values
 run_pretrain.train_step = step
-with run_pretrain.one_line_refusals("run_pretrain.py"):
+with run_pretrain.one_line_refusals("run_pretrain.py", run_pretrain.TYPES):
     run_pretrain.main(sys.argv[1:])
 """
 
@@ -162,6 +167,23 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_all_at_that_step(tmp_path
     assert [entry.name for entry in (tmp_path / "run").glob("step-*")] == ["step-4"]
 
 
+@pytest.mark.parametrize(
+    ("program", "words", "message"),
+    [
+        ("run_pretrain", "--per_device_train_batch_size 2000", "lower --per_device_train_batch_size"),
+        ("run_finetune", "--train_split test", "--train_split and --test_split are both test"),
+        ("run_linear_probe", "--train_split test", "--train_split and --test_split are both test"),
+    ],
+)
+def test_a_program_refuses_with_the_flag_that_would_help(program, words, message, tmp_path, monkeypatch):
+    UMAEModel(fresh_config(image_size=8, patch_size=2)).save_pretrained(tmp_path / "model")
+    evaluation_processor((8, 8)).save_pretrained(tmp_path / "model")
+    model = [] if program == "run_pretrain" else ["--model_name_or_path", str(tmp_path / "model")]
+    monkeypatch.setattr(sys, "argv", [program, "--output_dir", str(tmp_path / "run"), *model, *words.split()])
+    with pytest.raises(SystemExit, match=f"^{program}.py: .*{message}"):
+        runpy.run_path(str(ROOT / f"{program}.py"), run_name="__main__")
+
+
 CRAMPED = """
 import resource, sys, run_pretrain
 train_step = run_pretrain.train_step
@@ -170,7 +192,7 @@ def cramped(*arguments, **named):
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, -1))
     return train_step(*arguments, **named)
 run_pretrain.train_step = cramped
-with run_pretrain.one_line_refusals("run_pretrain.py"):
+with run_pretrain.one_line_refusals("run_pretrain.py", run_pretrain.TYPES):
     run_pretrain.main(sys.argv[1:])
 """
 

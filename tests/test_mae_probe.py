@@ -148,7 +148,7 @@ def test_a_probe_that_was_interrupted_goes_on_to_the_same_bits(model, tmp_path, 
 def test_too_few_pictures_and_too_long_a_warm_up_are_refused(model, tmp_path):
     encoder, pictures = encoder_from_pretrained(model, pooling="mean"), load_pictures("digits")
     first, rest = (load_processor(model), 10), (0, 0, Accelerator(cpu=True), tmp_path / "state")
-    with pytest.raises(ValueError, match=r"holds 1438 pictures, fewer than one step of 2000 .*; lower --per_device"):
+    with pytest.raises(ValueError, match=r"holds 1438 pictures, fewer than one step of 2000 .*; lower per_device"):
         train_mae_probe(encoder, pictures, *first, ProbeSchedule(), 2000, *rest)
-    with pytest.raises(ValueError, match="--warmup_epochs 10 is no less than --num_train_epochs 5; lower it"):
+    with pytest.raises(ValueError, match="warmup_epochs 10 is no less than num_train_epochs 5; lower it"):
         train_mae_probe(encoder, pictures, *first, ProbeSchedule(epochs=5), 256, *rest)

@@ -204,7 +204,7 @@ def test_a_finished_run_changes_nothing_and_another_ones_folder_is_refused(encod
         (("--drop_path_rate", "0"), "drop_path_rate 0.1, not 0.0"),
         (("--min_crop_scale", "1"), "min_crop_scale 0.08, not 1.0"),
     ):
-        with pytest.raises(ValueError, match=f"holds a run with {message}; use another --output_dir"):
+        with pytest.raises(ValueError, match=f"holds a run with {message}; use another output_dir"):
             run_finetune.main(command(encoder, folder, *words))
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
@@ -285,7 +285,7 @@ def test_data_that_cannot_be_learned_from_is_refused_with_what_to_do(encoder, tm
     for name, message in {
         "bare": "has no labels: its columns are image; .*give a folder with one sub-folder for each class",
         "differ": r"do not have the same classes: 2 names \(cat, dog\) and 2 names \(cat, fox\); give both splits",
-        "alone": "there is no split test or validation; name one of train with --test_split",
+        "alone": "there is no split test or validation; name one of train with test_split",
     }.items():
         with pytest.raises(ValueError, match=message):
             run_finetune.main(command(encoder, tmp_path / "run", "--dataset_name", tmp_path / name))

@@ -11,7 +11,7 @@ from processes import ROOT, run
 import run_finetune
 import run_linear_probe
 import run_pretrain
-from script_arguments import Between, check_launch, flag, parse_arguments, parse_overrides
+from script_arguments import Between, check_launch, flag, one_line_refusals, parse_arguments, parse_overrides
 
 
 @dataclass
@@ -220,6 +220,25 @@ def test_overrides_are_read_as_their_types():
     assert parse_overrides("layer_norm_eps=1e-5", names, "config_overrides") == {"layer_norm_eps": 1e-5}
     with pytest.raises(ValueError, match="not name=value"):
         parse_overrides("hidden_size", names, "--config_overrides")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (
+            "lower num_train_epochs, or give another output_dir.",
+            "lower --num_train_epochs, or give another --output_dir.",
+        ),
+        ("runs/output_dir holds a run (mask_ratio 0.5)", "runs/output_dir holds a run (--mask_ratio 0.5)"),
+        ("--mask_ratio 2: my_mask_ratio, mask_ratio_2", "--mask_ratio 2: my_mask_ratio, mask_ratio_2"),
+        ("a column 'output_dir', a file output_dir.csv", "a column 'output_dir', a file output_dir.csv"),
+        ("pooling and streaming, hidden_size", "pooling and streaming, hidden_size"),  # words, and no flag
+    ],
+)
+def test_a_refusal_by_the_package_shows_the_flags_of_the_program(text, shown):
+    with pytest.raises(SystemExit) as stop, one_line_refusals("run.py", (Example,)):
+        raise ValueError(text)
+    assert str(stop.value) == f"run.py: {shown}"
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused():

@@ -236,7 +236,7 @@ def test_a_streamed_run_is_resumed_to_the_same_bits_and_refused_to_other_readers
     assert weights[0] == weights[1]
     refused = pretrain(shards, tmp_path / "copy", "--dataloader_num_workers", "1", processes=processes, check=False)
     assert refused.returncode != 0
-    assert f"holds a run with dataloader_num_workers {workers}, not 1; use another --output_dir" in refused.stderr
+    assert f"holds a run with --dataloader_num_workers {workers}, not 1; use another --output_dir" in refused.stderr
     assert "streamed, no labels used" in (tmp_path / "run" / "README.md").read_text()
 
 
@@ -250,7 +250,7 @@ def test_what_cannot_be_streamed_is_refused(shards, tmp_path):
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "pictures" / "a.png")
     for name in ("digits", str(tmp_path / "pictures")):
-        with pytest.raises(ValueError, match="does not come in shards; leave out --streaming"):
+        with pytest.raises(ValueError, match="does not come in shards; leave out streaming"):
             load_stream(name, None, "train", None)
     with pytest.raises(ValueError, match=r"there is no folder \./nowhere"):
         load_stream("./nowhere", None, "train", None)

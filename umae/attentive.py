@@ -135,7 +135,7 @@ def _moments(tokens: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, 
             sums += torch.stack([block.sum(dim=(0, 1)), block.square().sum(dim=(0, 1))])
             bar.update(len(block))
     if not sums.isfinite().all():
-        raise ValueError("the encoder gives tokens beyond what float16 holds, 65,504; leave out --attentive")
+        raise ValueError("the encoder gives tokens beyond what float16 holds, 65,504; leave out the attentive head")
     mean, square = sums / (tokens.shape[0] * tokens.shape[1])
     return mean.float(), ((square - mean.square()).clamp(min=0) + EPSILON).rsqrt().float()
 

@@ -147,7 +147,7 @@ def read_tensors(path: Path, identity: dict[str, Any]) -> dict[str, torch.Tensor
         names = [name for name in expected if found.get(name) != expected[name]]
         raise ValueError(
             f"{path} is half of the same work with other {', '.join(names)}; start it as before, delete the file, or "
-            f"give another --output_dir"
+            f"give another output_dir"
         )
     return tensors
 

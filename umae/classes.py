@@ -39,11 +39,11 @@ def load_labelled(
     train = load(train_split)
     train.labels()  # a refusal that names the missing labels rather than a missing split
     if test_split == train_split:
-        raise ValueError(f"--train_split and --test_split are both {test_split}; a classifier is judged on others")
+        raise ValueError(f"train_split and test_split are both {test_split}; a classifier is judged on others")
     splits = [test_split] if test_split else held_out_splits(name, config_name, train_split)
     known = ", ".join(split_names(name, config_name))
     if not splits:
-        raise ValueError(f"there is no split test or validation; name one of {known} with --test_split")
+        raise ValueError(f"there is no split test or validation; name one of {known} with test_split")
     test = load_first_labelled(load, splits, tell)
     if not test.has_labels:
         raise ValueError(f"{test.description} {UNLABELLED}; name a split with labels as test_split; there are {known}")

@@ -452,7 +452,7 @@ def _sizes_of(tensors: dict[str, torch.Tensor], num_attention_heads: int | None)
     if num_attention_heads is None and width not in PUBLISHED_HEADS:
         raise ValueError(
             f"a checkpoint does not tell its number of attention heads, and width {width} is none of the published "
-            f"ones ({', '.join(map(str, PUBLISHED_HEADS))}); give --num_attention_heads"
+            f"ones ({', '.join(map(str, PUBLISHED_HEADS))}); give num_attention_heads"
         )
     sizes = {
         "hidden_size": width,

@@ -180,7 +180,7 @@ class Pictures:
         if self.label_column is None:
             raise ValueError(
                 f"{self.description} has no labels: its columns are {', '.join(self.dataset.column_names)}; "
-                f"name one with --label_column_name, or give a folder with one sub-folder for each class"
+                f"name one with label_column_name, or give a folder with one sub-folder for each class"
             )
         labels = self.dataset[self.label_column][:]
         wrong = sorted({repr(label) for label in labels if not isinstance(label, int) or label < 0})
@@ -427,7 +427,7 @@ def find_image_column(features: Mapping[str, Any], given: str | None, descriptio
     if len(candidates) != 1:
         found = f"{len(candidates)} picture columns" if candidates else "no picture column"
         raise ValueError(
-            f"{description} has {found} among {', '.join(features)}; name the one to use with --image_column_name"
+            f"{description} has {found} among {', '.join(features)}; name the one to use with image_column_name"
         )
     return candidates[0]
 
@@ -486,7 +486,7 @@ def check_fills_a_step(plan: Plan, description: str) -> None:
         raise ValueError(
             f"{description} holds {plan.pictures} pictures, fewer than one step of {plan.pictures_per_step} "
             f"({plan.batch_size} per device x {plan.processes} processes x {plan.accumulation} accumulated); lower "
-            f"--per_device_train_batch_size"
+            f"per_device_train_batch_size"
         )
 
 

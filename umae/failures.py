@@ -32,7 +32,7 @@ def report_unreadable(
     found.clear()
     if len(known) > max_share * num_pictures:
         raise ValueError(
-            f"{len(known)} of {num_pictures} pictures cannot be read, more than --max_unreadable_share {max_share:g} "
+            f"{len(known)} of {num_pictures} pictures cannot be read, more than max_unreadable_share {max_share:g} "
             f"allows: {'; '.join(list(known.values())[:3])}. Mend or remove them, or allow more"
         )
 
@@ -51,8 +51,8 @@ def explained_out_of_memory(batch_size: int) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         raise ValueError(
-            f"out of memory with --per_device_train_batch_size {batch_size}; lower it (and raise "
-            f"--gradient_accumulation_steps to keep the effective batch), or add --gradient_checkpointing ({error})"
+            f"out of memory with per_device_train_batch_size {batch_size}; lower it (and raise "
+            f"gradient_accumulation_steps to keep the effective batch), or add gradient_checkpointing ({error})"
         ) from error
 
 
@@ -91,5 +91,5 @@ def stop_if_failed(
         f"{', '.join(shown_names)} was not finite at step {min(step for step, _, _ in failures)}"
         + (f", the {MOST_OVERFLOWS}th time in a row" if in_a_row >= MOST_OVERFLOWS else "")
         + f", with the pictures {shown} of {description}; the weights have not changed since, and the last "
-        f"checkpoint is from before. Lower --base_learning_rate, or train with --mixed_precision no"
+        f"checkpoint is from before. Lower base_learning_rate, or train with mixed_precision no"
     )

@@ -37,9 +37,7 @@ def make_accelerator(
     available = [str(name) for name in get_available_trackers()]
     for name in trackers:  # Accelerate would drop it without a word
         if name not in available:
-            raise ValueError(
-                f"--report_to {name}: not installed or not known; here are {', '.join(available) or 'none'}"
-            )
+            raise ValueError(f"report_to {name}: not installed or not known; here are {', '.join(available) or 'none'}")
     on_cpu = bool(str_to_bool(environ.get("ACCELERATE_USE_CPU", "false")))
     device = PartialState(cpu=on_cpu, timeout=PATIENCE).device
     asked = mixed_precision or environ.get("ACCELERATE_MIXED_PRECISION", "no")

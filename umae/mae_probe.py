@@ -133,7 +133,7 @@ def train_mae_probe(
     check_fills_a_step(plan, pictures.description)
     if schedule.warmup_epochs >= schedule.epochs:
         raise ValueError(
-            f"--warmup_epochs {schedule.warmup_epochs:g} is no less than --num_train_epochs {schedule.epochs}; lower it"
+            f"warmup_epochs {schedule.warmup_epochs:g} is no less than num_train_epochs {schedule.epochs}; lower it"
         )
     labels = pictures.labels().to(device)
     heads = {name: BatchNormHead(num_classes, encoder.config.hidden_size, seed, device) for name in ("cls", "mean")}
@@ -169,7 +169,7 @@ def train_mae_probe(
         bar.update()
         if (step + 1) % plan.steps_per_epoch == 0:
             if not losses.isfinite().all():
-                raise ValueError(f"the probe's loss was not finite by step {step + 1}; lower --base_learning_rate")
+                raise ValueError(f"the probe's loss was not finite by step {step + 1}; lower base_learning_rate")
             if accelerator.is_main_process:
                 write_tensors(state, tensors | {"losses": losses[: step + 1]}, identity)
     bar.close()

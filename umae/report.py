@@ -146,7 +146,7 @@ def _run_of(folder: Path) -> dict[str, Any]:
     if run["identity"].get("task") == "fine-tuning":
         raise ValueError(f"{folder} holds a fine-tuning that has not finished; wait for its finetune.json")
     if not lines:
-        raise ValueError(f"{folder} has not logged a line yet; wait for --logging_steps steps")
+        raise ValueError(f"{folder} has not logged a line yet; wait until logging_steps steps are done")
     return {**run, "lines": lines}
 
 

@@ -59,7 +59,7 @@ def open_run(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) -
         run |= {name: before[name] for name in ("seconds", "unreadable", "finished")}
     elif folder.exists() and (not folder.is_dir() or any(entry.name != LOCK_FILE for entry in folder.iterdir())):
         found = "is not empty and holds no run" if folder.is_dir() else "is a file"
-        raise ValueError(f"{folder} {found}; give a new or empty folder as --output_dir")
+        raise ValueError(f"{folder} {found}; give a new or empty folder as output_dir")
     return run
 
 
@@ -77,7 +77,7 @@ def hold_folder(accelerator: Accelerator, folder: Path, run: dict[str, Any]) -> 
             clear_leftovers(folder)
             write_run(folder, run)
         except OSError as error:
-            raise ValueError(f"cannot write to {folder}: {error}; give another --output_dir") from error
+            raise ValueError(f"cannot write to {folder}: {error}; give another output_dir") from error
         yield
 
 
@@ -113,9 +113,7 @@ def newest_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
             checkpoint.rename(f"{checkpoint}.damaged")
     newest = broadcast_object_list(found)[0]
     if newest is not None and not newest.is_dir():
-        raise ValueError(
-            f"process {accelerator.process_index} does not see {newest}; --output_dir must lie where all do"
-        )
+        raise ValueError(f"process {accelerator.process_index} does not see {newest}; output_dir must lie where all do")
     return newest
 
 
@@ -132,8 +130,8 @@ def _check_identity(folder: Path, before: dict[str, Any], now: dict[str, Any]) -
     for name, value in flat_now.items():
         if flat_before.get(name) != value:
             raise ValueError(
-                f"{folder} holds a run with {name} {flat_before.get(name)}, not {value}; use another --output_dir (and "
-                f"--model_name_or_path {folder} to start from its weights)"
+                f"{folder} holds a run with {name} {flat_before.get(name)}, not {value}; use another output_dir (and "
+                f"model_name_or_path {folder} to start from its weights)"
             )
 
 

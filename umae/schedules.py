@@ -51,7 +51,7 @@ def make_schedule(
     warmup = usual_warmup_steps if warmup_epochs is None else warmup_epochs * steps_per_epoch
     if warmup > total_steps:
         raise ValueError(
-            f"--warmup_epochs {warmup_epochs:g} is {warmup:g} steps, longer than the whole run of {total_steps}; lower "
+            f"warmup_epochs {warmup_epochs:g} is {warmup:g} steps, longer than the whole run of {total_steps}; lower "
             f"it, or leave it out for {usual_warmup_steps:g} steps"
         )
     return Schedule(total_steps, warmup, base_learning_rate * pictures_per_step / 256)

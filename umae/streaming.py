@@ -163,7 +163,7 @@ def load_stream(name: str, config_name: str | None, split: str, image_column: st
         ValueError: the data set, split or column does not exist or is ambiguous; what does exist is listed.
     """
     if comes_in_files(name):
-        raise ValueError(f"{name} does not come in shards; leave out --streaming")
+        raise ValueError(f"{name} does not come in shards; leave out streaming")
     dataset, description = load_split(name, config_name, split, streaming=True), describe(name, split)
     column = find_image_column(dataset.features or {}, image_column, description)
     splits = dataset.info.splits or {}
