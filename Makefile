@@ -24,10 +24,10 @@ pretrain: $(VENV)/installed
 	@echo "weights and card: runs/digits; pictures: runs/digits/reconstructions.png; accuracy: the table above"
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --durations 25
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile thorough
 
 .venv-%/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(@D)

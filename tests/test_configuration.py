@@ -3,7 +3,7 @@ import resource
 
 import pytest
 from golden_models import fresh_config
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
@@ -111,7 +111,6 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=500, deadline=None)
 @given(
     fields=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4)
     | st.dictionaries(st.sampled_from(("image_size", "patch_size", "hidden_size", "num_hidden_layers")), POWERS)
@@ -130,7 +129,6 @@ def test_any_values_are_refused_by_a_fields_name_or_make_a_model_of_bounded_size
     assert again.to_dict() == config.to_dict()
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     rows=st.integers(1, 20),
     columns=st.integers(1, 20),

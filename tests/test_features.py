@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from datasets import load_dataset
 from golden_models import fresh_config
 from PIL import Image
-from processes import torchrun
+from processes import together
 
 from modeling_umae import UMAEForPreTraining
 from umae.convert import encoder_from_pretrained
@@ -79,39 +79,16 @@ def test_workers_and_batch_sizes_change_nothing(run, folder):
         assert (features["mean"] - extract(run, folder, batch_size=batch_size)["mean"]).abs().max() < 1e-5
 
 
-class TwoProcesses:
-    """As much of an Accelerator as is needed to play two processes one after the other: the second one first."""
-
-    device, num_processes, sent = torch.device("cpu"), 2, []
-
-    def __init__(self, rank):
-        self.process_index, self.is_main_process = rank, rank == 0
-
-    def gather(self, tensor):
-        if self.process_index == 1:
-            self.sent.append(tensor)
-            return torch.cat([tensor, tensor])
-        return torch.cat([tensor, self.sent.pop(0)])
+SIZES = (8, 9, 20, 50)  # of batches of 37 pictures: at the end, or for 50 at once, the second process has nothing to do
 
 
-@pytest.mark.parametrize("batch_size", [8, 9, 20, 50])
-def test_batches_are_dealt_out_to_two_processes_and_come_back_in_order(run, folder, batch_size):
-    extract(run, folder, batch_size, accelerator=TwoProcesses(1))
-    features = extract(run, folder, batch_size, accelerator=TwoProcesses(0))
-    alone = extract(run, folder, batch_size)
-    assert not TwoProcesses.sent
-    assert all(torch.equal(features[name], alone[name]) for name in ("cls", "mean"))
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_bits_of_one(run, folder, tmp_path):
-    """37 pictures in batches of 8: the second process has nothing to do at the end."""
-    for processes in (1, 2):
-        torchrun(processes, Path(__file__), run, folder, tmp_path / f"of_{processes}")
-    alone = torch.load(tmp_path / "of_1_rank_0.pt", weights_only=True)
-    for rank in (0, 1):
-        features = torch.load(tmp_path / f"of_2_rank_{rank}.pt", weights_only=True)
-        assert all(torch.equal(features[name], alone[name]) for name in ("cls", "mean"))
+def test_batches_are_dealt_out_to_two_processes_and_come_back_in_order_to_the_bit(run, folder, tmp_path):
+    together(2, Path(__file__), run, folder, tmp_path / "rank")
+    for size in SIZES:
+        alone = extract(run, folder, size)
+        for rank in (0, 1):
+            features = torch.load(tmp_path / f"rank_{rank}_{size}.pt", weights_only=True)
+            assert all(torch.equal(features[name], alone[name]) for name in ("cls", "mean")), (size, rank)
 
 
 def test_an_unreadable_picture_is_an_error_that_names_it(run, folder):
@@ -178,7 +155,8 @@ def test_the_command_refuses_what_makes_no_sense_and_writes_nothing(run, folder,
         main([str(run), str(folder), str(out)])
 
 
-if __name__ == "__main__":  # what each process of test_two_processes_give_the_bits_of_one does
+if __name__ == "__main__":  # what each of two processes does
     run_folder, picture_folder, target = sys.argv[1:]
-    features = extract(run_folder, picture_folder, accelerator=Accelerator())
-    torch.save(features, f"{target}_rank_{os.environ['RANK']}.pt")
+    for size in SIZES:
+        features = extract(run_folder, picture_folder, size, accelerator=Accelerator())
+        torch.save(features, f"{target}_{os.environ['RANK']}_{size}.pt")

@@ -5,7 +5,7 @@ from itertools import pairwise
 from threading import Barrier
 
 import pytest
-import torch
+from processes import together
 
 from umae.interruption import LOCK_FILE, StopRequest, lock
 
@@ -78,47 +78,40 @@ def test_the_first_signal_is_remembered_and_the_second_one_acts(number):
     assert signal.getsignal(number) == before
 
 
-class Process:
-    """One of two processes, as far as a StopRequest knows: what the other one sees is given."""
-
-    num_processes, device = 2, "cpu"
-
-    def __init__(self):
-        self.looks, self.others = [], (0.0, 1e9)
-
-    def gather(self, mine):
-        self.looks.append(mine[0].tolist())
-        return torch.cat([mine, torch.tensor([self.others])])
-
-
-@pytest.mark.parametrize("start", [0, 100_000], ids=["from the start", "resumed"])
-def test_several_processes_look_together_about_every_two_seconds(monkeypatch, start):
-    clock = iter(range(10_000))  # a step takes a tenth of a second, so does a look
-    monkeypatch.setattr("umae.interruption.time.perf_counter", lambda: next(clock) / 10)
-    process, stop = Process(), StopRequest()
-    looked = []
-    for step in range(start + 1, start + 200):
-        before = len(process.looks)
-        next(clock)
-        assert not stop.has_come(process, step)
-        if len(process.looks) > before:
-            looked.append(step)
-    assert looked[0] == start + 1 and 8 < len(looked) < 20, looked
-    assert all(10 <= later - earlier <= 25 for earlier, later in pairwise(looked[3:])), looked
-    process.others = (15.0, 3.0)  # the other one has got a signal, and makes 3 steps in that time
-    assert any(stop.has_come(process, step) for step in range(start + 200, start + 230)) and stop.signal == 15
-
-
-def test_a_signal_that_comes_while_processes_look_is_seen_at_the_next_look():
-    process, stop = Process(), StopRequest()
-    process.others = (0.0, 1.0)
-    gather = process.gather
-
-    def interrupted(mine):
-        stop.signal = 15
+LOOKING = """
+import itertools, json, sys
+from accelerate import Accelerator
+from umae import interruption
+accelerator = Accelerator()
+rank, gather, clock = accelerator.process_index, accelerator.gather, itertools.count()
+interruption.time.perf_counter = lambda: next(clock) / 10  # a step takes 0.1 seconds or 0.2, a look 0.1 more
+def looks_until_a_stop(start, while_looking):
+    stop, looks = interruption.StopRequest(), []
+    def gather_and_note(mine):
+        looks.append(step)
+        if rank == 1 and while_looking and step >= start + 200:
+            stop.signal = 15  # of which `mine` does not tell
         return gather(mine)
+    accelerator.gather = gather_and_note
+    for step in range(start + 1, start + 400):
+        for _ in range(1 + rank):
+            next(clock)
+        if rank == 1 and not while_looking and step == start + 200:
+            stop.signal = 15
+        if stop.has_come(accelerator, step):
+            break
+    return looks, stop.signal
+found = {start: [looks_until_a_stop(start, while_looking) for while_looking in (False, True)] for start in (0, 100_000)}
+print(json.dumps(found))
+"""
 
-    process.gather = interrupted
-    assert not stop.has_come(process, 1), "the others do not know of it"
-    process.gather = gather
-    assert stop.has_come(process, 2) and stop.signal == 15
+
+def test_two_processes_look_together_about_every_two_seconds_and_stop_after_the_same_step():
+    """From the start and resumed; a signal that comes while they look is seen at the next look."""
+    first, second = (json.loads(result.stdout) for result in together(2, "-c", LOOKING))
+    assert first == second
+    for start, found in first.items():
+        for (looks, signal_seen), looks_after_signal in zip(found, (1, 2), strict=True):
+            assert signal_seen == signal.SIGTERM and looks[0] == int(start) + 1
+            assert all(8 <= later - earlier <= 12 for earlier, later in pairwise(looks[3:])), looks
+            assert looks[-looks_after_signal - 1] < int(start) + 200 <= looks[-looks_after_signal], looks

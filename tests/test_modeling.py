@@ -4,7 +4,7 @@ import golden_inputs
 import pytest
 import torch
 from golden_models import SETUP, batch, fresh_config, our_weights, pretraining_model
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
@@ -213,7 +213,6 @@ def test_what_training_leaves_out_changes_no_loss_and_no_gradient(changes):
         assert torch.allclose(short, gradients[1][name], rtol=1e-9, atol=1e-13), name
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     batch=st.integers(1, 4),
     patches=st.integers(1, 60),

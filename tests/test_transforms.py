@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import kstest
@@ -38,7 +38,6 @@ def picture_of(height: int, width: int) -> torch.Tensor:
 unit = st.floats(0, ALMOST_ONE, width=32)
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     numbers=st.lists(unit, min_size=CROP_NUMBERS, max_size=CROP_NUMBERS),
     height=st.one_of(st.integers(1, 40), st.integers(1, 5000)),
