@@ -41,6 +41,9 @@ class DataArguments:
 @dataclass
 class ModelArguments:
     model_name_or_path: str = field(metadata={"help": "Encoder to start from: a folder, Hub id or file, of any MAE."})
+    image_size: Annotated[int | None, Between(1)] = flag(
+        None, "Side of the square images, in pixels; a multiple of the patch. [the weights']"
+    )
     pooling: Literal["cls", "mean"] = flag("mean", "The classifier's feature: class token or mean of the patches.")
     drop_path_rate: Annotated[float, Between(0, 1)] = flag(
         0.1, "Share of the pictures that skip a branch of the last layer; below 1."
@@ -125,7 +128,7 @@ from umae.accuracy import guess, percent, topk_accuracy
 from umae.augmentation import Strengths, augment
 from umae.classes import load_labelled
 from umae.classification import LOGGED, classification_step
-from umae.convert import load_exactly, read_model
+from umae.convert import load_exactly, read_model, resize_positions
 from umae.data import Pictures, Plan, TrainingPictures, check_fills_a_step, decode_all, training_loader
 from umae.failures import explained_out_of_memory, report_unreadable, stop_if_failed, tell_on
 from umae.features import load_processor
@@ -136,6 +139,7 @@ from umae.runs import MetricsLog, hold_folder, looks, open_run, write_run
 from umae.schedules import Schedule, layer_decay_groups, make_schedule, set_learning_rate
 from umae.speed import encoder_flops, ideal_seconds
 from umae.training import no_failure
+from umae.transforms import evaluation_processor
 
 
 def main(argv: list[str]) -> None:
@@ -159,7 +163,7 @@ def main(argv: list[str]) -> None:
         test=test_pictures,
         names=names,
         config=model.config,
-        processor=load_processor(model_args.model_name_or_path, model.config.image_height_width),
+        processor=make_processor(model_args, model.config.image_height_width),
         plan=plan,
         schedule=make_schedule(
             total_steps,
@@ -241,6 +245,9 @@ def make_model(accelerator: Accelerator, args: ModelArguments, names: list[str])
     """The pre-trained encoder under a fresh head; as in MAE, with a fresh norm after the mean of the patches instead of
     the encoder's own."""
     config, tensors = read_model(args.model_name_or_path)
+    grid = config.grid
+    if args.image_size is not None:
+        config.image_size = args.image_size
     config.pooling, config.final_layernorm = args.pooling, args.pooling == "cls"
     config.drop_path_rate = args.drop_path_rate
     config.id2label = dict(enumerate(names))
@@ -251,7 +258,18 @@ def make_model(accelerator: Accelerator, args: ModelArguments, names: list[str])
     )
     left = ("decoder.", "classifier.", "vit.fc_norm.") + (() if config.final_layernorm else ("vit.layernorm.",))
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(left)}
+    tensors = resize_positions(tensors, grid, config, accelerator.print)
     return load_exactly(model, tensors, args.model_name_or_path, may_be_fresh=("classifier.", "vit.fc_norm."))
+
+
+def make_processor(args: ModelArguments, size: tuple[int, int]) -> BaseImageProcessor:
+    """That of the weights; at another image size, one for that size which normalises as theirs does."""
+    processor = load_processor(args.model_name_or_path, size)
+    if args.image_size is None:
+        return processor
+    resized = evaluation_processor(size)
+    resized.image_mean, resized.image_std = processor.image_mean, processor.image_std
+    return resized
 
 
 def make_plan(accelerator: Accelerator, pictures: Pictures, args: TrainingArguments) -> Plan:

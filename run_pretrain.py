@@ -39,14 +39,20 @@ class DataArguments:
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str | None = flag(None, "Weights to start from: a folder, Hub id or file of U-MAE, MAE or ViT.")
+    model_name_or_path: str | None = flag(
+        None, "Weights to start from, with their sizes: a folder, Hub id or file of any MAE or ViT."
+    )
     config_overrides: Mapping | str | None = flag(None, "Fields of UMAEConfig: `hidden_size=192,num_hidden_layers=12`.")
-    image_size: Annotated[int | None, Between(1)] = flag(None, "Side of the square crops, in pixels. [224]")
-    patch_size: Annotated[int | None, Between(1)] = flag(None, "Side of a patch, in pixels; divides image_size. [16]")
+    image_size: Annotated[int | None, Between(1)] = flag(
+        None, "Side of the square crops, in pixels. [the weights', or 224]"
+    )
+    patch_size: Annotated[int | None, Between(1)] = flag(
+        None, "Side of a patch, in pixels; divides image_size. [the weights', or 16]"
+    )
     mask_ratio: Annotated[float | None, Between(0, 1)] = flag(None, "Share of the patches that is hidden. [0.75]")
     norm_pix_loss: bool | None = flag(None, "Reconstruct pixels normalised within each patch. [true]")
     uniformity_weight: Annotated[float | None, Between(0)] = flag(
-        None, "Lambda, the weight of the uniformity term; 0 is plain MAE. [that of the weights, or 0.01]"
+        None, "Lambda, weight of the uniformity term; 0 is plain MAE. [the weights', or 0.01]"
     )
     pooling: Literal["cls", "mean"] | None = flag(None, "The feature: class token or mean of the patches. [cls]")
 
@@ -94,10 +100,17 @@ DIGITS_RECIPE = Path(__file__).resolve().parent / "recipes" / "digits.yaml"
 
 
 def parse(argv: list[str]) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
-    """The command line. The digits, 8 x 8 pixels small, come with sizes of their own unless a recipe is given."""
+    """The command line. The digits, 8 x 8 pixels small, come with sizes of their own unless a recipe is given.
+
+    A recipe's sizes are not for weights that the command line names: there, only sizes on the command line count.
+    """
     data, model, training = parse_arguments(TYPES, argv)
     if data.dataset_name == "digits" and training.recipe is None:
         data, model, training = parse_arguments(TYPES, ["--recipe", str(DIGITS_RECIPE), *argv])
+    _, typed, _ = parse_arguments(TYPES, argv, read_recipe=False)
+    if typed.model_name_or_path is not None:
+        sizes = {name: getattr(typed, name) for name in ("image_size", "patch_size", "config_overrides")}
+        model = dataclasses.replace(model, **sizes)
     return data, model, training
 
 
@@ -114,7 +127,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from umae import UMAEConfig, UMAEForPreTraining, cards, checkpoints, gallery, hub
 from umae.classes import load_first_labelled
-from umae.convert import load_exactly, read_model
+from umae.convert import load_exactly, read_model, resize_positions
 from umae.data import (
     Pictures,
     Plan,
@@ -264,14 +277,22 @@ def make_model(accelerator: Accelerator, args: ModelArguments) -> UMAEForPreTrai
 def load_weights(
     accelerator: Accelerator, name_or_path: str, attention: str, overrides: dict[str, Any]
 ) -> UMAEForPreTraining:
-    """Start from a run folder or any published MAE; only a decoder may be missing, and that is said."""
+    """Start from a run folder or any published MAE; only a decoder may be missing, and that is said.
+
+    Images may have another size than the weights were made for; their position tables are then resized.
+    """
     config, tensors = read_model(name_or_path)
+    grid, patch = config.grid, config.patch_height_width
     config.uniformity_weight = config.uniformity_weight or UMAEConfig().uniformity_weight  # plain MAE has none
     for name, value in overrides.items():
         setattr(config, name, value)
+    if config.patch_height_width != patch:
+        found = patch[0] if patch[0] == patch[1] else patch
+        raise ValueError(f"--patch_size {config.patch_size} is not that of the weights, {found}; leave it out")
     config.name_or_path = name_or_path
     model = UMAEForPreTraining._from_config(config, attn_implementation=attention, dtype=torch.float32)
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("classifier.")}
+    tensors = resize_positions(tensors, grid, config, accelerator.print)
     fresh = [key for key in model.state_dict() if key not in tensors]
     load_exactly(model, tensors, name_or_path, may_be_fresh=("decoder.", "vit.fc_norm."))
     if fresh:

@@ -53,9 +53,9 @@ class _OneLine(argparse.HelpFormatter):
         return action.option_strings[0] + choices
 
 
-def parse_arguments(types: Sequence[type], argv: Sequence[str]) -> tuple:
+def parse_arguments(types: Sequence[type], argv: Sequence[str], read_recipe: bool = True) -> tuple:
     """One instance of every dataclass in `types`. Flags override the recipe (`--recipe file.yaml`), which overrides
-    the defaults.
+    the defaults. Without `read_recipe` flags and defaults alone count.
 
     Raises:
         ValueError: an unknown flag or recipe key (the nearest name is given), a value of a recipe that is not of its
@@ -65,7 +65,7 @@ def parse_arguments(types: Sequence[type], argv: Sequence[str]) -> tuple:
     usage = "%(prog)s [--flag value ...] (--help lists the flags)"
     parser = HfArgumentParser(types, allow_abbrev=False, usage=usage, formatter_class=_OneLine)
     hints = {name: hint for one in types for name, hint in get_type_hints(one).items()}
-    recipe = _recipe_of(argv)
+    recipe = _recipe_of(argv) if read_recipe else None
     if recipe is not None:
         values = _read_recipe(Path(recipe), hints)
         parser.set_defaults(**values)

@@ -34,6 +34,7 @@ from umae.convert import (
     read_model,
     read_weights,
     rename,
+    resize_positions,
     set_pooling,
     to_original,
 )
@@ -462,3 +463,28 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path, name):
     (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=f"index.json names files outside of its folder: {name}"):
         encoder_from_pretrained(tmp_path / "model")
+
+
+def test_weights_for_another_image_size_keep_all_but_their_position_tables(tmp_path):
+    _, tensors = read_model(saved(UMAEForPreTraining(fresh_config()), tmp_path))
+    encoder, decoder = "vit.embeddings.position_embeddings", "decoder.decoder_pos_embed"
+    tensors[encoder] = torch.randn(1, 17, 32)  # as if trained
+    assert resize_positions(tensors, (4, 4), fresh_config(), print) is tensors
+    said = []
+    resized = resize_positions(tensors, (4, 4), fresh_config(image_size=[32, 24]), said.append)
+    assert said == ["the encoder's position table is interpolated from 4 x 4 to 8 x 6 patches, the decoder's made anew"]
+    patches = tensors[encoder][:, 1:].reshape(1, 4, 4, 32).permute(0, 3, 1, 2)
+    patches = torch.nn.functional.interpolate(patches, (8, 6), mode="bicubic").permute(0, 2, 3, 1).flatten(1, 2)
+    assert torch.equal(resized[encoder], torch.cat([tensors[encoder][:, :1], patches], dim=1))
+    assert torch.equal(
+        resized[decoder], UMAEForPreTraining(fresh_config(image_size=[32, 24])).decoder.decoder_pos_embed
+    )
+    assert all(resized[name] is tensors[name] for name in tensors if name not in (encoder, decoder))
+
+
+def test_a_position_table_of_no_such_grid_is_refused_by_its_shape(tmp_path):
+    config, tensors = read_model(saved(UMAEModel(fresh_config()), tmp_path))
+    config.image_size = 32
+    tensors["vit.embeddings.position_embeddings"] = torch.zeros(1, 15, 32)
+    with pytest.raises(ValueError, match=r"of another shape: embeddings\.position_embeddings"):
+        load_exactly(UMAEModel(config), resize_positions(tensors, (4, 4), config, print), "weights")

@@ -140,6 +140,26 @@ def test_the_norm_of_the_pooled_feature_starts_fresh_whatever_pretraining_has_ma
     assert torch.equal(model.vit.fc_norm.weight, torch.ones(32))
 
 
+def test_an_encoder_is_fine_tuned_at_another_resolution_with_the_normalisation_it_was_trained_with(
+    encoder, tmp_path, capsys
+):
+    weights, folder = tmp_path / "weights", tmp_path / "run"
+    shutil.copytree(encoder, weights)
+    processor = evaluation_processor((8, 8))
+    processor.image_mean = processor.image_std = [0.5, 0.5, 0.5]
+    processor.save_pretrained(weights)
+    run_finetune.main(command(weights, folder, "--max_train_steps", "1", "--image_size", "16"))
+    printed = capsys.readouterr().out
+    assert "16 x 16 pixels" in printed
+    assert "the encoder's position table is interpolated from 4 x 4 to 8 x 8 patches\n" in printed
+    assert UMAEForImageClassification.from_pretrained(folder).config.grid == (8, 8)
+    processor = load_processor(folder)
+    assert processor.crop_size == {"height": 16, "width": 16} and processor.size == {"shortest_edge": 16}
+    assert processor.image_mean == processor.image_std == (0.5, 0.5, 0.5)
+    with pytest.raises(ValueError, match="patch_size 2 does not divide image_size 15"):
+        run_finetune.main(command(weights, tmp_path / "odd", "--image_size", "15"))
+
+
 @pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_while_it_saves_ends_with_the_same_bits(encoder, finished, tmp_path, workers):
     folder, _ = finished

@@ -229,6 +229,46 @@ def test_the_uniformity_weight_is_what_was_said_or_that_of_the_weights_or_else_t
     assert run_pretrain.make_model(Accelerator(cpu=True), args).config.uniformity_weight == expected
 
 
+def test_training_goes_on_at_another_resolution_with_all_other_sizes_those_of_the_weights(tmp_path, capsys):
+    """On the digits, whose recipe has sizes of its own: 8 x 8 pixels in patches of 2, 4 heads."""
+    weights, folder = tmp_path / "weights", tmp_path / "run"
+    before = umae.UMAEForPreTraining(fresh_config(num_attention_heads=2))
+    before.save_pretrained(weights)
+    command = f"--model_name_or_path {weights} --max_train_steps 1 --base_learning_rate 0 --eval_steps 0"
+    run_pretrain.main([*command.split(), "--output_dir", str(tmp_path / "same")])
+    printed = capsys.readouterr().out
+    assert "16 x 16 pixels, 16 patches" in printed and "interpolated" not in printed
+    run_pretrain.main([*command.split(), "--output_dir", str(folder), "--image_size", "32"])
+    printed = capsys.readouterr().out
+    assert "32 x 32 pixels, 64 patches" in printed
+    assert "position table is interpolated from 4 x 4 to 8 x 8 patches, the decoder's made anew" in printed
+    after = umae.UMAEForPreTraining.from_pretrained(folder)
+    assert (after.config.grid, after.config.patch_size, after.config.num_attention_heads) == ((8, 8), 4, 2)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    assert AutoImageProcessor.from_pretrained(folder).crop_size == {"height": 32, "width": 32}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"patch_size": 8}, "--patch_size 8 is not that of the weights, 4; leave it out"),
+        ({"patch_size": 8, "image_size": 32}, "--patch_size 8 is not that of the weights, 4; leave it out"),
+        ({"image_size": 30}, r"patch_size 4 does not divide image_size 30 \(height\); use image_size 28"),
+    ],
+    ids=str,
+)
+def test_sizes_that_weights_cannot_have_are_refused(tmp_path, sizes, message):
+    umae.UMAEForPreTraining(fresh_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        run_pretrain.make_model(Accelerator(cpu=True), run_pretrain.ModelArguments(str(tmp_path), **sizes))
+
+
+def test_a_share_that_hides_all_but_one_patch_of_the_larger_images_is_accepted(tmp_path):
+    umae.UMAEForPreTraining(fresh_config()).save_pretrained(tmp_path)  # 16 patches, of which it would leave none
+    args = run_pretrain.ModelArguments(str(tmp_path), image_size=32, mask_ratio=0.98)
+    assert run_pretrain.make_model(Accelerator(cpu=True), args).config.num_hidden_patches == 63
+
+
 def test_training_starts_from_a_file_of_the_original_code(tmp_path, capsys):
     source = original_file(tmp_path / "mae.pth", SETUP_OF_768)
     (tmp_path / "pictures").mkdir()

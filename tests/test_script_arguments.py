@@ -168,6 +168,22 @@ def test_recipes_with_values_of_another_type_are_refused_by_file_and_name(tmp_pa
         with_recipe(tmp_path, line)
 
 
+def test_the_sizes_of_a_recipe_yield_to_those_of_weights_on_the_command_line(tmp_path):
+    def sizes(*words):
+        _, model, training = run_pretrain.parse([*words])
+        assert training.num_train_epochs == 100 and training.mixed_precision == "no", "what else the recipe says holds"
+        return model.image_size, model.patch_size, model.config_overrides
+
+    weights = ("--model_name_or_path", "runs/mine")
+    by_name = ("--recipe", str(run_pretrain.DIGITS_RECIPE))
+    assert sizes()[:2] == sizes(*by_name)[:2] == (8, 2) and sizes()[2]["num_attention_heads"] == 4
+    assert sizes(*weights) == sizes(*by_name, *weights) == (None, None, None)
+    assert sizes(*weights, "--image_size", "32") == (32, None, None)
+    assert sizes(*weights, "--config_overrides", "qkv_bias=false") == (None, None, "qkv_bias=false")
+    (tmp_path / "r.yaml").write_text(run_pretrain.DIGITS_RECIPE.read_text() + "model_name_or_path: runs/mine\n")
+    assert sizes("--recipe", str(tmp_path / "r.yaml")) == sizes(), "the recipe is made for the weights that it names"
+
+
 def test_a_recipe_may_hold_what_the_program_demands(tmp_path, capsys):
     (tmp_path / "r.yaml").write_text("model_name_or_path: runs/mine\nmixed_precision: no\n")
     words = ["--recipe", str(tmp_path / "r.yaml"), "--output_dir", "runs/tuned"]

@@ -17,7 +17,7 @@ import struct
 import sys
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,13 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, ViTConfig, ViTMAEConfig
 
 from configuration_umae import POOLINGS, UMAEConfig
-from modeling_umae import UMAEForImageClassification, UMAEForPreTraining, UMAEModel
+from modeling_umae import (
+    UMAEForImageClassification,
+    UMAEForPreTraining,
+    UMAEModel,
+    resize_position_table,
+    sincos_position_table,
+)
 from umae.checkpoints import write_folder
 from umae.transforms import evaluation_processor
 
@@ -120,7 +126,7 @@ def set_pooling(encoder: UMAEModel, pooling: str) -> UMAEModel:
 
     "cls" is the class token, `last_hidden_state[:, 0]`. "mean" is `fc_norm` of the mean of the patch tokens in
     `last_hidden_state`: with the scale that was learned if the encoder was trained with it, else a plain layer norm.
-    These tokens have passed the encoder's own norm. `--global_pool` of facebookresearch/mae leaves that norm out; so
+    These tokens have passed the encoder's own norm. `global_pool` of facebookresearch/mae leaves that norm out; so
     does an encoder with `final_layernorm=False`, which files from there are read as.
     """
     if pooling not in POOLINGS:
@@ -269,6 +275,32 @@ def load_exactly(
         raise ValueError(f"{name}: the weights are not those of the model that its sizes describe; {found}")
     model.load_state_dict(tensors, strict=False)
     return model
+
+
+def resize_positions(
+    tensors: dict[str, torch.Tensor], grid: tuple[int, int], config: UMAEConfig, tell: Callable[[str], object]
+) -> dict[str, torch.Tensor]:
+    """The tensors of `read_model` with position tables for images of another size, in patches of the same size.
+
+    The encoder's table, which may have been trained, is interpolated (bicubic, as facebookresearch/mae does); the
+    decoder's is fixed and computed anew.
+
+    Args:
+        grid: (rows, columns) of patches that the weights have been made for.
+        config: of the model that the tensors are to be put into.
+        tell: is given one line that says what was done, if anything was.
+    """
+    encoder, decoder = "vit.embeddings.position_embeddings", "decoder.decoder_pos_embed"
+    is_table = encoder in tensors and tensors[encoder].shape == (1, 1 + grid[0] * grid[1], config.hidden_size)
+    if grid == config.grid or not is_table:  # `load_exactly` refuses what is no table
+        return tensors
+    (rows, columns), (new_rows, new_columns) = grid, config.grid
+    text = f"position table is interpolated from {rows} x {columns} to {new_rows} x {new_columns} patches"
+    tables = {encoder: resize_position_table(tensors[encoder], grid, config.grid)}
+    if decoder in tensors:
+        tables[decoder] = sincos_position_table(config.decoder_hidden_size, config.grid)
+    tell(f"the encoder's {text}" + (", the decoder's made anew" if decoder in tensors else ""))
+    return tensors | tables
 
 
 def _first_five(names) -> str:
