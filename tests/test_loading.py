@@ -7,7 +7,7 @@ import pytest
 import torch
 from golden_models import fresh_config
 from PIL import Image
-from processes import run
+from processes import ROOT, run
 from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTModel
 
 from modeling_umae import UMAEForImageClassification, UMAEForPreTraining, UMAEModel
@@ -56,6 +56,7 @@ assert type(AutoModelForImageClassification.from_pretrained("run")) is umae.UMAE
 
 ELSEWHERE = """
 import importlib, pkgutil, sys
+assert not {"umae", "transformers"} & set(sys.modules)
 sys.modules.update(dict.fromkeys(["fcntl", "grp", "psutil", "pwd", "resource", "syslog"]))  # None: cannot be imported
 import umae, run_pretrain, run_linear_probe, run_finetune
 for module in pkgutil.iter_modules(umae.__path__):
@@ -78,7 +79,7 @@ def test_with_the_package_no_remote_code_is_needed(folder):
 def test_all_imports_and_features_are_computed_without_what_only_linux_has(folder):
     (folder.parent / "images").mkdir()
     Image.new("RGB", (20, 16), (200, 30, 30)).save(folder.parent / "images" / "a.png")
-    run("-c", ELSEWHERE, cwd=folder.parent)
+    run("-c", ELSEWHERE, cwd=folder.parent, PYTHONPATH=str(ROOT))  # another than the fork server's
     assert (folder.parent / "features.parquet").exists()
 
 
