@@ -133,7 +133,7 @@ from umae.data import Pictures, Plan, TrainingPictures, check_fills_a_step, deco
 from umae.failures import explained_out_of_memory, report_unreadable, stop_if_failed, tell_on
 from umae.features import load_processor
 from umae.interruption import StopRequest
-from umae.launch import close, fast_attention, make_accelerator, usual_workers
+from umae.launch import close, fast_attention, make_accelerator, set_threads, usual_workers
 from umae.progress import Progress
 from umae.runs import MetricsLog, hold_folder, looks, open_run, write_run
 from umae.schedules import Schedule, layer_decay_groups, make_schedule, set_learning_rate
@@ -155,6 +155,7 @@ def main(argv: list[str]) -> None:
     train_pictures.check_readable()
     model = make_model(accelerator, model_args, names)
     plan = make_plan(accelerator, train_pictures, args)
+    set_threads(accelerator, os.environ, flops_of(model.config) * plan.batch_size)
     total_steps = args.max_train_steps or args.num_train_epochs * plan.steps_per_epoch
     job = Job(
         accelerator=accelerator,
@@ -272,6 +273,11 @@ def make_processor(args: ModelArguments, size: tuple[int, int]) -> BaseImageProc
     return resized
 
 
+def flops_of(config: UMAEConfig) -> int:
+    """Operations that train on one image: the backward pass is two products for each of the forward's."""
+    return 3 * encoder_flops(config, config.grid[0] * config.grid[1])
+
+
 def make_plan(accelerator: Accelerator, pictures: Pictures, args: TrainingArguments) -> Plan:
     plan = Plan(
         pictures=len(pictures),
@@ -337,7 +343,7 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForImageClassification
         "model": f"{millions:.1f} million parameters, {height} x {width} pixels, pooling {config.pooling}, from "
         f"{config.name_or_path}",
         "steps": f"{identity['total_steps']:,} ({identity['total_steps'] / plan.steps_per_epoch:.4g} epochs), "
-        f"{identity['warmup_steps']:g} of them warm-up",
+        f"{identity['warmup_steps']:,.0f} of them warm-up",
         "effective batch": f"{plan.pictures_per_step} = {plan.batch_size} per device x {plan.processes} "
         f"process{'es' if plan.processes > 1 else ''} x {plan.accumulation} accumulated",
         "learning rate": f"{identity['learning_rate']:.3g} at its peak, times {identity['layer_decay']:g} for each "
@@ -372,8 +378,7 @@ def train(
     progress = Progress.begin(accelerator, model, groups, BETAS, LOGGED, *options)
     progress.restore(job.folder)
     accelerator.init_trackers("umae", config={name: str(value) for name, value in record["identity"].items()})
-    # The backward pass is two products for each of the forward's
-    flops = 3 * encoder_flops(job.config, job.config.grid[0] * job.config.grid[1])
+    flops = flops_of(job.config)
     ideal = ideal_seconds(flops, accelerator.device, accelerator.mixed_precision, accelerator.num_processes)
     log = MetricsLog(accelerator, job.folder, progress.step, plan.pictures_per_step, ideal)
     micro_batches = log.waited_for(make_loader(job, range(progress.step, total)))

@@ -80,8 +80,8 @@ class TrainingArguments:
     gradient_checkpointing: bool = flag(False, "Compute activations twice instead of keeping them: larger batches fit.")
     checkpointing_steps: Annotated[int, Between(1)] = flag(500, "Steps between checkpoints.")
     checkpoints_total_limit: Annotated[int, Between(1)] = flag(2, "Checkpoints to keep.")
-    logging_steps: Annotated[int, Between(1)] = flag(
-        50, "Steps between lines of metrics.jsonl, each the mean since the line before."
+    logging_steps: Annotated[int | None, Between(1)] = flag(
+        None, "Steps between lines of metrics.jsonl, each the mean since the line before. [50, or fewer]"
     )
     report_to: str = flag("none", "Trackers, separated by commas: tensorboard, wandb, trackio.")
     eval_steps: Annotated[int | None, Between(0)] = flag(
@@ -94,6 +94,8 @@ class TrainingArguments:
 
 
 BETAS = (0.9, 0.95)  # of AdamW
+EVALUATIONS = 10  # at least, of a run
+USUAL_LOGGING = 50  # steps
 USUAL_WARMUP = 10  # one in so many steps
 TYPES = (DataArguments, ModelArguments, TrainingArguments)
 DIGITS_RECIPE = Path(__file__).resolve().parent / "recipes" / "digits.yaml"
@@ -140,7 +142,7 @@ from umae.data import (
 )
 from umae.failures import explained_out_of_memory, report_unreadable, stop_if_failed, tell_on
 from umae.interruption import StopRequest
-from umae.launch import close, fast_attention, make_accelerator, usual_workers
+from umae.launch import close, fast_attention, make_accelerator, set_threads, usual_workers
 from umae.monitor import MOST_PICTURES, OBSERVED_STEPS, Monitor, classes_of, usual_steps, watch
 from umae.progress import Progress
 from umae.runs import SPEED, MetricsLog, hold_folder, looks, open_run, track_picture, write_run
@@ -164,6 +166,7 @@ def main(argv: list[str]) -> None:
     pictures.check_readable()
     model = make_model(accelerator, model_args)
     plan = make_plan(accelerator, pictures, args)
+    set_threads(accelerator, os.environ, training_flops(model.config) * plan.batch_size)
     total_steps = args.max_train_steps or args.num_train_epochs * plan.steps_per_epoch
     job = Job(
         accelerator=accelerator,
@@ -373,7 +376,7 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
         "input": f"{height} x {width} pixels, {patches} patches, {patches - config.num_hidden_patches} of them visible",
         "model": f"{millions:.1f} million parameters with decoder, from {config.name_or_path or 'scratch'}",
         "steps": f"{identity['total_steps']:,} ({identity['total_steps'] / plan.steps_per_epoch:.4g} epochs), "
-        f"{identity['warmup_steps']:g} of them warm-up",
+        f"{identity['warmup_steps']:,.0f} of them warm-up",
         "effective batch": f"{plan.pictures_per_step} = {plan.batch_size} per device x {plan.processes} "
         f"process{'es' if plan.processes > 1 else ''} x {plan.accumulation} accumulated",
         "learning rate": f"{identity['learning_rate']:.3g} at its peak",
@@ -441,7 +444,7 @@ def train(
         progress.count(values)
         done = progress.step
         last = done == total
-        logs, saves = (last or done % steps == 0 for steps in (args.logging_steps, args.checkpointing_steps))
+        logs, saves = (last or done % steps == 0 for steps in (logging_steps(job), args.checkpointing_steps))
         stopped = stop.has_come(accelerator, done) and not last
         if logs:
             stop_if_failed(failed, job.pictures.place, job.pictures.description, seen)
@@ -449,7 +452,7 @@ def train(
             report_unreadable(unreadable, record, plan.pictures, job.max_unreadable_share, tell)
             line = {"epoch": done / plan.steps_per_epoch, **logged(progress)}
             line["learning_rate"] = learning_rate
-            if monitor and looks(done, total, args.logging_steps, eval_steps(job)):
+            if monitor and evaluates(job, done):
                 with log.diagnosing(), explained_out_of_memory(plan.batch_size):
                     line |= look(job, monitor, progress, batches[-1])
             loss, filled = line["reconstruction_loss"], line["participation_ratio"]
@@ -478,8 +481,23 @@ def make_monitor(job: Job) -> Monitor | None:
 
 
 def eval_steps(job: Job) -> int:
+    """Steps between evaluations: as asked, or so that they take 1 % of the time, but ten in a short run."""
     pictures = min(MOST_PICTURES, job.watched.num_pictures or MOST_PICTURES)
-    return job.args.eval_steps or usual_steps(job.config, job.plan, pictures)
+    usual = min(usual_steps(job.config, job.plan, pictures), max(1, job.schedule.total_steps // EVALUATIONS))
+    return job.args.eval_steps or usual
+
+
+def logging_steps(job: Job) -> int:
+    """Steps between lines of `metrics.jsonl`: as asked, or 50, but in a short run one for each evaluation."""
+    if job.args.logging_steps is not None or job.watched is None:
+        return job.args.logging_steps or USUAL_LOGGING
+    return min(USUAL_LOGGING, eval_steps(job))
+
+
+def evaluates(job: Job, step: int) -> bool:
+    """Whether the line of `metrics.jsonl` at a step comes with an evaluation; the first one does by default."""
+    is_first = job.args.eval_steps is None and step <= logging_steps(job)
+    return is_first or looks(step, job.schedule.total_steps, logging_steps(job), eval_steps(job))
 
 
 def look(job: Job, monitor: Monitor, progress: Progress, batch: dict) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Looking at a model while it is trained, which must change nothing."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -209,3 +211,21 @@ def test_pictures_that_cannot_be_read_do_not_count(tmp_path):
     monitor = Monitor(accelerator, model.config, watched, None, None, evaluation_processor((16, 16)), seed=0)
     values, _ = monitor.look(model, micro_batch(), step=1)
     assert 1 <= values["effective_rank_cls"] <= 5 and "online_top1" not in values
+
+
+@pytest.mark.parametrize("total", [8, 150, 920, 1100, 10_000])
+def test_a_run_is_evaluated_at_least_eight_times_and_first_within_its_first_eighth(total):
+    """1 % of the time would be steps 850 and 920 of 920, and one evaluation of 150 steps."""
+    job = SimpleNamespace(
+        args=SimpleNamespace(eval_steps=None, logging_steps=None), watched=load_pictures("digits", split="test"),
+        config=fresh_config(), plan=Plan(pictures=1438, batch_size=8, accumulation=1, processes=1, seed=0),
+        schedule=SimpleNamespace(total_steps=total),
+    )  # fmt: skip
+    steps = range(1, total + 1)
+    logged = [step for step in steps if step == total or step % run_pretrain.logging_steps(job) == 0]
+    evaluated = [step for step in logged if run_pretrain.evaluates(job, step)]
+    assert len(evaluated) >= 8 and evaluated[0] <= total / 8 and evaluated[-1] == total
+    job.args.eval_steps, job.args.logging_steps = 40, 30  # what is asked for is done
+    assert [step for step in steps if step % 30 == 0 and run_pretrain.evaluates(job, step)][:3] == [
+        step for step in (60, 90, 120) if step <= total
+    ]

@@ -102,3 +102,15 @@ def test_two_colours_differ_for_eyes_that_miss_a_kind_of_cone():
             (r, g, b), (r2, g2, b2) = (tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in (one, other))
             luminance, blue = 0.3 * (r - r2) + 0.6 * (g - g2) + 0.1 * (b - b2), b - b2
             assert abs(luminance) + abs(blue) > 30, (one, other)
+
+
+def test_curves_have_no_offset_and_two_of_the_same_values_are_both_seen(monkeypatch):
+    figures = []
+    monkeypatch.setattr(pictures, "_rendered", lambda figure: figures.append(figure))
+    lines = [{"step": step, "reconstruction_loss": 0.40001 + step * 1e-7} for step in range(0, 100, 10)]
+    pictures.training_curves({"a": lines, "b": lines})
+    (axis, *_) = figures[0].axes
+    figures[0].canvas.draw()
+    assert axis.yaxis.get_offset_text().get_text() == "" and axis.yaxis.get_major_formatter().get_useOffset() is False
+    first, second = axis.get_lines()
+    assert first.get_linestyle() != second.get_linestyle() and first.get_linewidth() > second.get_linewidth()

@@ -12,9 +12,9 @@ from functools import partial
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from umae.probing import EPSILON, best_head, check_labels, split_off
+from umae.progress_bar import progress_bar
 from umae.schedules import learning_rate_at
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -61,7 +61,7 @@ class AttentiveHead:
         rows = torch.arange(len(tokens)) if rows is None else rows
         standard = (self.mean, self.scale, self.num_attention_heads)
         logits = []
-        with tqdm(total=len(rows), desc="evaluating an attentive head", unit="picture", leave=False) as bar:
+        with progress_bar(total=len(rows), desc="evaluating an attentive head", unit="picture", leave=False) as bar:
             for block in rows.split(BATCH_SIZE):
                 logits.append(attend(self.parameters, tokens[block].to(self.mean), *standard)[:, 0])
                 bar.update(len(block))
@@ -129,7 +129,7 @@ def train_attentive_head(
 def _moments(tokens: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Of all tokens: their mean, and what scales them to a variance of 1."""
     sums = torch.zeros(2, tokens.shape[-1], dtype=torch.float64, device=device)
-    with tqdm(total=len(tokens), desc="moments of the tokens", unit="picture", leave=False) as bar:
+    with progress_bar(total=len(tokens), desc="moments of the tokens", unit="picture", leave=False) as bar:
         for block in tokens.split(BATCH_SIZE):
             block = block.to(device).double()
             sums += torch.stack([block.sum(dim=(0, 1)), block.square().sum(dim=(0, 1))])
@@ -171,7 +171,7 @@ def _train(
     batch_size = min(BATCH_SIZE, max(len(rows) // 16, 1))
     total = EPOCHS * math.ceil(len(rows) / batch_size)
     step = 0
-    with tqdm(total=total, desc=description, unit="step") as bar:
+    with progress_bar(total=total, desc=description, unit="step") as bar:
         for _ in range(EPOCHS):
             for batch in rows[torch.randperm(len(rows), generator=generator)].split(batch_size):
                 some = tokens[batch.to(tokens.device)].to(mean, non_blocking=True)

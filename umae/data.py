@@ -19,10 +19,10 @@ import datasets
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from umae import seeding
 from umae.images import UnreadablePicture, open_image, read_pixels
+from umae.progress_bar import progress_bar
 from umae.transforms import CROP_NUMBERS, MIN_SCALE, least_side, random_resized_crop
 
 Augment = Callable[[list[torch.Tensor], int, torch.Tensor], list[torch.Tensor]]
@@ -509,7 +509,9 @@ def decode_all(pictures: Pictures, show_progress: bool = True) -> Decoded | None
     Returns None if the pictures differ in size, or together exceed MEMORY_LIMIT.
     """
     pixels, refusals = None, {}
-    for start in tqdm(range(0, len(pictures), 256), "decoding", unit="batch", leave=False, disable=not show_progress):
+    for start in progress_bar(
+        range(0, len(pictures), 256), "decoding", unit="batch", leave=False, disable=not show_progress
+    ):
         indices = list(range(start, min(start + 256, len(pictures))))
         for index, one in zip(indices, pictures.read_pixels(indices), strict=True):
             if isinstance(one, UnreadablePicture):

@@ -27,6 +27,7 @@ from modeling_umae import UMAEModel
 from umae.convert import encoder_from_pretrained
 from umae.data import Pictures, TrainingPictures, load_pictures
 from umae.images import UnreadablePicture
+from umae.progress_bar import progress_bar
 from umae.training import flipped_and_normalized
 from umae.transforms import evaluation_processor
 
@@ -253,7 +254,7 @@ def feature_batches(
         pin_memory=accelerator.device.type == "cuda",
     )
     loaded = iter(loader)
-    bar = tqdm(total=count, desc=pictures.description, unit="picture", disable=not accelerator.is_main_process)
+    bar = progress_bar(total=count, desc=pictures.description, unit="picture", disable=not accelerator.is_main_process)
     for start in range(0, count, batch_size * processes):
         encoded = torch.full((batch_size, kinds, encoder.config.hidden_size), torch.nan, device=accelerator.device)
         if (batch := next(loaded, None)) is not None:  # at the end some processes have nothing to do

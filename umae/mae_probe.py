@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
 from modeling_umae import UMAEModel
@@ -22,6 +21,7 @@ from umae.data import Pictures, Plan, TrainingPictures, check_fills_a_step, deco
 from umae.features import CROP_SCALE, frozen_features
 from umae.launch import fast_attention
 from umae.probing import LinearHead, cross_entropy_gradient
+from umae.progress_bar import progress_bar
 from umae.schedules import learning_rate_at
 from umae.speed import compile_layers
 from umae.training import flipped_and_normalized, on_device
@@ -160,7 +160,9 @@ def train_mae_probe(
         losses[:done] = before
         for name, tensor in found.items():
             tensors[name].copy_(tensor)
-    bar = tqdm(total=total, initial=done, desc="linear probe", unit="step", disable=not accelerator.is_main_process)
+    bar = progress_bar(
+        total=total, initial=done, desc="linear probe", unit="step", disable=not accelerator.is_main_process
+    )
     batches = encoded_batches(encoder, pictures, processor, plan, done, total, num_workers, accelerator)
     for step, (encoded, index) in enumerate(batches, start=done):
         learning_rate = schedule.learning_rate(step, plan)

@@ -15,7 +15,8 @@ class OnlineClassifier:
     """A linear classifier trained on features while they are learned, by an optimiser of its own.
 
     It sees features without their gradient, so that nothing flows back into what makes them (as in the original's
-    online evaluation). They are standardised by running means, without which a collapsed feature, whose differences are
+    online evaluation, whose classifier is trained by the model's own optimiser at every step, its cross entropy being
+    added to the loss; here it is Adam with a rate of its own, at every second step). They are standardised by running means, without which a collapsed feature, whose differences are
     small beside what all pictures have in common, would look worse than it is. All processes hold the same classifier.
 
     Args:

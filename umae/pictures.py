@@ -115,6 +115,7 @@ def training_curves(runs: dict[str, Sequence[dict[str, Any]]]) -> Image.Image:
                 marker="." if len(shown) < 20 else None,
             )  # fmt: skip
         axis.set(xlabel="step")
+        axis.ticklabel_format(useOffset=False)
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
         if len(runs) > 1:
@@ -163,8 +164,9 @@ def _line(place: int) -> dict[str, Any]:
     """How the line of the n-th run looks."""
     return {
         "color": COLOURS[place % len(COLOURS)],
-        "linestyle": ("-", "--", ":")[place // len(COLOURS) % 3],
-        "linewidth": 2,
+        # Dashes over a wider solid line: where curves lie on each other, both are seen
+        "linestyle": ("-", "--", ":", "-.")[place % 4],
+        "linewidth": 2.5 if place % 4 == 0 else 1.8,
     }
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import normalize
-from tqdm.auto import tqdm
 
+from umae.progress_bar import progress_bar
 from umae.schedules import learning_rate_at
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -128,7 +128,7 @@ def train_heads(
     rates, decays = rates[:, None], decays[:, None]  # (F, 1, H * C)
     batch_size = min(BATCH_SIZE, max(count // 16, 1))
     steps = EPOCHS * math.ceil(count / batch_size)
-    step, bar = 0, tqdm(total=steps, desc=description, unit="step")
+    step, bar = 0, progress_bar(total=steps, desc=description, unit="step")
     for epoch in range(EPOCHS):
         for batch in torch.randperm(count, generator=generator).to(device).split(batch_size):
             inputs = (torch.stack([kind[epoch % views, batch] for kind in features]) - mean) * scale  # (F, B, D)
@@ -232,7 +232,7 @@ def knn_classify(
     _check(train_features, train_labels, num_classes)
     train_features, features = normalize(train_features, dim=1), normalize(features, dim=1)
     rows, votes = max(BLOCK // len(train_features), 1), []
-    with tqdm(total=len(features), desc="k-NN", unit="image", leave=False, disable=not show_progress) as bar:
+    with progress_bar(total=len(features), desc="k-NN", unit="image", leave=False, disable=not show_progress) as bar:
         for start in range(0, len(features), rows):
             cosines = features[start : start + rows] @ train_features.T
             if same is not None:

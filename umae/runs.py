@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from tqdm.auto import tqdm
 
 from configuration_umae import UMAEConfig
 from umae.checkpoints import clear_leftovers, newest_whole, write_text
 from umae.interruption import LOCK_FILE, lock
+from umae.progress_bar import progress_bar
 from umae.speed import used_memory
 
 T = TypeVar("T")
@@ -169,7 +169,7 @@ class MetricsLog:
         """The steps still to do, under a bar that shows rate, time left and the newest numbers."""
         hidden = not self.accelerator.is_main_process
         steps = range(self.last_step, total)
-        self.bar = tqdm(
+        self.bar = progress_bar(
             steps, initial=self.last_step, total=total, unit="step", dynamic_ncols=True, smoothing=0.05, disable=hidden
         )
         return self.bar

@@ -1,0 +1,35 @@
+"""tqdm's progress bar on a terminal; elsewhere, in a log file, a line now and then."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from tqdm.auto import tqdm
+
+SECONDS = 30.0  # between two lines of a log file
+
+
+class _Lines(tqdm):
+    """A bar whose states are lines of their own, since a log file keeps all of them."""
+
+    @staticmethod
+    def status_printer(file) -> Callable[[str], None]:
+        def write(status: str) -> None:
+            if status:
+                file.write(f"{status}\n")
+                file.flush()
+
+        return write
+
+    def moveto(self, n: int) -> None:
+        """There is no line above to go back to."""
+
+    def clear(self, nolock: bool = False) -> None:
+        """A line that is written stays."""
+
+
+def progress_bar(*args, **options: Any) -> tqdm:
+    """As `tqdm`, with the same arguments."""
+    if sys.stderr.isatty():
+        return tqdm(*args, **options)
+    return _Lines(*args, **{"mininterval": SECONDS, "maxinterval": SECONDS, **options, "dynamic_ncols": False})
