@@ -14,10 +14,11 @@ LEARNING_RATE, DECAY = 3e-3, 0.99  # of Adam; of the running means
 class OnlineClassifier:
     """A linear classifier trained on features while they are learned, by an optimiser of its own.
 
-    It sees features without their gradient, so that nothing flows back into what makes them, as in the original's online
-    evaluation; but there the model's own optimiser trains the classifier at every step, and here it is Adam with a rate
-    of its own, at every second step. They are standardised by running means, without which a collapsed feature, whose
-    differences are small beside what all pictures have in common, would look worse than it is. All processes hold the same classifier.
+    It sees features without their gradient, so that nothing flows back into what makes them, as in the original's
+    online evaluation; but there the model's own optimiser trains the classifier at every step, and here it is Adam with
+    a rate of its own, at every second step. They are standardised by running means, without which a collapsed feature,
+    whose differences are small beside what all images have in common, would look worse than it is. All processes hold
+    the same classifier.
 
     Args:
         num_classes: C.
