@@ -321,6 +321,7 @@ def identity_of(job: Job, initial_weights: str) -> dict[str, Any]:
         **dataclasses.asdict(job.schedule),
         "min_learning_rate": job.args.min_learning_rate,
         "layer_decay": job.args.layer_decay,
+        "position_table": "trained",  # which it was not in runs that do not say so
         "optimizer": "AdamW",
         "betas": BETAS,
         "weight_decay": job.args.weight_decay,
@@ -486,7 +487,8 @@ def protocol(job: Job, record: dict[str, Any], unreadable: list[str]) -> dict[st
     identity, model = record["identity"], Path(record["identity"]["initial_weights"])
     of_training = (
         "seed", "total_steps", "warmup_steps", "pictures_per_step", "gradient_accumulation_steps", "learning_rate",
-        "min_learning_rate", "layer_decay", "optimizer", "betas", "weight_decay", "mixed_precision",
+        "min_learning_rate", "layer_decay", "position_table", "optimizer", "betas", "weight_decay",
+        "mixed_precision",
     )  # fmt: skip
     return {
         "model": model.resolve().name if model.exists() else str(model),

@@ -98,6 +98,15 @@ def test_the_position_table_is_fine_tuned_as_in_mae(finished, encoder):
     assert state[f"{name}/exp_avg"].abs().max() > 0
 
 
+def test_a_run_whose_position_table_was_fixed_is_not_continued_with_one_that_is_trained(encoder, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    record["identity"].pop("position_table", None)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "finished": False}))
+    with pytest.raises(ValueError, match="holds a run with position_table None, not trained; use another"):
+        run_finetune.main(command(encoder, tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     ("words", "steps"), [(["--num_train_epochs", "50"], 5 * 44), (["--num_train_epochs", "4"], 2 * 44)]
 )
