@@ -149,6 +149,13 @@ def test_files_that_may_be_images_and_are_not_read_are_counted_by_their_ending(t
         load_pictures(write_images(tmp_path / "phone", "1.heic", "notes.txt"))
 
 
+def test_a_file_that_is_not_read_does_not_hide_a_metadata_file(tmp_path):
+    (tmp_path / "1.png").write_bytes(png(7))
+    (tmp_path / "LICENSE").write_text("free")
+    (tmp_path / "metadata.csv").write_text("file_name,kind\n1.png,3\n")
+    assert len(load_pictures(str(tmp_path), label_column="kind")) == 1
+
+
 def test_a_flat_folder_has_no_labels(tmp_path):
     (tmp_path / "1.png").write_bytes(png())
     pictures = load_pictures(str(tmp_path))

@@ -37,7 +37,10 @@ OTHER_ENDINGS = (
     ".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".rst", ".xml", ".html", ".yaml", ".yml", ".toml", ".ini", ".log",
     ".db", ".py", ".sh", ".pdf", ".xls", ".xlsx", ".docx",
 )  # fmt: skip
-SHARDS = (".parquet", ".arrow", ".tar", ".zip", ".gz", ".tgz")  # whole data sets, which `datasets` reads
+# What `datasets` may find images in, or be led to them by.
+DATA = (*PICTURE_ENDINGS, ".parquet", ".arrow", ".tar", ".zip", ".gz", ".tgz", ".csv", ".tsv", ".json", ".jsonl")
+KNOWN_ENDINGS = {*PICTURE_ENDINGS, *OTHER_ENDINGS}
+SHOWN_ENDINGS = 5
 NO_LABELS = "none"  # as label_column: whatever labels there seem to be
 SHOWN_CLASSES = 6
 # Sub-folders that mean a split rather than a class, and the split they mean.
@@ -223,7 +226,7 @@ def load_pictures(
         rows = _pick(_picture_folder(folder), split, name)
         pictures = _prepare(rows, image_column, label_column, f"folder {folder.resolve().name} ({split})", folder)
         return replace(pictures, not_read=_not_read(folder))
-    if folder.is_dir() and _not_read(folder) and not any(path.suffix.lower() in SHARDS for path in _files(folder)):
+    if folder.is_dir() and _not_read(folder) and not any(path.suffix.lower() in DATA for path in _files(folder)):
         raise ValueError(
             f"{name}: no images could be loaded; it holds {_not_read(folder)}, which are not read; expected images "
             f"({', '.join(PICTURE_ENDINGS)}) or parquet files; convert them"
@@ -301,10 +304,10 @@ def _files(folder: Path) -> Iterator[Path]:
 def _not_read(folder: Path) -> str:
     """How many files of which endings may be images, and are not read, in words: `12 .heic, 3 .cr2`."""
     endings = Counter(path.suffix.lower() or "without an ending" for path in _files(folder))
-    counts = [
-        (ending, count) for ending, count in endings.most_common() if ending not in PICTURE_ENDINGS + OTHER_ENDINGS
-    ]
-    return ", ".join(f"{count:,} {ending}" for ending, count in counts)
+    counts = [(ending, count) for ending, count in endings.most_common() if ending not in KNOWN_ENDINGS]
+    shown = [f"{count:,} {ending}" for ending, count in counts[:SHOWN_ENDINGS]]
+    rest = sum(count for _, count in counts[SHOWN_ENDINGS:])
+    return ", ".join([*shown, f"{rest:,} others"] if rest else shown)
 
 
 def _picture_folder(folder: Path) -> dict[str, datasets.Dataset]:
