@@ -11,7 +11,7 @@ INDEX := $(if $(EXTRA_INDEX_URL),--extra-index-url $(EXTRA_INDEX_URL))
 
 VERSIONS := 5.4.0 5.23.0# of transformers: the oldest that setup.py allows, and the newest that was tried
 
-.PHONY: pretrain test test-slow test-versions soak quality style
+.PHONY: pretrain test test-slow test-versions docs soak quality style
 
 $(VENV)/installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,16 @@ test-versions: $(VERSIONS:%=.venv-%/installed)
 	for saved in $(VERSIONS); do for version in $(VERSIONS); do \
 		PYTHONPATH=. .venv-$$version/bin/python tests/versions.py load .venv-$$saved/saved || exit 1; \
 	done; done
+
+$(VENV)/docs-installed: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check $(INDEX) --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
+# The pages of docs/ in site/; a broken link, a warning (which --quiet would hide from --strict) or a file that a reader's
+# browser would fetch fails
+docs: $(VENV)/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	! grep -rE '<(script|link|img)[^>]*(src|href)="?https?:' --include='*.html' site
 
 soak: $(VENV)/installed
 	$(BIN)/python -m benchmarks.soak

@@ -38,31 +38,31 @@ class UMAEConfig(PreTrainedConfig):
     are our own.
 
     Args:
-        hidden_size (`int`, defaults to 768): width of the encoder; a multiple of 4 and of `num_attention_heads`.
-        num_hidden_layers (`int`, defaults to 12): transformer layers of the encoder.
-        num_attention_heads (`int`, defaults to 12): attention heads of the encoder.
-        intermediate_size (`int`, defaults to 3072): width of the encoder's feed-forward layers.
-        hidden_act (`str`, defaults to `"gelu"`): activation of the feed-forward layers.
-        hidden_dropout_prob (`float`, defaults to 0.0): dropout after attention and feed-forward, in [0, 1).
-        attention_probs_dropout_prob (`float`, defaults to 0.0): dropout of the attention weights, in [0, 1).
-        initializer_range (`float`, defaults to 0.02): standard deviation of the fresh class and mask tokens.
-        layer_norm_eps (`float`, defaults to 1e-6): epsilon of every layer norm.
-        image_size (`int` or `(height, width)`, defaults to 224): pixels of the pictures.
-        patch_size (`int` or `(height, width)`, defaults to 16): pixels of a patch; divides `image_size`.
-        num_channels (`int`, defaults to 3): channels of the pictures.
-        qkv_bias (`bool`, defaults to `True`): whether queries, keys and values have a bias.
-        decoder_hidden_size (`int`, defaults to 512): width of the decoder; a multiple of 4 and of its heads.
-        decoder_num_hidden_layers (`int`, defaults to 8): transformer layers of the decoder.
-        decoder_num_attention_heads (`int`, defaults to 16): attention heads of the decoder.
-        decoder_intermediate_size (`int`, defaults to 2048): width of the decoder's feed-forward layers.
-        mask_ratio (`float`, defaults to 0.75): share of the patches hidden from the encoder, in [0, 1); 0 hides none.
-        norm_pix_loss (`bool`, defaults to `True`): reconstruct pixels normalised within each patch.
-        uniformity_weight (`float`, defaults to 0.01): lambda, the weight of the uniformity term; 0 gives plain MAE.
-        pooling (`"cls"` or `"mean"`, defaults to `"cls"`): the feature of a picture is its class token, or the
+        hidden_size (int, defaults to 768): width of the encoder; a multiple of 4 and of `num_attention_heads`.
+        num_hidden_layers (int, defaults to 12): transformer layers of the encoder.
+        num_attention_heads (int, defaults to 12): attention heads of the encoder.
+        intermediate_size (int, defaults to 3072): width of the encoder's feed-forward layers.
+        hidden_act (str, defaults to "gelu"): activation of the feed-forward layers.
+        hidden_dropout_prob (float, defaults to 0.0): dropout after attention and feed-forward, in [0, 1).
+        attention_probs_dropout_prob (float, defaults to 0.0): dropout of the attention weights, in [0, 1).
+        initializer_range (float, defaults to 0.02): standard deviation of the fresh class and mask tokens.
+        layer_norm_eps (float, defaults to 1e-6): epsilon of every layer norm.
+        image_size (int or (height, width), defaults to 224): pixels of the pictures.
+        patch_size (int or (height, width), defaults to 16): pixels of a patch; divides `image_size`.
+        num_channels (int, defaults to 3): channels of the pictures.
+        qkv_bias (bool, defaults to True): whether queries, keys and values have a bias.
+        decoder_hidden_size (int, defaults to 512): width of the decoder; a multiple of 4 and of its heads.
+        decoder_num_hidden_layers (int, defaults to 8): transformer layers of the decoder.
+        decoder_num_attention_heads (int, defaults to 16): attention heads of the decoder.
+        decoder_intermediate_size (int, defaults to 2048): width of the decoder's feed-forward layers.
+        mask_ratio (float, defaults to 0.75): share of the patches hidden from the encoder, in [0, 1); 0 hides none.
+        norm_pix_loss (bool, defaults to True): reconstruct pixels normalised within each patch.
+        uniformity_weight (float, defaults to 0.01): lambda, the weight of the uniformity term; 0 gives plain MAE.
+        pooling ("cls" or "mean", defaults to "cls"): the feature of a picture is its class token, or the
             layer-normalised mean of its patch tokens.
-        final_layernorm (`bool`, defaults to `True`): whether the encoder normalises its tokens. facebookresearch/mae
+        final_layernorm (bool, defaults to True): whether the encoder normalises its tokens. facebookresearch/mae
             fine-tunes without, and normalises their mean alone.
-        drop_path_rate (`float`, defaults to 0.0): share of the pictures that skip a branch (attention or feed-forward)
+        drop_path_rate (float, defaults to 0.0): share of the pictures that skip a branch (attention or feed-forward)
             of the encoder's last layer in training, in [0, 1); it grows linearly from 0 at the first layer.
 
     Raises:

@@ -31,6 +31,7 @@ setup(
     ],
     extras_require={
         "fast": ["simplejpeg>=1.8"],  # decodes JPEGs faster than Pillow, to the same pixels
+        "docs": ["mkdocs>=1.6", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "trackers": ["tensorboard", "trackio", "wandb"],
         "test": ["hypothesis", "pytest", "pytest-xdist", "ruff", "simplejpeg", "tensorboard"],
     },
