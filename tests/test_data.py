@@ -410,7 +410,7 @@ def test_memory_is_bounded_by_one_picture_however_many_are_as_large_as_may_be(tm
         ("far_over.jpg", "L", (20_000, 10_000), 99), ("over.png", "1", (side + 1, side + 1), 1),
     ):  # fmt: skip
         Image.new(mode, size, colour).save(tmp_path / name, compress_level=1)
-    result = run("-c", LOAD_LARGE, tmp_path)
+    result = run("-c", LOAD_LARGE, tmp_path, fresh=True)
     count, refused, kilobytes = map(int, result.stdout.split())
     assert (count, refused) == (6, 3)
     assert kilobytes * 1024 < 13 * MAX_PIXELS, "three copies of 4 bytes a pixel, where an alpha channel is filled in"
