@@ -81,7 +81,7 @@ class TrainingArguments:
     checkpointing_steps: Annotated[int, Between(1)] = flag(500, "Steps between checkpoints.")
     checkpoints_total_limit: Annotated[int, Between(1)] = flag(2, "Checkpoints to keep.")
     logging_steps: Annotated[int | None, Between(1)] = flag(
-        None, "Steps between lines of metrics.jsonl, each the mean since the line before. [50, or fewer]"
+        None, "Steps between lines of metrics.jsonl, each a mean over these steps. [50, or fewer]"
     )
     report_to: str = flag("none", "Trackers, separated by commas: tensorboard, wandb, trackio.")
     eval_steps: Annotated[int | None, Between(0)] = flag(

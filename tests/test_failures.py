@@ -171,8 +171,8 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_all_at_that_step(tmp_path
     ("program", "words", "message"),
     [
         ("run_pretrain", "--per_device_train_batch_size 2000", "lower --per_device_train_batch_size"),
-        ("run_finetune", "--train_split test", "--train_split and --test_split are both test"),
-        ("run_linear_probe", "--train_split test", "--train_split and --test_split are both test"),
+        ("run_finetune", "--train_split test --test_split test", "--train_split and --test_split are both test"),
+        ("run_linear_probe", "--train_split test --test_split test", "--train_split and --test_split are both test"),
     ],
 )
 def test_a_program_refuses_with_the_flag_that_would_help(program, words, message, tmp_path, monkeypatch):

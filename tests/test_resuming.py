@@ -252,7 +252,7 @@ def test_the_slurm_script_goes_back_into_the_queue_until_the_run_is_finished(tmp
 )
 def test_another_runs_folder_is_refused_with_the_value_that_differs(finished, flags, message):
     folder, _ = finished
-    way_out = f"; use another --output_dir (and --model_name_or_path {folder} to start from its weights)"
+    way_out = f"; use another output_dir (and model_name_or_path {folder} to start from its weights)"
     with pytest.raises(ValueError, match=f"{folder} holds a run with {message}{re.escape(way_out)}"):
         run_pretrain.main(["--output_dir", str(folder), *SHORT, *flags])
 

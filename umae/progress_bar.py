@@ -16,6 +16,7 @@ class _Lines(tqdm):
     def status_printer(file) -> Callable[[str], None]:
         def write(status: str) -> None:
             if status:
+                sys.stdout.flush()  # what was printed before, into the same file
                 file.write(f"{status}\n")
                 file.flush()
 
