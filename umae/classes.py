@@ -43,9 +43,7 @@ def load_labelled(
     splits = [test_split] if test_split else held_out_splits(name, config_name, train_split)
     known = ", ".join(split_names(name, config_name))
     if not splits:
-        raise ValueError(
-            f"there is no split test or validation beside {train_split}; name one of {known} with test_split"
-        )
+        raise ValueError(f"there is no split test or validation; name one of {known} with test_split")
     test = load_first_labelled(load, splits, tell)
     if not test.has_labels:
         raise ValueError(f"{test.description} {UNLABELLED}; name a split with labels as test_split; there are {known}")
