@@ -155,7 +155,7 @@ def test_the_rank_that_is_printed_is_held_against_what_so_few_images_can_reach()
     assert run_pretrain.in_words(values, 512) == "effective rank 300.0 (cls) and 20.0 (mean) of at most 512"
 
 
-def test_looking_takes_its_share_trained_ons_arithmetic():
+def test_looking_takes_its_share_of_trainings_arithmetic():
     config = fresh_config()
     plan = Plan(pictures=1000, batch_size=8, accumulation=2, processes=2, seed=0)
     steps = usual_steps(config, plan, count=100)
