@@ -1,6 +1,7 @@
 """Bars where stderr is no terminal, as under pytest."""
 
 from tqdm.auto import tqdm
+from tqdm.notebook import tqdm_notebook
 
 from umae import progress_bar as module
 from umae.progress_bar import progress_bar
@@ -21,3 +22,13 @@ def test_many_quick_steps_are_few_lines(capsys):
     for _ in progress_bar(range(10_000)):
         pass
     assert len([line for line in capsys.readouterr().err.split("\n") if line]) == 2, "the first and the last"
+
+
+def test_a_notebook_keeps_its_widget(monkeypatch):
+    """Where tqdm.auto chooses it, stderr is no terminal either."""
+
+    class Widget(tqdm_notebook):
+        pass
+
+    monkeypatch.setattr(module, "tqdm", Widget)
+    assert isinstance(progress_bar(range(3), disable=True), Widget)

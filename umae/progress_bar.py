@@ -5,11 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 from tqdm.auto import tqdm
+from tqdm.notebook import tqdm_notebook
+from tqdm.std import tqdm as text_bar
 
 SECONDS = 30.0  # between two lines of a log file
 
 
-class _Lines(tqdm):
+class _Lines(text_bar):
     """A bar whose states are lines of their own, since a log file keeps all of them."""
 
     @staticmethod
@@ -29,8 +31,8 @@ class _Lines(tqdm):
         """A line that is written stays."""
 
 
-def progress_bar(*args, **options: Any) -> tqdm:
-    """As `tqdm`, with the same arguments."""
-    if sys.stderr.isatty():
+def progress_bar(*args, **options: Any) -> text_bar:
+    """As `tqdm`, with the same arguments; in a notebook its widget."""
+    if sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook):
         return tqdm(*args, **options)
     return _Lines(*args, **{"mininterval": SECONDS, "maxinterval": SECONDS, **options, "dynamic_ncols": False})
