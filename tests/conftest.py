@@ -2,8 +2,14 @@
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
+
+# What is started in the background has SIGINT ignored, and hands that on to the programs that are to be stopped by it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything that reads them is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # two processes with two threads each would wait for each other
