@@ -17,10 +17,10 @@ from PIL import Image
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
+from image_processing_umae import UnreadablePicture, open_image
 from umae.convert import encoder_from_pretrained
 from umae.data import load_pictures
 from umae.features import load_processor
-from umae.images import UnreadablePicture, open_image
 
 SHOWN = 5
 

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from processes import SHARED, run
 
+from image_processing_umae import MAX_PIXELS
 from umae import data, seeding
 from umae.data import Plan, TrainingPictures, decode_all, load_pictures, split_names, training_loader
-from umae.images import MAX_PIXELS
 
 
 def png(value: int = 0, size: tuple[int, int] = (6, 5)) -> bytes:

@@ -13,11 +13,11 @@ from golden_models import fresh_config
 from PIL import Image
 from processes import together
 
+from image_processing_umae import UnreadablePicture
 from modeling_umae import UMAEForPreTraining
 from umae.convert import encoder_from_pretrained
 from umae.data import load_pictures
 from umae.features import extract_features, load_processor, main
-from umae.images import UnreadablePicture
 from umae.transforms import evaluation_processor
 
 COUNT = 37

@@ -15,11 +15,11 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, ViTImageProcessorPil, pipeline
 
 import umae
+from image_processing_umae import open_image
 from umae import cards
 from umae.convert import encoder_from_pretrained
 from umae.data import load_pictures
 from umae.features import extract_features, load_processor
-from umae.images import open_image
 from umae.transforms import evaluation_processor
 
 NUMBERS = np.random.default_rng(0)

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
+from image_processing_umae import MAX_PIXELS, UnreadablePicture, open_image
 from umae import images
-from umae.images import MAX_PIXELS, UnreadablePicture, open_image, read_pixels, to_tensor
+from umae.images import read_pixels, to_tensor
 
 SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet_sample"
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)

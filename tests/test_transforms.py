@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.stats import kstest
 
-from umae.images import open_image, read_pixels, to_tensor
+from image_processing_umae import open_image
+from umae.images import read_pixels, to_tensor
 from umae.transforms import (
     CROP_NUMBERS,
     IMAGENET_MEAN,

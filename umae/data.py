@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from image_processing_umae import UnreadablePicture, open_image
 from umae import seeding
-from umae.images import UnreadablePicture, open_image, read_pixels
+from umae.images import read_pixels
 from umae.progress_bar import progress_bar
 from umae.transforms import CROP_NUMBERS, MIN_SCALE, least_side, random_resized_crop
 

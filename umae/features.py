@@ -22,11 +22,10 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from image_processing_umae import UMAEImageProcessor
+from image_processing_umae import UMAEImageProcessor, UnreadablePicture
 from modeling_umae import UMAEModel
 from umae.convert import encoder_from_pretrained
 from umae.data import Pictures, TrainingPictures, load_pictures
-from umae.images import UnreadablePicture
 from umae.progress_bar import progress_bar
 from umae.training import flipped_and_normalized
 from umae.transforms import evaluation_processor

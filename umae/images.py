@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from image_processing_umae import FORMATS, MAX_PIXELS, UnreadablePicture, open_image
+from image_processing_umae import MAX_PIXELS, open_image
 
 try:
     import simplejpeg  # a faster way to the same pixels; `pip install umae[fast]`
@@ -51,5 +51,3 @@ def _plain_jpeg(source: bytes | str | os.PathLike, min_side: int | None) -> torc
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None
 
-
-__all__ = ["FORMATS", "MAX_PIXELS", "UnreadablePicture", "open_image", "read_pixels", "to_tensor"]

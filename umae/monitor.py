@@ -15,11 +15,11 @@ from torch.nn.functional import layer_norm
 from transformers import BaseImageProcessor
 
 from configuration_umae import UMAEConfig
+from image_processing_umae import UnreadablePicture
 from umae import seeding
 from umae.data import Pictures, Plan
 from umae.diagnosis import VIEWS, Diagnosis
 from umae.gallery import SHOWN
-from umae.images import UnreadablePicture
 from umae.online import MemoryBank, OnlineClassifier
 from umae.pictures import reconstructions
 from umae.probing import knn_classify

@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from image_processing_umae import UnreadablePicture, open_image
 from umae import seeding
 from umae.data import Plan, comes_in_files, describe, find_image_column, ignore_signals, load_split, random_crop
-from umae.images import UnreadablePicture, open_image, read_pixels
+from umae.images import read_pixels
 from umae.transforms import least_side
 
 BLOCK = 1024  # rows that a reader holds, still encoded: about 100 MB of ImageNet
