@@ -123,23 +123,25 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from umae import UMAEConfig, UMAEForImageClassification, cards, checkpoints, hub
-from umae.accuracy import guess, percent, topk_accuracy
-from umae.augmentation import Strengths, augment
-from umae.classes import load_labelled
-from umae.classification import LOGGED, classification_step
+from umae import UMAEConfig, UMAEForImageClassification, files
 from umae.convert import load_exactly, read_model, resize_positions
-from umae.data import Pictures, Plan, TrainingPictures, check_fills_a_step, decode_all, training_loader
-from umae.failures import explained_out_of_memory, report_unreadable, stop_if_failed, tell_on
-from umae.features import load_processor
-from umae.interruption import StopRequest
-from umae.launch import close, fast_attention, make_accelerator, set_threads, usual_workers
-from umae.progress import Progress
-from umae.runs import MetricsLog, hold_folder, looks, open_run, write_run
-from umae.schedules import Schedule, layer_decay_groups, make_schedule, set_learning_rate
+from umae.data.augmentation import Strengths, augment
+from umae.data.batches import Plan, TrainingPictures, check_fills_a_step, decode_all, training_loader
+from umae.data.classes import load_labelled
+from umae.data.images import Pictures
+from umae.data.inputs import evaluation_processor, load_processor
+from umae.evaluation.accuracy import guess, percent, topk_accuracy
+from umae.sharing import cards, hub
 from umae.speed import encoder_flops, ideal_seconds
-from umae.training import no_failure
-from umae.transforms import evaluation_processor
+from umae.training import checkpoints
+from umae.training.failures import explained_out_of_memory, no_failure, report_unreadable, stop_if_failed, tell_on
+from umae.training.finetuning import LOGGED, classification_step
+from umae.training.folder import hold_folder, open_run, write_run
+from umae.training.hardware import close, fast_attention, make_accelerator, set_threads, usual_workers
+from umae.training.log import MetricsLog, looks
+from umae.training.schedules import Schedule, layer_decay_groups, make_schedule, set_learning_rate
+from umae.training.signals import StopRequest
+from umae.training.state import Progress
 
 
 def main(argv: list[str]) -> None:
@@ -467,11 +469,11 @@ def finish(job: Job, record: dict[str, Any], judged: dict[str, Any]) -> None:
     folder = job.folder
     for file in (folder / f"step-{job.schedule.total_steps}").iterdir():
         if file.name not in checkpoints.ONLY_FOR_TRAINING:
-            checkpoints.copy_file(file, folder / file.name)
+            files.copy_file(file, folder / file.name)
     report = {name: percent(judged["accuracy"].get(name)) for name in ("top1", "top5")}
     report["protocol"] = protocol(job, record, judged["unreadable"])
-    checkpoints.write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
-    checkpoints.write_text(folder / "README.md", cards.finetune_card(folder))
+    files.write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
+    files.write_text(folder / "README.md", cards.finetune_card(folder))
     record["finished"] = True
     write_run(folder, record)
     for error in judged["unreadable"]:

@@ -65,18 +65,20 @@ from transformers import BaseImageProcessor
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_umae import UMAEForImageClassification, UMAEModel
-from umae.accuracy import percent, topk_accuracy
-from umae.attentive import ATTENTIVE_PROTOCOL, AttentiveHead, train_attentive_head
-from umae.cards import base_model, probe_card
-from umae.checkpoints import write_text
-from umae.classes import load_labelled
-from umae.collapse import effective_rank, uniformity
 from umae.convert import encoder_from_pretrained, set_pooling
-from umae.data import Pictures
-from umae.features import CROP_SCALE, extract_features, load_processor
-from umae.mae_probe import PROTOCOL as MAE_PROTOCOL
-from umae.mae_probe import ProbeSchedule, train_mae_probe
-from umae.probing import LINEAR_PROTOCOL, LinearHead, knn_classify, low_shot, rank_classes, train_linear_heads
+from umae.data.batches import CROP_SCALE
+from umae.data.classes import load_labelled
+from umae.data.images import Pictures
+from umae.data.inputs import load_processor
+from umae.evaluation.accuracy import percent, topk_accuracy
+from umae.evaluation.attentive import ATTENTIVE_PROTOCOL, AttentiveHead, train_attentive_head
+from umae.evaluation.collapse import effective_rank, uniformity
+from umae.evaluation.features import extract_features
+from umae.evaluation.linear import LINEAR_PROTOCOL, LinearHead, knn_classify, low_shot, rank_classes, train_linear_heads
+from umae.evaluation.mae import PROTOCOL as MAE_PROTOCOL
+from umae.evaluation.mae import ProbeSchedule, train_mae_probe
+from umae.files import write_text
+from umae.sharing.cards import base_model, probe_card
 
 NEIGHBOURS, TEMPERATURE = (10, 20), 0.07  # of k-NN, as DINO evaluates
 REPORT = "linear_probe.json"

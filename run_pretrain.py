@@ -94,6 +94,7 @@ class TrainingArguments:
 
 
 BETAS = (0.9, 0.95)  # of AdamW
+OWN = ("reconstruction_loss", "feature_norm")  # of one process' pictures
 EVALUATIONS = 10  # at least, of a run
 USUAL_LOGGING = 50  # steps
 USUAL_WARMUP = 10  # one in so many steps
@@ -127,30 +128,25 @@ from tqdm.auto import tqdm
 from transformers import ViTImageProcessorPil
 from transformers.utils.logging import disable_progress_bar
 
-from umae import UMAEConfig, UMAEForPreTraining, cards, checkpoints, gallery, hub
-from umae.classes import load_first_labelled
+from umae import UMAEConfig, UMAEForPreTraining, files
 from umae.convert import load_exactly, read_model, resize_positions
-from umae.data import (
-    Pictures,
-    Plan,
-    TrainingPictures,
-    check_fills_a_step,
-    decode_all,
-    held_out_splits,
-    load_pictures,
-    training_loader,
-)
-from umae.failures import explained_out_of_memory, report_unreadable, stop_if_failed, tell_on
-from umae.interruption import StopRequest
-from umae.launch import close, fast_attention, make_accelerator, set_threads, usual_workers
-from umae.monitor import MOST_PICTURES, OBSERVED_STEPS, Monitor, classes_of, usual_steps, watch
-from umae.progress import Progress
-from umae.runs import SPEED, MetricsLog, hold_folder, looks, open_run, track_picture, write_run
-from umae.schedules import Schedule, decay_groups, make_schedule, set_learning_rate
+from umae.data.batches import Plan, TrainingPictures, check_fills_a_step, decode_all, training_loader
+from umae.data.classes import load_first_labelled
+from umae.data.images import Pictures, held_out_splits, load_pictures
+from umae.data.inputs import evaluation_processor
+from umae.data.streaming import START, Cursor, Stream, load_stream, streaming_loader
+from umae.evaluation.monitor import MOST_PICTURES, OBSERVED_STEPS, Monitor, classes_of, usual_steps, watch
+from umae.sharing import cards, gallery, hub
 from umae.speed import ideal_seconds, training_flops
-from umae.streaming import START, Cursor, Stream, load_stream, streaming_loader
-from umae.training import LOGGED, no_failure, train_step
-from umae.transforms import evaluation_processor
+from umae.training import checkpoints
+from umae.training.failures import explained_out_of_memory, no_failure, report_unreadable, stop_if_failed, tell_on
+from umae.training.folder import hold_folder, open_run, write_run
+from umae.training.hardware import close, fast_attention, make_accelerator, set_threads, usual_workers
+from umae.training.log import SPEED, MetricsLog, looks, track_picture
+from umae.training.pretraining import LOGGED, train_step
+from umae.training.schedules import Schedule, decay_groups, make_schedule, set_learning_rate
+from umae.training.signals import StopRequest
+from umae.training.state import Progress
 
 
 def main(argv: list[str]) -> None:
@@ -418,7 +414,7 @@ def train(
     )
     log = MetricsLog(accelerator, job.folder, progress.step, plan.pictures_per_step, ideal)
     micro_batches = log.waited_for(make_loader(job, range(progress.step, total), cursors))
-    failed, tell = no_failure(accelerator.device), tell_on(accelerator.is_main_process)
+    failed, tell = no_failure(accelerator.device, len(LOGGED)), tell_on(accelerator.is_main_process)
     unreadable: dict[int, str] = {}
     seen: dict[int, list[int]] = {}  # pictures of every step since the last look at `failed`
 
@@ -447,7 +443,7 @@ def train(
         logs, saves = (last or done % steps == 0 for steps in (logging_steps(job), args.checkpointing_steps))
         stopped = stop.has_come(accelerator, done) and not last
         if logs:
-            stop_if_failed(failed, job.pictures.place, job.pictures.description, seen)
+            stop_if_failed(failed, job.pictures.place, job.pictures.description, seen, LOGGED, OWN)
             seen.clear()
             report_unreadable(unreadable, record, plan.pictures, job.max_unreadable_share, tell)
             line = {"epoch": done / plan.steps_per_epoch, **logged(progress)}
@@ -458,7 +454,7 @@ def train(
             loss, filled = line["reconstruction_loss"], line["participation_ratio"]
             log.write(done, line, f"loss {loss:.3f}, features fill {filled:.1f} dimensions")
         if saves or stopped:
-            stop_if_failed(failed, job.pictures.place, job.pictures.description, seen)
+            stop_if_failed(failed, job.pictures.place, job.pictures.description, seen, LOGGED, OWN)
             record["seconds"] = seconds_before + time.perf_counter() - clock
             save(job, record, progress, monitor, cursors)
             if push is not None and not last:
@@ -581,11 +577,11 @@ def finish(job: Job, record: dict[str, Any]) -> None:
     folder = job.folder
     for file in (folder / f"step-{job.schedule.total_steps}").iterdir():
         if file.name not in checkpoints.ONLY_FOR_TRAINING:
-            checkpoints.copy_file(file, folder / file.name)
+            files.copy_file(file, folder / file.name)
     shown = job.pictures if job.watched is None else job.watched
     sample = list(shown.sample(job.args.seed, MOST_PICTURES))
     gallery.draw(folder, sample, shown.description, job.accelerator.device)
-    checkpoints.write_text(folder / "README.md", cards.model_card(folder))
+    files.write_text(folder / "README.md", cards.model_card(folder))
     record["finished"] = True
     write_run(folder, record)
     lines, unreadable = cards.read_metrics(folder), record["unreadable"]

@@ -17,9 +17,12 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from benchmarks import measure
-from umae import images, seeding
-from umae.data import Pictures, Plan, TrainingPictures, decode_all, load_pictures, training_loader
-from umae.transforms import CROP_NUMBERS, IMAGENET_MEAN, IMAGENET_STD, crop_box, normalize
+from umae import seeding
+from umae.data import decoding
+from umae.data.batches import Plan, TrainingPictures, decode_all, training_loader
+from umae.data.crops import CROP_NUMBERS, crop_box
+from umae.data.images import Pictures, load_pictures
+from umae.data.inputs import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 SEED = 0
 
@@ -65,11 +68,11 @@ def pictures_per_second(loader: Iterable, plan: Plan, batches: int) -> float:
 
 def without_simplejpeg(run: Callable[[], float]) -> float:
     """Workers are forked, so that they find the module as it is here."""
-    kept, images.simplejpeg = images.simplejpeg, None
+    kept, decoding.simplejpeg = decoding.simplejpeg, None
     try:
         return run()
     finally:
-        images.simplejpeg = kept
+        decoding.simplejpeg = kept
 
 
 def compare(contenders: dict[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
@@ -110,7 +113,7 @@ def photographs(folder: str, repetitions: int) -> str:
         pillow: lambda: rate(pillow_loader(pictures, plan, size, False, workers)),
         f"{pillow}, normalised in the worker": lambda: rate(pillow_loader(pictures, plan, size, True, workers)),
     }
-    if images.simplejpeg is None:
+    if decoding.simplejpeg is None:
         del contenders["ours with simplejpeg"]
     title = f"{len(pictures)} photographs, crops of 224 x 224, one worker"
     return section(title, compare(contenders, repetitions), pillow)

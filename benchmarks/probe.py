@@ -14,7 +14,7 @@ from benchmarks import measure
 from benchmarks.step import SIZES
 from modeling_umae import UMAEModel
 from umae import UMAEConfig
-from umae.probing import LEARNING_RATES, WEIGHT_DECAYS, knn_classify, train_linear_heads
+from umae.evaluation.linear import LEARNING_RATES, WEIGHT_DECAYS, knn_classify, train_linear_heads
 
 EPOCHS = 90
 CLASSES = 10

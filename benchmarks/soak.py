@@ -20,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks import measure
-from umae.runs import RUN_FILE, SPEED
+from umae.training.folder import RUN_FILE
+from umae.training.log import SPEED
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ("run_pretrain.py", "--max_train_steps", "120", "--checkpointing_steps", "5", "--logging_steps", "4")

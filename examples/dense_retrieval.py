@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 
 from image_processing_umae import UnreadablePicture, open_image
 from umae.convert import encoder_from_pretrained
-from umae.data import load_pictures
-from umae.features import load_processor
+from umae.data.images import load_pictures
+from umae.data.inputs import load_processor
 
 SHOWN = 5
 

@@ -14,11 +14,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_umae import UMAEForPreTraining, UMAELayer, UMAEModel, feature_second_moment, uniformity_loss
-from umae import checkpoints
-from umae.data import load_pictures
-from umae.monitor import Monitor, watch
-from umae.training import no_failure, train_step
-from umae.transforms import evaluation_processor
+from umae.data.images import load_pictures
+from umae.data.inputs import evaluation_processor
+from umae.evaluation.monitor import Monitor, watch
+from umae.training import checkpoints
+from umae.training.failures import no_failure
+from umae.training.pretraining import LOGGED, train_step
 
 COUNT = 12
 PARTS = {  # pictures of every process
@@ -122,7 +123,7 @@ def main_process_has(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 def weights_after_three_steps(wrap) -> torch.Tensor:
     """Before the last step all that a checkpoint holds is saved, and restored into a new optimiser."""
     torch.manual_seed(0)
-    accelerator, failed = Accelerator(cpu=True), no_failure(torch.device("cpu"))
+    accelerator, failed = Accelerator(cpu=True), no_failure(torch.device("cpu"), len(LOGGED))
     model = wrap(UMAEForPreTraining(fresh_config(uniformity_weight=0.5)))
     pictures = torch.arange(8 * 3 * 16 * 16).view(8, 3, 16, 16).to(torch.uint8)
     index = torch.arange(8)[4 * dist.get_rank() :][:4]

@@ -32,7 +32,7 @@ LIBRARIES = (
     "torch", "torch.distributed.fsdp", "torch._dynamo", "torch.utils.flop_counter", "torch.utils.tensorboard", "pandas",
     "pyarrow.parquet", "matplotlib.backends.backend_agg", "sklearn.datasets", "psutil",
 )  # fmt: skip
-PROGRAMS = ("run_pretrain", "run_finetune", "run_linear_probe", "umae.diagnosis", "umae.report")
+PROGRAMS = ("run_pretrain", "run_finetune", "run_linear_probe", "umae.evaluation.diagnosis", "umae.sharing.report")
 
 
 def environment(**changes: str) -> dict[str, str]:

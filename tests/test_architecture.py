@@ -10,7 +10,23 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_FILES = ("configuration_umae", "modeling_umae", "image_processing_umae")
 SCRIPTS = sorted(path.stem for path in ROOT.glob("run_*.py"))
-PACKAGE = sorted(path.stem for path in (ROOT / "umae").glob("*.py"))
+PACKAGE = sorted((ROOT / "umae").rglob("*.py"))
+
+# The rooms of the package, from left to right; a room imports from itself and from what stands left of it.
+SLOPE = (
+    ("seeding", "files", "progress_bar"),
+    ("data",),
+    ("convert", "speed"),
+    ("training",),
+    ("evaluation",),
+    ("sharing",),
+    ("programs",),
+)
+
+
+def module_of(path: Path) -> str:
+    """umae/data/crops.py -> umae.data.crops."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imported(path: Path) -> set[str]:
@@ -28,6 +44,36 @@ def roots(path: Path) -> set[str]:
     return {name.split(".")[0] for name in imported(path)}
 
 
+def arrows() -> dict[str, set[str]]:
+    """The modules of the package that each of them imports, anywhere in it."""
+    modules = {module_of(path): path for path in PACKAGE}
+    return {
+        module: {name for name in imported(path) if name in modules and name not in (module, "umae")}
+        for module, path in modules.items()
+        if module not in ("umae", "umae.__main__")  # the front door and the command, which lead to all rooms
+    }
+
+
+def test_no_room_imports_from_a_room_to_its_right_or_beside_it():
+    place = {room: column for column, rooms in enumerate(SLOPE) for room in rooms}
+    wrong = []
+    for module, targets in arrows().items():
+        room = module.split(".")[1]
+        for target in targets:
+            other = target.split(".")[1]
+            if room != other and place[other] >= place[room]:
+                wrong.append(f"{module} imports {target}")
+    assert not wrong
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    remaining = arrows()
+    while leaves := [module for module, targets in remaining.items() if not targets & remaining.keys()]:
+        for module in leaves:
+            del remaining[module]
+    assert not remaining
+
+
 @pytest.mark.parametrize("name", MODEL_FILES)
 def test_model_files_need_nothing_but_torch_and_transformers(name):
     """They travel to the Hub: what else they import becomes a demand on every stranger."""
@@ -37,7 +83,7 @@ def test_model_files_need_nothing_but_torch_and_transformers(name):
 
 
 def test_the_package_imports_no_script():
-    assert [name for name in PACKAGE if roots(ROOT / "umae" / f"{name}.py") & set(SCRIPTS)] == []
+    assert [path for path in PACKAGE if roots(path) & set(SCRIPTS)] == []
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -48,20 +94,20 @@ def test_scripts_do_not_import_each_other(name):
 def test_the_package_reads_neither_the_command_line_nor_the_environment():
     """What a function does follows from its arguments; only `python -m` entry points hand over the command line."""
     readers = {}
-    for name in PACKAGE:
-        tree = ast.parse((ROOT / "umae" / f"{name}.py").read_text())
+    for path in PACKAGE:
+        tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test):
                 node.body = []
         text = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        readers[name] = text & {"sys.argv", "os.environ", "os.getenv"}
+        readers[module_of(path)] = text & {"sys.argv", "os.environ", "os.getenv"}
     assert {name: found for name, found in readers.items() if found} == {}
 
 
-@pytest.mark.parametrize("name", PACKAGE)
-def test_the_package_speaks_of_parameters_and_not_of_flags(name):
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: module_of(path))
+def test_the_package_speaks_of_parameters_and_not_of_flags(path):
     """Whoever calls it from Python has none; `script_arguments.one_line_refusals` puts the `--` back."""
-    tree = ast.parse((ROOT / "umae" / f"{name}.py").read_text())
+    tree = ast.parse(path.read_text())
     tree.body = tree.body[1:]  # the module's own text may say how `python -m` is called, and `main` is that
     for node in tree.body:
         if not (isinstance(node, ast.FunctionDef) and node.name == "main"):
@@ -73,12 +119,16 @@ def test_the_package_speaks_of_parameters_and_not_of_flags(name):
 
 @pytest.mark.parametrize("name", ["cards", "hub"])
 def test_cards_and_hub_know_a_folder_only(name):
-    ours = {module for module in imported(ROOT / "umae" / f"{name}.py") if module.startswith(("umae", *MODEL_FILES))}
+    ours = {
+        module
+        for module in imported(ROOT / "umae" / "sharing" / f"{name}.py")
+        if module.startswith(("umae", *MODEL_FILES))
+    }
     assert not ours
 
 
 def test_only_convert_opens_pickles():
-    for path in [*ROOT.glob("*.py"), *(ROOT / "umae").glob("*.py")]:
+    for path in [*ROOT.glob("*.py"), *PACKAGE]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "pickle.load", "pickle.loads"):
                 assert path.name == "convert.py" and "weights_only=True" in ast.unparse(node), path

@@ -13,7 +13,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from processes import ROOT, TIMEOUT, environment, run, together, torchrun
 from training_runs import SHORT, TWENTY, assert_same_curve, metrics
 
-from umae.checkpoints import newest_whole
+from umae.training.checkpoints import newest_whole
 
 
 def test_two_processes_see_in_the_features_what_one_sees(finished, tmp_path):
@@ -39,8 +39,8 @@ from pathlib import Path
 from golden_models import fresh_config
 from torch.nn.parallel import DistributedDataParallel
 from modeling_umae import UMAEForPreTraining
-from umae.launch import close, make_accelerator
-from umae.progress import Progress
+from umae.training.hardware import close, make_accelerator
+from umae.training.state import Progress
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     accelerator = make_accelerator(os.environ, "no", 1, "none", Path(sys.argv[1]))
@@ -103,9 +103,9 @@ def test_another_number_of_processes_goes_on_with_the_same_run(finished, tmp_pat
 
 
 DYING = """
-import os, signal, sys, datetime, run_pretrain, umae.launch
+import os, signal, sys, datetime, run_pretrain, umae.training.hardware
 how, when = sys.argv.pop(1), 6
-umae.launch.PATIENCE = datetime.timedelta(seconds=15)
+umae.training.hardware.PATIENCE = datetime.timedelta(seconds=15)
 train_step = run_pretrain.train_step
 def dying(*arguments, step, **named):
     if step == when and os.environ["RANK"] == "1":

@@ -10,7 +10,7 @@ from PIL import Image
 from processes import ROOT, run
 
 from modeling_umae import UMAEForPreTraining
-from umae.transforms import evaluation_processor
+from umae.data.inputs import evaluation_processor
 
 
 @pytest.fixture

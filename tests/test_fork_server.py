@@ -88,7 +88,8 @@ def test_modules_scripts_and_lines_of_code_are_found_where_python_finds_them(tmp
 
 def test_what_the_environment_says_is_seen_whenever_it_is_read(tmp_path):
     code = (
-        "import os, pathlib; from huggingface_hub import constants; from umae.launch import make_accelerator; "
+        "import os, pathlib; from huggingface_hub import constants; "
+        "from umae.training.hardware import make_accelerator; "
         "accelerator = make_accelerator(os.environ, None, 1, 'none', pathlib.Path()); "
         "print(accelerator.mixed_precision, constants.HF_HUB_OFFLINE, constants.HF_HOME)"
     )

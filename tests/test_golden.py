@@ -6,7 +6,7 @@ import torch
 from golden_models import SETUP, VALUES, batch, our_name, pretraining_model
 
 from modeling_umae import random_masking, sincos_position_table, uniformity_loss
-from umae.schedules import decay_groups, learning_rate_at
+from umae.training.schedules import decay_groups, learning_rate_at
 
 CASES = pytest.mark.parametrize(
     "case", VALUES["cases"], ids=lambda c: f"{c['pooling']}-{c['mask_ratio']}-{'norm' if c['norm_pix_loss'] else 'raw'}"

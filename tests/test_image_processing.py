@@ -16,11 +16,11 @@ from transformers import AutoImageProcessor, ViTImageProcessorPil, pipeline
 
 import umae
 from image_processing_umae import open_image
-from umae import cards
 from umae.convert import encoder_from_pretrained
-from umae.data import load_pictures
-from umae.features import extract_features, load_processor
-from umae.transforms import evaluation_processor
+from umae.data.images import load_pictures
+from umae.data.inputs import evaluation_processor, load_processor
+from umae.evaluation.features import extract_features
+from umae.sharing import cards
 
 NUMBERS = np.random.default_rng(0)
 COLOURS = NUMBERS.integers(0, 256, (20, 28, 4), dtype=np.uint8)

@@ -11,7 +11,7 @@ from processes import ROOT, run
 from transformers import ViTForImageClassification, ViTMAEForPreTraining, ViTModel
 
 from modeling_umae import UMAEForImageClassification, UMAEForPreTraining, UMAEModel
-from umae.transforms import evaluation_processor
+from umae.data.inputs import evaluation_processor
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ sys.modules.update(dict.fromkeys(["fcntl", "grp", "psutil", "pwd", "resource", "
 import umae, run_pretrain, run_linear_probe, run_finetune
 for module in pkgutil.iter_modules(umae.__path__):
     importlib.import_module(f"umae.{module.name}")
-umae.features.main(["run", "images", "features.parquet"])
+umae.evaluation.features.main(["run", "images", "features.parquet"])
 """
 
 
@@ -125,4 +125,4 @@ def test_plain_vit_classifier_opens_ours_and_gives_equal_logits(tmp_path):
 def test_installed_modules_import_from_any_folder(tmp_path):
     if not list(Path(sysconfig.get_path("purelib")).glob("umae-*.dist-info")):
         pytest.skip("the package is not installed here; `make test` installs it")
-    run("-c", "import modeling_umae, configuration_umae, umae.data", cwd=tmp_path, PYTHONPATH="")
+    run("-c", "import modeling_umae, configuration_umae, umae.data.images", cwd=tmp_path, PYTHONPATH="")

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import run_pretrain
 from modeling_umae import UMAEForPreTraining
-from umae.runs import MetricsLog
 from umae.speed import ideal_seconds, matmul_rate, peak_flops, training_flops
+from umae.training.log import MetricsLog
 
 
 @pytest.mark.parametrize(

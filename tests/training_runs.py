@@ -12,7 +12,7 @@ TWENTY = ("--max_train_steps", "20", "--logging_steps", "1", "--checkpointing_st
 
 def metrics(folder) -> list[dict]:
     """The lines of `metrics.jsonl` without what depends on the clock."""
-    from umae.runs import SPEED  # here, because it takes seconds, and conftest.py imports this file
+    from umae.training.log import SPEED
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]

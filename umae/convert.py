@@ -14,7 +14,6 @@ import pickle
 import pickletools
 import re
 import struct
-import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Sequence
@@ -36,8 +35,8 @@ from modeling_umae import (
     resize_position_table,
     sincos_position_table,
 )
-from umae.checkpoints import write_folder
-from umae.transforms import evaluation_processor
+from umae.data.inputs import evaluation_processor
+from umae.files import write_folder
 
 FAMILIES = {"umae": UMAEConfig, "vit": ViTConfig, "vit_mae": ViTMAEConfig}  # by the model_type of a config.json
 
@@ -308,10 +307,6 @@ def _first_five(names) -> str:
     return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
-
-
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The tensors of a file, safetensors or a pickle by `torch.save`, and the settings that the latter may hold.
 
@@ -389,10 +384,6 @@ def _check_tensors(path: Path, tensors: dict) -> None:
     found = "; ".join(f"{what}: {_first_five(keys)}" for what, keys in problems.items() if keys)
     if found:
         raise ValueError(f"{path} is no sound checkpoint; {found}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The original code
 
 
 def from_original(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -519,10 +510,6 @@ def _training_of(settings: dict[str, Any]) -> dict[str, Any]:
     return {**fields, "uniformity_weight": weight / processes if is_used else 0.0}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# python -m umae.convert
-
-
 def main(argv: Sequence[str]) -> None:
     """Turn a checkpoint of MAE, U-MAE or ViT into a folder that `from_pretrained` loads."""
     parser = argparse.ArgumentParser(prog="python -m umae.convert", description=main.__doc__, allow_abbrev=False)
@@ -558,7 +545,3 @@ def _class_for(tensors: dict[str, torch.Tensor]) -> type[PreTrainedModel]:
 def _save(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
     evaluation_processor(model.config.image_height_width).save_pretrained(folder)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -1,0 +1,162 @@
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import load_dataset
+from golden_models import fresh_config
+from PIL import Image
+from processes import together
+
+from image_processing_umae import UnreadablePicture
+from modeling_umae import UMAEForPreTraining
+from umae.convert import encoder_from_pretrained
+from umae.data.images import load_pictures
+from umae.data.inputs import evaluation_processor, load_processor
+from umae.evaluation.features import extract_features, main
+
+COUNT = 37
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder: weights and the evaluation transform."""
+    torch.manual_seed(0)
+    UMAEForPreTraining(fresh_config()).save_pretrained(tmp_path / "run")
+    evaluation_processor((16, 16)).save_pretrained(tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """37 unlabelled pictures of different sizes, in two sub-folders of one class each."""
+    numbers = np.random.default_rng(0)
+    for i in range(COUNT):
+        file = tmp_path / "pictures" / ("a" if i % 2 else "b") / f"{i:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(numbers.integers(0, 256, (16 + i % 3, 20, 3), dtype=np.uint8)).save(file)
+    return tmp_path / "pictures"
+
+
+def extract(run, folder, batch_size=8, **options):
+    encoder = encoder_from_pretrained(run, pooling="mean")
+    return extract_features(encoder, load_pictures(str(folder)), load_processor(run), batch_size, **options)
+
+
+def test_every_picture_has_its_own_features_in_order(run, folder):
+    features = extract(run, folder)
+    encoder, processor = encoder_from_pretrained(run, pooling="mean"), load_processor(run)
+    files = sorted(folder.rglob("*.png"))
+    assert {name: (tuple(f.shape), f.dtype) for name, f in features.items()} == {
+        "cls": ((COUNT, 32), torch.float32),
+        "mean": ((COUNT, 32), torch.float32),
+    }
+    for i, file in enumerate(files):
+        with torch.no_grad():
+            output = encoder(processor(images=Image.open(file), return_tensors="pt")["pixel_values"])
+        assert (features["cls"][i] - output.last_hidden_state[0, 0]).abs().max() < 1e-5
+        assert (features["mean"][i] - output.pooler_output[0]).abs().max() < 1e-5
+
+
+def test_features_are_those_of_the_unmasked_picture_in_evaluation_mode(run, folder):
+    encoder = encoder_from_pretrained(run, pooling="mean").train()
+    for layer in encoder.encoder["layer"]:
+        layer.dropout.p = 0.5
+    features = extract_features(encoder, load_pictures(str(folder)), load_processor(run), 8)
+    assert torch.equal(features["cls"], extract(run, folder)["cls"])
+    assert not features["cls"].requires_grad
+
+
+def test_workers_and_batch_sizes_change_nothing(run, folder):
+    features = extract(run, folder)
+    assert torch.equal(features["mean"], extract(run, folder, num_workers=2)["mean"])
+    for batch_size in (1, 5, 64):
+        assert (features["mean"] - extract(run, folder, batch_size=batch_size)["mean"]).abs().max() < 1e-5
+
+
+SIZES = (8, 9, 20, 50)  # of batches of 37 pictures: at the end, or for 50 at once, the second process has nothing to do
+
+
+def test_batches_are_dealt_out_to_two_processes_and_come_back_in_order_to_the_bit(run, folder, tmp_path):
+    together(2, Path(__file__), run, folder, tmp_path / "rank")
+    for size in SIZES:
+        alone = extract(run, folder, size)
+        for rank in (0, 1):
+            features = torch.load(tmp_path / f"rank_{rank}_{size}.pt", weights_only=True)
+            assert all(torch.equal(features[name], alone[name]) for name in ("cls", "mean")), (size, rank)
+
+
+def test_an_unreadable_picture_is_an_error_that_names_it(run, folder):
+    (folder / "a" / "03.png").write_bytes(b"not a picture")
+    for num_workers in (0, 1):
+        with pytest.raises(UnreadablePicture, match=r"^a/03\.png"):
+            extract(run, folder, num_workers=num_workers)
+
+
+def test_features_that_are_not_finite_and_one_sided_encoders_are_refused(run, folder):
+    encoder, processor, pictures = encoder_from_pretrained(run), load_processor(run), load_pictures(str(folder))
+    with pytest.raises(ValueError, match='pooling="mean"'):
+        extract_features(encoder, pictures, processor, 8)
+    encoder = encoder_from_pretrained(run, pooling="mean")
+    encoder.layernorm.bias.data[3] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        extract_features(encoder, pictures, processor, 8)
+
+
+def test_the_command_leaves_out_and_names_what_it_cannot_read(run, folder, tmp_path, capsys):
+    (folder / "a" / "03.png").write_bytes(b"not a picture")
+    out = tmp_path / "features.parquet"
+    main([str(run), str(folder), str(out), "--batch_size", "8"])
+    printed = capsys.readouterr().out
+    assert printed.count("a/03.png") == 1 and "36 pictures" in printed and "1 could not be read" in printed
+
+    table = pyarrow.parquet.read_table(out)
+    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.png"))
+    files.remove("a/03.png")
+    assert table["file"].to_pylist() == files
+    assert table.schema.field("cls").type == pyarrow.list_(pyarrow.float32())
+    features = extract(run, folder, skip_unreadable=True)
+    readable = ~features["mean"].isnan().any(dim=1)
+    for name in ("cls", "mean"):
+        assert torch.equal(torch.tensor(table[name].to_pylist()), features[name][readable])
+    assert load_dataset("parquet", data_files=str(out), split="train", cache_dir=tmp_path / "cache").num_rows == 36
+    assert [entry.name for entry in tmp_path.iterdir() if "tmp" in entry.name] == []
+
+
+def test_the_command_refuses_what_makes_no_sense_and_writes_nothing(run, folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "only.png").write_bytes(b"not a picture")
+    (tmp_path / "note.parquet").write_text("mine")
+    out = tmp_path / "features.parquet"
+    for words, message in (
+        ((run, tmp_path / "empty", out), "empty"),
+        ((run, tmp_path / "broken", out), "none of the 1 pictures"),
+        ((run, tmp_path / "nowhere" / "at_all", out), "nowhere"),
+        ((tmp_path / "empty", folder, out), "has no config.json"),
+        ((run, folder, tmp_path / "features.csv"), "name a file that ends in .parquet"),
+        ((run, folder, tmp_path / "note.parquet"), "is no parquet file"),
+        ((run, folder, tmp_path / "nowhere" / "features.parquet"), "there is no folder"),
+        ((run, folder, out, "--batch_size", "0"), "batch_size must be at least 1"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main([str(word) for word in words])
+    assert not out.exists() and (tmp_path / "note.parquet").read_text() == "mine"
+    (run / "preprocessor_config.json").write_text('{"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0.9}')
+    with pytest.raises(SystemExit, match="prepares its pictures by ConvNextImageProcessor"):
+        main([str(run), str(folder), str(out)])
+    (run / "preprocessor_config.json").unlink()
+    with pytest.raises(SystemExit, match="does not say how its pictures are prepared"):
+        main([str(run), str(folder), str(out)])
+
+
+if __name__ == "__main__":  # what each of two processes does
+    run_folder, picture_folder, target = sys.argv[1:]
+    for size in SIZES:
+        features = extract(run_folder, picture_folder, size, accelerator=Accelerator())
+        torch.save(features, f"{target}_{os.environ['RANK']}_{size}.pt")

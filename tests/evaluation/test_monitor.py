@@ -1,0 +1,232 @@
+"""Looking at a model while it is trained, which must change nothing."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import ClassLabel, Dataset, Features, Image
+from golden_models import fresh_config
+from torch.utils.flop_counter import FlopCounterMode
+
+import run_pretrain
+from modeling_umae import UMAEForPreTraining, uniformity_loss
+from umae import seeding
+from umae.convert import set_pooling
+from umae.data.batches import Plan
+from umae.data.images import Pictures, load_pictures
+from umae.data.inputs import evaluation_processor, normalize
+from umae.evaluation.collapse import effective_rank
+from umae.evaluation.diagnosis import VIEWS
+from umae.evaluation.features import frozen_features
+from umae.evaluation.monitor import SHARE, Monitor, Watched, classes_of, usual_steps, watch
+from umae.evaluation.online import MemoryBank
+from umae.speed import encoder_flops, training_flops
+
+
+def make_monitor(accelerator: Accelerator, batch_size: int = 50, **fields) -> tuple[Monitor, UMAEForPreTraining]:
+    torch.manual_seed(0)
+    model = UMAEForPreTraining._from_config(fresh_config(**fields), attn_implementation="eager").train()
+    pictures, processor = load_pictures("digits", split="test"), evaluation_processor((16, 16))
+    watched = watch(accelerator, pictures, processor, (16, 16), batch_size, with_labels=True, seed=0)
+    labels = load_pictures("digits").labels()
+    return Monitor(accelerator, model.config, watched, labels, 10, processor, seed=0), model
+
+
+def micro_batch(count: int = 16) -> dict:
+    numbers = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (count, 3, 16, 16), generator=numbers).byte()
+    return {"pixel_values": pixels, "index": torch.arange(count), "epoch": 0}
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_look_measures_the_features_of_the_whole_pictures(pooling):
+    monitor, model = make_monitor(Accelerator(cpu=True), pooling=pooling)
+    values, shown = monitor.look(model, micro_batch(), step=1)
+    pictures, processor = load_pictures("digits", split="test"), evaluation_processor((16, 16))
+    pixel_values = torch.cat([processor(pictures.read(i), return_tensors="pt")["pixel_values"] for i in range(359)])
+    with torch.no_grad():
+        features = frozen_features(set_pooling(model.vit.eval(), "mean"), pixel_values)
+    for column, name in enumerate(("cls", "mean")):
+        assert values[f"effective_rank_{name}"] == pytest.approx(effective_rank(features[:, column]), rel=1e-4)
+        assert values[f"participation_ratio_{name}"] == pytest.approx(1 / values[f"uniformity_{name}"])
+        assert 0 < values[f"alignment_{name}"] < 4
+    assert not {"online_top1", "online_knn_top1"} & values.keys(), "nothing has been observed"
+    monitor.observe(torch.randn(300, model.config.hidden_size), torch.arange(300))
+    values, _ = monitor.look(model, micro_batch(), step=2)
+    assert 0 <= values["online_top1"] <= 1 and 0 <= values["online_knn_top1"] <= 1
+    assert [row.shape for row in shown.values()] == [(8, 16, 16, 3)] * 4
+
+
+def test_a_look_changes_neither_model_nor_gradients_nor_random_numbers_that_training_draws():
+    monitor, model = make_monitor(Accelerator(cpu=True), hidden_dropout_prob=0.1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monitor.look(model, micro_batch(), step=1)
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    seeding.seed_forward(0, 1, 0, 0)
+    expected = torch.rand(3)
+    monitor.look(model, micro_batch(), step=1)
+    seeding.seed_forward(0, 1, 0, 0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_gradient_norms_are_those_of_the_two_terms():
+    monitor, model = make_monitor(Accelerator(cpu=True), uniformity_weight=0.5)
+    batch = micro_batch()
+    found = monitor.gradient_norms(model, batch, step=1)
+    noise = seeding.uniform(0, seeding.MASK, 0, batch["index"], 16)
+    flipped = seeding.uniform(0, seeding.FLIP, 0, batch["index"], 1)[:, 0] < 0.5
+    pixels = torch.where(flipped[:, None, None, None], batch["pixel_values"].flip(-1), batch["pixel_values"])
+    output = model(normalize(pixels, monitor.mean, monitor.std), noise=noise)
+    encoder = list(model.vit.parameters())
+    (0.5 * uniformity_loss(output.features)).backward(retain_graph=True)
+    expected = torch.cat([parameter.grad.flatten() for parameter in encoder if parameter.grad is not None]).norm()
+    assert found["grad_norm_uniformity"] == pytest.approx(expected.item(), rel=1e-5)
+    model.zero_grad()
+    output.reconstruction_loss.backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in encoder]).norm()
+    assert found["grad_norm_reconstruction"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_no_gradient_of_the_online_classifier_reaches_the_model():
+    monitor, model = make_monitor(Accelerator(cpu=True))
+    output = model(torch.randn(16, 3, 16, 16))
+    before = monitor.classifier.weight.detach().clone()
+    monitor.observe(output.features, torch.arange(16))
+    assert not torch.equal(monitor.classifier.weight, before), "it learns"
+    assert all(parameter.grad is None for parameter in model.parameters()) and output.features.grad_fn is not None
+    assert not {id(monitor.classifier.weight)} & {id(parameter) for parameter in model.parameters()}
+
+
+def one_hot(labels: torch.Tensor, width: int = 1000) -> torch.Tensor:
+    return torch.nn.functional.one_hot(labels, width).float()
+
+
+def monitor_of(labels: torch.Tensor, probe_labels: torch.Tensor, trained_on: torch.Tensor | None = None) -> Monitor:
+    """A monitor of features of width 1,000."""
+    count = len(probe_labels)
+    index, readable = torch.arange(count)[None], torch.ones(1, count, dtype=torch.bool)
+    watched = Watched(
+        count, torch.zeros(1, count, 3, 16, 16, dtype=torch.uint8), index, readable, probe_labels, trained_on
+    )
+    config = fresh_config(hidden_size=1000)
+    processor = evaluation_processor((16, 16))
+    return Monitor(Accelerator(cpu=True), config, watched, labels, 1000, processor, seed=0)
+
+
+def accuracies(monitor: Monitor, features: torch.Tensor) -> dict[str, float]:
+    """What is measured if every view of the probe images has these features."""
+    return monitor._measures(features[:, None].expand(-1, 2 * VIEWS + 1, -1), monitor.bank.gathered())
+
+
+def test_perfect_features_of_a_thousand_classes_have_perfect_neighbours():
+    labels, probe_labels = torch.arange(2000) % 1000, torch.randperm(1000)[:512]
+    monitor = monitor_of(labels, probe_labels)
+    for index in torch.arange(2000).split(100):
+        monitor.observe(one_hot(labels[index]), index)
+    assert accuracies(monitor, one_hot(probe_labels))["online_knn_top1"] == 1.0
+
+
+@pytest.mark.parametrize(("trained_on", "top1"), [(False, 1.0), (True, 0.0)])
+def test_a_probe_image_that_is_trained_on_has_no_vote_for_itself(trained_on, top1):
+    index, labels = torch.arange(20), torch.arange(20) % 2
+    monitor = monitor_of(labels, labels[:10], index[:10] if trained_on else None)
+    monitor.observe(one_hot(index), index)  # all alike far from another: 9 others of the own class, 10 of the other
+    assert accuracies(monitor, one_hot(index[:10]))["online_knn_top1"] == top1
+
+
+def test_the_memory_bank_holds_the_newest_micro_batches_and_is_restored_in_their_order():
+    bank = MemoryBank(100, Accelerator(cpu=True))
+    for step in range(7):
+        bank.update(torch.full((32, 4), float(step)), torch.full((32,), step))
+    held = bank.gathered()
+    assert held["bank_index"].tolist() == [[step] * 32 for step in (4, 5, 6)]
+    again = MemoryBank(100, Accelerator(cpu=True))
+    again.restore(held)
+    for one in (bank, again):
+        one.update(torch.full((32, 4), 7.0), torch.full((32,), 7))
+    assert all(torch.equal(tensor, again.gathered()[name]) for name, tensor in bank.gathered().items())
+
+
+def test_the_rank_that_is_printed_is_held_against_what_so_few_images_can_reach():
+    values = {"effective_rank_cls": 300.0, "effective_rank_mean": 20.0}
+    values |= {"grad_norm_reconstruction": None, "grad_norm_uniformity": None}
+    assert run_pretrain.in_words(values, 512) == "effective rank 300.0 (cls) and 20.0 (mean) of at most 512"
+
+
+def test_looking_takes_its_share_of_trainings_arithmetic():
+    config = fresh_config()
+    plan = Plan(pictures=1000, batch_size=8, accumulation=2, processes=2, seed=0)
+    steps = usual_steps(config, plan, count=100)
+    monitor, model = make_monitor(Accelerator(cpu=True), batch_size=60)
+    with FlopCounterMode(display=False) as counter:
+        monitor._encode(model.eval(), 0)
+    views = encoder_flops(config, 16) + 2 * encoder_flops(config, 16 - config.num_hidden_patches)
+    assert counter.get_total_flops() == 60 * views
+    look = 100 * views + 2 * 16 * training_flops(config)
+    assert look / (steps * 32 * training_flops(config)) == pytest.approx(SHARE, rel=0.02)
+
+
+def pictures_of(labels: list[int], names: list[str]) -> Pictures:
+    picture = {"bytes": b"", "path": None}
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=names)})
+    rows = Dataset.from_dict({"image": [picture] * len(labels), "label": labels}, features=features)
+    return Pictures(rows, "image", "label", "some")
+
+
+def test_labels_are_used_only_where_both_data_sets_agree_on_them():
+    some = pictures_of([0, 1, 1], ["a", "b"])
+    assert classes_of(some, pictures_of([1, 0], ["a", "b"])) == 2
+    assert classes_of(some, pictures_of([1, 0], ["b", "a"])) is None, "other classes"
+    assert classes_of(some, pictures_of([-1, -1], ["a", "b"])) is None, "hidden labels"
+    assert classes_of(pictures_of([0], ["a"]), pictures_of([0], ["a"])) is None, "one class"
+
+
+def test_every_process_has_as_many_batches_and_together_they_have_all_pictures():
+    class Rank:
+        num_processes = 3
+
+    pictures, found = load_pictures("digits", split="test"), []
+    for Rank.process_index in range(3):
+        share = watch(Rank, pictures, evaluation_processor((8, 8)), (8, 8), 50, True, seed=4, trained_on=True)
+        assert share.index.shape == (3, 50) and share.readable.all() and share.count == 359
+        found.append(share.index)
+    order = torch.stack(found, dim=1).flatten()  # as gathered, batch by batch
+    assert sorted(order[:359].tolist()) == list(range(359)) and torch.equal(order[359:], order[:91])
+    assert torch.equal(share.labels, pictures.labels()[order[:359]]) and torch.equal(share.trained_on, order[:359])
+
+
+def test_pictures_that_cannot_be_read_do_not_count(tmp_path):
+    from PIL import Image as Picture
+
+    for i in range(6):
+        Picture.fromarray(np.full((8, 8, 3), 40 * i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_bytes(b"<html>")
+    accelerator = Accelerator(cpu=True)
+    watched = watch(accelerator, load_pictures(str(tmp_path)), evaluation_processor((16, 16)), (16, 16), 4, False, 0)
+    assert watched.count == 6 and (watched.index[~watched.readable] == 2).all()
+    torch.manual_seed(0)
+    model = UMAEForPreTraining(fresh_config()).train()
+    monitor = Monitor(accelerator, model.config, watched, None, None, evaluation_processor((16, 16)), seed=0)
+    values, _ = monitor.look(model, micro_batch(), step=1)
+    assert 1 <= values["effective_rank_cls"] <= 5 and "online_top1" not in values
+
+
+@pytest.mark.parametrize("total", [8, 150, 920, 1100, 10_000])
+def test_a_run_is_evaluated_at_least_eight_times_and_first_within_its_first_eighth(total):
+    """1 % of the time would be steps 850 and 920 of 920, and one evaluation of 150 steps."""
+    job = SimpleNamespace(
+        args=SimpleNamespace(eval_steps=None, logging_steps=None), watched=load_pictures("digits", split="test"),
+        config=fresh_config(), plan=Plan(pictures=1438, batch_size=8, accumulation=1, processes=1, seed=0),
+        schedule=SimpleNamespace(total_steps=total),
+    )  # fmt: skip
+    steps = range(1, total + 1)
+    logged = [step for step in steps if step == total or step % run_pretrain.logging_steps(job) == 0]
+    evaluated = [step for step in logged if run_pretrain.evaluates(job, step)]
+    assert len(evaluated) >= 8 and evaluated[0] <= total / 8 and evaluated[-1] == total
+    job.args.eval_steps, job.args.logging_steps = 40, 30  # what is asked for is done
+    assert [step for step in steps if step % 30 == 0 and run_pretrain.evaluates(job, step)][:3] == [
+        step for step in (60, 90, 120) if step <= total
+    ]

@@ -1,0 +1,286 @@
+"""Pre-training as people start it: what a run says, shows and leaves, from any pictures and weights."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from accelerate import Accelerator
+from golden_models import SETUP_OF_768, fresh_config, original_file
+from PIL import Image
+from processes import SHARED, run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from training_runs import SHORT, folder_of_parquet, folder_with_bad_pictures, metrics, small_model
+from transformers import AutoImageProcessor
+
+import run_pretrain
+import umae
+from umae.convert import read_weights
+from umae.training import hardware
+
+
+def test_a_run_says_what_it_will_do_and_leaves_a_whole_folder(finished):
+    folder, printed = finished
+    labels = "labels           10 classes from column 'label': 0, 1, 2, 3, 4, 5, ..."
+    for text in ("1,438 from digits (train)", labels, "batch  128", "weight 0.01, mean over the cls features of 128"):
+        assert text in printed
+    assert {entry.name for entry in folder.iterdir()} == {
+        "README.md", "attention.png", "config.json", "configuration_umae.py", "curve.png",
+        "image_processing_umae.py", "metrics.jsonl", "model.safetensors", "modeling_umae.py", "neighbours.png",
+        "preprocessor_config.json", "progress.png", "reconstructions", "reconstructions.png", "run.json", "run.lock",
+        "spectrum.json", "spectrum.png", "step-8", "step-12",
+    }  # fmt: skip
+    assert [line["step"] for line in metrics(folder)] == [3, 6, 9, 12]
+    for line in metrics(folder):
+        assert 1 <= line["participation_ratio"] <= 64
+        assert line["loss"] == pytest.approx(line["reconstruction_loss"] + 0.01 * line["uniformity_loss"], rel=1e-5)
+    width, height = Image.open(folder / "reconstructions.png").size
+    assert width > 400 and height > 200
+    for name in ("attention.png", "curve.png", "neighbours.png", "progress.png", "spectrum.png"):
+        with Image.open(folder / name) as picture:
+            assert picture.width > 400 and len(set(picture.convert("L").tobytes())) > 20, "something is drawn"
+    card = (folder / "README.md").read_text()
+    for name in ("attention", "curve", "neighbours", "progress", "reconstructions", "spectrum"):
+        assert f"({name}.png)" in card
+    assert "| Steps | 12, each of 128 pictures, seed 0 |" in card
+    assert "1,438 pictures" in card and str(folder.parent) not in card
+
+
+LOOKED = [
+    f"{name}_{pooling}"
+    for name in ("effective_rank", "participation_ratio", "uniformity", "alignment", "dead_dimensions")
+    for pooling in ("cls", "mean")
+] + ["online_top1", "online_knn_top1", "grad_norm_reconstruction", "grad_norm_uniformity"]
+
+
+def test_what_is_learned_is_looked_at_at_the_first_line_of_every_so_many_steps_and_the_last(finished):
+    folder, printed = finished
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "effective_rank_cls" in line] == [6, 9, 12]
+    for line in lines:
+        assert all((name in line) == (line["step"] > 3) for name in LOOKED)
+        assert 0.1 < line["memory_gb"] < 10 and line["diagnostics_seconds"] > 0
+    assert "looked at        digits (test), every 4 steps" in printed
+    assert len(re.findall(r"^step \d+: effective rank .* nearest neighbours \d+.\d%, gradient of", printed, re.M)) == 3
+    assert re.search(r"\d% on diagnostics", printed)
+    assert sorted(tile.name for tile in (folder / "reconstructions").iterdir())[0] == "step-00000006.png"
+
+
+def test_looking_leaves_the_weights_as_they_are(finished, tmp_path):
+    folder, _ = finished
+    never = run("run_pretrain.py", "--output_dir", tmp_path / "run", *SHORT[:-1], "0")
+    assert "looked at" not in never.stdout and not (tmp_path / "run" / "reconstructions").exists()
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    lines = metrics(tmp_path / "run")
+    assert lines == [{name: value for name, value in line.items() if name in lines[0]} for line in metrics(folder)]
+
+
+def test_a_test_split_that_cannot_be_read_is_not_looked_at(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    settings = folder_with_bad_pictures(tmp_path / "pictures" / "train", 16, bad=0).replace("/train", "")
+    (tmp_path / "pictures" / "test").mkdir()
+    for i in range(4):
+        (tmp_path / "pictures" / "test" / f"{i}.jpg").write_bytes(b"<html>")
+    command = f"{settings} --output_dir {tmp_path / 'run'} --per_device_train_batch_size 8 --max_train_steps 2".split()
+    printed = run("run_pretrain.py", *command).stdout
+    assert "held-out pictures cannot be loaded, so those of training are looked at: none of the 4" in printed
+    assert "looked at        folder pictures (train)" in printed and "effective rank" in printed
+
+
+def test_a_test_split_without_labels_gives_way_to_the_labelled_one_so_that_both_accuracies_are_kept(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    name = folder_of_parquet(tmp_path / "images", train=[0, 1] * 8, validation=[0, 1] * 3, test=[-1] * 5)
+    command = f"{small_model(name)} --output_dir {tmp_path / 'run'} --max_train_steps 1"
+    run_pretrain.main([*command.split(), "--per_device_train_batch_size", "8"])
+    printed = capsys.readouterr().out
+    assert "images (test) comes without labels" in printed and "images (validation) is used instead" in printed
+    assert "looked at        images (validation)" in printed
+    assert {"online_top1", "online_knn_top1"} <= metrics(tmp_path / "run")[-1].keys()
+
+
+LABELS = "2 classes from column 'label': a, b"
+
+
+@pytest.mark.parametrize(
+    ("test_labels", "flags", "announced"),
+    [
+        ([0, 1], ("--label_column_name", "none"), "none"),
+        (
+            [-1, -1],
+            (),
+            "2 classes from column 'label': a, b; without online accuracies: images (test) has no such labels",
+        ),
+    ],
+    ids=["said to be none", "not of the images to evaluate"],
+)
+def test_without_labels_there_are_no_online_accuracies_and_that_is_said(
+    tmp_path, capsys, test_labels, flags, announced
+):
+    (tmp_path / "images").mkdir()
+    name = folder_of_parquet(tmp_path / "images", train=[0, 1] * 4, test=test_labels)
+    command = f"{small_model(name)} --output_dir {tmp_path / 'run'} --max_train_steps 1"
+    run_pretrain.main([*command.split(), "--per_device_train_batch_size", "8", *flags])
+    assert f"  labels           {announced}\n" in capsys.readouterr().out
+    (line,) = metrics(tmp_path / "run")
+    assert "effective_rank_cls" in line and "online_top1" not in line and "online_knn_top1" not in line
+
+
+def test_the_code_on_the_card_runs_as_it_stands(finished, tmp_path):
+    code = re.search(r"```python\n(.*?)```", (finished[0] / "README.md").read_text(), re.DOTALL)[1]
+    shutil.copytree(finished[0], tmp_path / "run")
+    Image.new("L", (20, 10), 200).save(tmp_path / "run" / "picture.jpg")
+    run("-c", code + "assert features.shape == (1, 64)", cwd=tmp_path / "run", PYTHONPATH="")
+
+
+def test_the_processor_in_the_folder_gives_the_model_its_pictures(finished):
+    processor = AutoImageProcessor.from_pretrained(finished[0])
+    picture = Image.new("L", (20, 10), 255)
+    pixel_values = processor(picture, return_tensors="pt")["pixel_values"]
+    white = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
+    assert pixel_values.shape == (1, 3, 8, 8)
+    assert torch.allclose(pixel_values[0, :, 0, 0], white, atol=1e-5)
+    assert umae.UMAEModel.from_pretrained(finished[0])(pixel_values).pooler_output.shape == (1, 64)
+
+
+@pytest.mark.slow
+def test_compiled_and_checkpointed_layers_train_the_same(finished, tmp_path):
+    folder, _ = finished
+    run("run_pretrain.py", "--output_dir", tmp_path / "run", *SHORT, "--torch_compile", "--gradient_checkpointing")
+    for mine, expected in zip(metrics(tmp_path / "run"), metrics(folder), strict=True):
+        for name in ("reconstruction_loss", "uniformity_loss", "grad_norm"):
+            assert mine[name] == pytest.approx(expected[name], rel=1e-4), name
+    assert umae.UMAEForPreTraining.from_pretrained(tmp_path / "run")
+
+
+def small_recipe(tmp_path) -> list[str]:
+    """The digits' sizes, with nothing said about precision."""
+    lines = run_pretrain.DIGITS_RECIPE.read_text().splitlines()
+    (tmp_path / "recipe.yaml").write_text("\n".join(line for line in lines if not line.startswith("mixed_precision")))
+    return ["--recipe", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run"), "--max_train_steps", "2"]
+
+
+def test_accelerate_launches_the_script(tmp_path):
+    launcher = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "--mixed_precision", "bf16")
+    result = run(*launcher, "run_pretrain.py", *small_recipe(tmp_path), fresh=True)
+    assert "bf16 on 1 x CPU" in result.stdout
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "fast", "flags", "expected"),
+    [
+        ("no", True, (), "bf16"),
+        ("no", False, (), "no"),
+        ("no", True, ("--mixed_precision", "no"), "no"),
+        ("bf16", False, (), "bf16"),
+    ],
+)
+def test_precision_is_what_was_said_or_what_the_hardware_has(monkeypatch, tmp_path, launcher, fast, flags, expected):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
+    monkeypatch.setattr(hardware, "has_fast_bf16", lambda device: fast)
+    run_pretrain.main([*small_recipe(tmp_path), *flags])
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["identity"]["mixed_precision"] == expected
+
+
+def test_real_pictures_in_a_folder_train_and_report_to_a_tracker(tmp_path):
+    source = SHARED / "data" / "imagenet_sample"
+    if not source.is_dir():
+        pytest.skip("needs the ImageNet sample beside the project")
+    (tmp_path / "pictures").mkdir()
+    for file in sorted(source.glob("*.JPEG"))[:12]:
+        shutil.copy(file, tmp_path / "pictures")
+    sizes = (
+        "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,decoder_hidden_size=16,decoder_num_hidden_layers=1"
+    )
+    run_pretrain.main(
+        f"--dataset_name {tmp_path / 'pictures'} --output_dir {tmp_path / 'run'} --config_overrides {sizes} "
+        "--image_size 64 --patch_size 16 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 "
+        "--num_train_epochs 2 --pooling mean --report_to tensorboard --logging_steps 1".split()
+    )
+    assert [line["epoch"] for line in metrics(tmp_path / "run")] == [1.0, 2.0]
+    files = (tmp_path / "run" / "logs").rglob("events.out.tfevents.*")
+    tags = [EventAccumulator(str(file)).Reload().Tags() for file in files]
+    assert ["reconstructions"] in [found["images"] for found in tags]
+    tracked = {name for found in tags for name in found["scalars"]}
+    assert {"loss", "effective_rank_cls"} <= tracked and "online_top1" not in tracked, "there are no labels"
+    assert "folder pictures (train)" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_training_starts_from_given_weights(finished, tmp_path):
+    folder, _ = finished
+    run_pretrain.main(
+        f"--output_dir {tmp_path / 'run'} --model_name_or_path {folder} --uniformity_weight 0.5 --max_train_steps 1 "
+        "--base_learning_rate 0".split()
+    )
+    before, after = (umae.UMAEForPreTraining.from_pretrained(one) for one in (folder, tmp_path / "run"))
+    assert after.config.uniformity_weight == 0.5
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("trained_with", "said", "expected"), [(0.0, None, 0.01), (0.3, None, 0.3), (0.0, 0.0, 0.0), (0.3, 0.1, 0.1)]
+)
+def test_the_uniformity_weight_is_what_was_said_or_that_of_the_weights_or_else_the_default(
+    tmp_path, trained_with, said, expected
+):
+    umae.UMAEForPreTraining(fresh_config(uniformity_weight=trained_with)).save_pretrained(tmp_path)
+    args = run_pretrain.ModelArguments(model_name_or_path=str(tmp_path), uniformity_weight=said)
+    assert run_pretrain.make_model(Accelerator(cpu=True), args).config.uniformity_weight == expected
+
+
+def test_training_goes_on_at_another_resolution_with_all_other_sizes_those_of_the_weights(tmp_path, capsys):
+    """On the digits, whose recipe has sizes of its own: 8 x 8 pixels in patches of 2, 4 heads."""
+    weights, folder = tmp_path / "weights", tmp_path / "run"
+    before = umae.UMAEForPreTraining(fresh_config(num_attention_heads=2))
+    before.save_pretrained(weights)
+    command = f"--model_name_or_path {weights} --max_train_steps 1 --base_learning_rate 0 --eval_steps 0"
+    run_pretrain.main([*command.split(), "--output_dir", str(tmp_path / "same")])
+    printed = capsys.readouterr().out
+    assert "16 x 16 pixels, 16 patches" in printed and "interpolated" not in printed
+    run_pretrain.main([*command.split(), "--output_dir", str(folder), "--image_size", "32"])
+    printed = capsys.readouterr().out
+    assert "32 x 32 pixels, 64 patches" in printed
+    assert "position table is interpolated from 4 x 4 to 8 x 8 patches, the decoder's made anew" in printed
+    after = umae.UMAEForPreTraining.from_pretrained(folder)
+    assert (after.config.grid, after.config.patch_size, after.config.num_attention_heads) == ((8, 8), 4, 2)
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    assert AutoImageProcessor.from_pretrained(folder).crop_size == {"height": 32, "width": 32}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"patch_size": 8}, "--patch_size 8 is not that of the weights, 4; leave it out"),
+        ({"patch_size": 8, "image_size": 32}, "--patch_size 8 is not that of the weights, 4; leave it out"),
+        ({"image_size": 30}, r"patch_size 4 does not divide image_size 30 \(height\); use image_size 28"),
+    ],
+    ids=str,
+)
+def test_sizes_that_weights_cannot_have_are_refused(tmp_path, sizes, message):
+    umae.UMAEForPreTraining(fresh_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        run_pretrain.make_model(Accelerator(cpu=True), run_pretrain.ModelArguments(str(tmp_path), **sizes))
+
+
+def test_a_share_that_hides_all_but_one_patch_of_the_larger_images_is_accepted(tmp_path):
+    umae.UMAEForPreTraining(fresh_config()).save_pretrained(tmp_path)  # 16 patches, of which it would leave none
+    args = run_pretrain.ModelArguments(str(tmp_path), image_size=32, mask_ratio=0.98)
+    assert run_pretrain.make_model(Accelerator(cpu=True), args).config.num_hidden_patches == 63
+
+
+def test_training_starts_from_a_file_of_the_original_code(tmp_path, capsys):
+    source = original_file(tmp_path / "mae.pth", SETUP_OF_768)
+    (tmp_path / "pictures").mkdir()
+    for i in range(4):
+        Image.new("RGB", (9, 9), (i, 99, 9)).save(tmp_path / "pictures" / f"{i}.png")
+    run_pretrain.main(
+        f"--output_dir {tmp_path / 'run'} --model_name_or_path {source} --max_train_steps 1 --base_learning_rate 0 "
+        f"--dataset_name {tmp_path / 'pictures'} "
+        "--per_device_train_batch_size 4".split()
+    )
+    assert f"from {source}" in capsys.readouterr().out
+    tensors, _ = read_weights(source)
+    after = umae.UMAEForPreTraining.from_pretrained(tmp_path / "run")
+    assert torch.equal(after.vit.embeddings.cls_token, tensors["cls_token"])
+    assert (after.config.uniformity_weight, after.config.mask_ratio) == (0.01, 0.6), "from the settings in the file"

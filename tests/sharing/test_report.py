@@ -1,0 +1,131 @@
+"""The page that shows and compares runs."""
+
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+from processes import run
+
+from umae.sharing import cards, report
+from umae.sharing.figures import COLOURS
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+FLAGS = ("--max_train_steps", "6", "--logging_steps", "2")
+
+
+class Page(HTMLParser):
+    """What a browser would show, and fetch."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.sources, self.differing, self._marked = set(), [], [], False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.tags.add(tag)
+        self.sources += [found[name] for name in ("src", "href") if name in found]
+        self._marked = (tag == "tr" and found.get("class") == "differs") or (self._marked and tag == "th")
+
+    def handle_data(self, data):
+        if self._marked and data.strip():
+            self.differing.append(data.strip())
+            self._marked = False
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """With the term and without, the latter under a name that is markup."""
+    folder = tmp_path_factory.mktemp("runs")
+    run("run_pretrain.py", "--output_dir", folder / "umae", *FLAGS)
+    others = ("--uniformity_weight", "0", "--model_name_or_path", folder / "umae")
+    run("run_pretrain.py", "--output_dir", folder / "<img src=x onerror=alert(1)>", *FLAGS, *others)
+    numbers = {"top1": 50.0, "top5": None, "knn20_top1": 40.0, "effective_rank": 3.0}
+    protocol = {"model": "umae", "test": {"data": "digits (test)"}, "linear_protocol": "cached"}
+    (folder / "probe").mkdir()
+    (folder / "probe" / "linear_probe.json").write_text(
+        json.dumps({"cls": numbers, "mean": numbers, "protocol": protocol})
+    )
+    return folder
+
+
+def test_a_report_holds_all_it_shows_and_marks_what_differs(runs, tmp_path):
+    words = ("-m", "umae.sharing.report", *sorted(runs.iterdir()), "--output", tmp_path / "report.html")
+    assert run(*words).stdout == f"{tmp_path}/report.html\n"
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert page.differing == ["initial_weights", "uniformity_weight"], "and nothing else"
+    settings = re.findall(r"<th>(\w+)</th>\s*<td>", text[text.index("<h2>Settings") :])
+    assert settings[:2] == page.differing, "they come first"
+    assert len(page.sources) == 2 + 2 * 4, "the curves, the spectra, and four pictures of each run"
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert not page.tags & {"script", "link", "iframe"} and "<img src=x" not in text
+    assert str(runs) not in text and "http" not in text
+    assert re.search(r"<th>dimensions filled</th>\s*<td>\d+\.\d of at most 64</td>", text)
+    assert re.search(r"<th>top1, cls</th>\s*<td>50.0</td>", text)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_without_a_network_shows_the_whole_page(runs, tmp_path):
+    page, shot = tmp_path / "report.html", tmp_path / "shot.png"
+    page.write_text(report.report(sorted(folder for folder in runs.iterdir())))
+    flags = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1000,5000")
+    offline = ("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}")
+    subprocess.run(
+        [CHROMIUM, *flags, *offline, f"--screenshot={shot}", page.as_uri()],
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    with Image.open(shot) as picture:
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    for colour in COLOURS[:2]:  # of the two runs' lines
+        red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+        assert (pixels == (red, green, blue)).all(axis=1).sum() > 500, colour
+    marked = (pixels == (255, 243, 214)).all(axis=1).sum()
+    assert marked > 10_000, "the rows of settings that differ"
+
+
+def test_runs_of_one_name_are_told_apart_by_their_parents(runs, tmp_path):
+    for parent in ("a", "b"):
+        (tmp_path / parent).mkdir()
+        (tmp_path / parent / "umae").symlink_to(runs / "umae")
+    (tmp_path / "a" / "umae").unlink()
+    (tmp_path / "a" / "umae").mkdir()
+    for name in ("run.json", "metrics.jsonl"):
+        (tmp_path / "a" / "umae" / name).write_text((runs / "umae" / name).read_text())
+    text = report.report([tmp_path / "a" / "umae", runs / "umae"])
+    assert "<th>a/umae</th>" in text and f"<th>{runs.name}/umae</th>" in text
+
+
+def test_features_fill_no_more_dimensions_than_a_uniformity_term_has_images():
+    identity = {"pictures_per_step": 256, "gradient_accumulation_steps": 4, "config": {"hidden_size": 768}}
+    assert cards.most_dimensions({**identity, "exact_uniformity": False}) == 64
+    assert cards.most_dimensions({**identity, "exact_uniformity": True}) == 256
+    assert cards.most_dimensions({**identity, "exact_uniformity": True, "pictures_per_step": 4096}) == 768
+
+
+def test_what_is_no_run_is_refused(runs, tmp_path):
+    with pytest.raises(ValueError, match="holds neither a run"):
+        report.report([tmp_path])
+    (tmp_path / "run.json").write_text((runs / "umae" / "run.json").read_text())
+    with pytest.raises(ValueError, match="has not logged a line yet"):
+        report.report([tmp_path])
+
+
+def test_a_fine_tuning_is_shown_beside_probes(runs, tmp_path):
+    protocol = {"model": "umae", "test": {"data": "digits (test)"}}
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "run.json").write_text(json.dumps({"identity": {"task": "fine-tuning"}}))
+    with pytest.raises(ValueError, match="a fine-tuning that has not finished"):
+        report.report([tmp_path / "tuned"])
+    (tmp_path / "tuned" / "finetune.json").write_text(json.dumps({"top1": 95.26, "top5": 99.7, "protocol": protocol}))
+    text = report.report([tmp_path / "tuned", runs / "probe"])
+    assert re.search(r"<th>top1, fine-tuned</th>\s*<td>95.26</td>\s*<td></td>", text)
+    assert re.search(r"<th>top1, cls</th>\s*<td></td>\s*<td>50.0</td>", text)

@@ -1,0 +1,303 @@
+"""What fine-tuning does to pictures beyond crops, as pure functions: what is random comes in as numbers (seeding.py).
+
+Crops are changed one by one where they are read (`augment`: flip, RandAugment, random erasing), pairs of pictures are
+mixed on the device (`mix_pairs`: mixup, cutmix). A picture's numbers belong to (seed, epoch, index), a pair's to its
+first picture, so that workers, processes and interruptions change nothing.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+
+from umae import seeding
+
+OPERATIONS = 2  # of RandAugment, on each picture
+SPREAD = 0.5  # standard deviation of their magnitudes
+MOST = 10.0  # the largest magnitude
+AUGMENT_NUMBERS = 4 * OPERATIONS  # which operation, whether at all, how strongly, which direction
+ERASED = (0.02, 1 / 3)  # bounds of the share of the area
+ERASED_RATIO = (0.3, 1 / 0.3)  # bounds of height / width, drawn uniformly in the logarithm
+_ATTEMPTS = 10
+ERASE_NUMBERS = 1 + 4 * _ATTEMPTS  # whether at all, then area, ratio and position of every attempt
+_TRIES = 16  # for a number of the beta distribution; fewer than one pair in 60,000 needs more
+MIX_NUMBERS = 2 * _TRIES + 3  # then: which of the two, and the centre of the box
+_NORMAL = NormalDist()
+_HALF_STEP = 2.0**-25  # of the numbers' grid: makes numbers in [0, 1) ones in (0, 1)
+
+
+def _enhance(kind: type) -> Callable[[Image.Image, float, tuple], Image.Image]:
+    """Colour, contrast, brightness or sharpness: 1 is the picture itself, a change of up to 0.9 either way."""
+    return lambda picture, strength, fill: kind(picture).enhance(max(0.1, 1 + 0.9 * strength))
+
+
+def _affine(picture: Image.Image, matrix: Sequence[float], fill: tuple[int, int, int]) -> Image.Image:
+    return picture.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill)
+
+
+def _solarize_add(picture: Image.Image, strength: float) -> Image.Image:
+    """Dark levels (below 128) are raised by up to 110."""
+    added = int(110 * abs(strength))
+    return picture.point([min(255, level + added) if level < 128 else level for level in range(256)] * 3)
+
+
+# Each: (picture, strength in [-1, 1], colour of what comes in from outside) -> picture. A negative strength is the
+# other direction where there is one. The larger it is, the more the picture changes ("increasing").
+AUGMENTATIONS: dict[str, Callable[[Image.Image, float, tuple[int, int, int]], Image.Image]] = {
+    "autocontrast": lambda picture, strength, fill: ImageOps.autocontrast(picture),
+    "equalize": lambda picture, strength, fill: ImageOps.equalize(picture),
+    "invert": lambda picture, strength, fill: ImageOps.invert(picture),
+    "rotate": lambda picture, strength, fill: picture.rotate(30 * strength, Image.Resampling.BICUBIC, fillcolor=fill),
+    "posterize": lambda picture, strength, fill: _posterize(picture, 4 - int(4 * abs(strength))),
+    "solarize": lambda picture, strength, fill: ImageOps.solarize(picture, 256 - int(256 * abs(strength))),
+    "solarize_add": lambda picture, strength, fill: _solarize_add(picture, strength),
+    "color": _enhance(ImageEnhance.Color),
+    "contrast": _enhance(ImageEnhance.Contrast),
+    "brightness": _enhance(ImageEnhance.Brightness),
+    "sharpness": _enhance(ImageEnhance.Sharpness),
+    "shear_x": lambda picture, strength, fill: _affine(picture, (1, 0.3 * strength, 0, 0, 1, 0), fill),
+    "shear_y": lambda picture, strength, fill: _affine(picture, (1, 0, 0, 0.3 * strength, 1, 0), fill),
+    "translate_x": lambda picture, strength, fill: _affine(
+        picture, (1, 0, 0.45 * strength * picture.width, 0, 1, 0), fill
+    ),
+    "translate_y": lambda picture, strength, fill: _affine(
+        picture, (1, 0, 0, 0, 1, 0.45 * strength * picture.height), fill
+    ),
+}
+
+
+def _posterize(picture: Image.Image, bits: int) -> Image.Image:
+    """Only the highest bits of every level are kept; 0 leaves nothing."""
+    kept = 0xFF & ~((1 << (8 - bits)) - 1)
+    return picture.point([level & kept for level in range(256)] * 3)
+
+
+def rand_augment(
+    picture: torch.Tensor, numbers: torch.Tensor, magnitude: float, fill: tuple[int, int, int]
+) -> torch.Tensor:
+    """RandAugment (Cubuk et al. 2020, "RandAugment: Practical automated data augmentation...", section 3).
+
+    OPERATIONS are drawn out of AUGMENTATIONS, with repetition; each is applied with probability 1/2, at a magnitude
+    that is normal around the given one, in a direction of equal chances. Operations and magnitudes are those of the
+    policy that MAE fine-tunes with, `rand-m9-mstd0.5-inc1` in timm's documentation.
+
+    Args:
+        picture: uint8 (3, height, width).
+        numbers: float (AUGMENT_NUMBERS,), uniform in [0, 1).
+        magnitude: mean of the magnitudes, 0 (as weak as the operations get) to 10.
+        fill: colour of what comes in from outside of the picture, 0..255.
+
+    Returns:
+        uint8 (3, height, width).
+    """
+    names, image, applied = list(AUGMENTATIONS), None, []
+    for which, whether, how, direction in numbers.view(OPERATIONS, 4).tolist():
+        if whether < 0.5:
+            strength = min(max(magnitude + SPREAD * _NORMAL.inv_cdf(how + _HALF_STEP), 0.0), MOST) / MOST
+            applied.append((names[int(which * len(names))], strength if direction < 0.5 else -strength))
+    for name, strength in applied:
+        image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) if image is None else image
+        image = AUGMENTATIONS[name](image, strength, fill)
+    return picture if image is None else _to_tensor(image)
+
+
+def _to_tensor(image: Image.Image) -> torch.Tensor:
+    """RGB -> uint8 (3, height, width), contiguous."""
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1).contiguous()
+
+
+def erased_box(numbers: torch.Tensor, height: int, width: int, probability: float) -> tuple[int, int, int, int] | None:
+    """The box of random erasing (Zhong et al. 2020, "Random Erasing Data Augmentation", algorithm 1).
+
+    Args:
+        numbers: float (ERASE_NUMBERS,), uniform in [0, 1).
+        height, width: of the picture, in pixels.
+        probability: that there is one.
+
+    Returns:
+        (top, left, height, width) in pixels, the first of ten that fits; None for no box.
+    """
+    whether, *attempts = numbers.tolist()
+    if whether >= probability:
+        return None
+    for i in range(0, 4 * _ATTEMPTS, 4):
+        share, shape, vertical, horizontal = attempts[i : i + 4]
+        area = height * width * (ERASED[0] + share * (ERASED[1] - ERASED[0]))
+        ratio = ERASED_RATIO[0] * (ERASED_RATIO[1] / ERASED_RATIO[0]) ** shape
+        rows, columns = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < rows < height and 0 < columns < width:
+            return int(vertical * (height - rows + 1)), int(horizontal * (width - columns + 1)), rows, columns
+    return None
+
+
+def random_erasing(
+    picture: torch.Tensor,
+    box: tuple[int, int, int, int],
+    numbers: torch.Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> torch.Tensor:
+    """Fill a box with noise, another for every pixel and channel.
+
+    The noise is that of normalised pixels, normal with mean 0 and variance 1, rounded to the levels that a picture has
+    and therefore cut off where these end, about two deviations from the mean.
+
+    Args:
+        picture: uint8 (3, height, width); left as it is.
+        box: (top, left, height, width), as `erased_box` gives it.
+        numbers: float (3 * box height * box width,), uniform in [0, 1).
+        mean, std: of the pictures' normalisation, of values in 0..1.
+    """
+    top, left, rows, columns = box
+    noise = math.sqrt(2) * torch.erfinv(2 * (numbers.double() + _HALF_STEP) - 1).view(3, rows, columns)
+    scale, offset = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (std, mean))
+    picture = picture.clone()
+    levels = (255 * (noise * scale + offset)).round_().clamp_(0, 255)
+    picture[:, top : top + rows, left : left + columns] = levels.to(torch.uint8)
+    return picture
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """How pictures are changed; 0 turns an augmentation off.
+
+    Args:
+        horizontal_flip: share of the pictures that are mirrored.
+        rand_augment: RandAugment's mean magnitude, up to 10.
+        random_erasing: share of the pictures a part of which becomes noise.
+        mixup, cutmix: alpha of the beta distribution that says how much of either picture a pair keeps, up to 1; with
+            both, a pair is mixed the one way or the other with equal chances.
+        label_smoothing: share of the target that all classes get alike.
+    """
+
+    horizontal_flip: float = 0.5
+    rand_augment: float = 9.0
+    random_erasing: float = 0.25
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    label_smoothing: float = 0.1
+
+    @property
+    def mixes(self) -> bool:
+        """Whether pictures come in pairs."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+def augment(
+    crops: list[torch.Tensor],
+    epoch: int,
+    index: torch.Tensor,
+    *,
+    seed: int,
+    strengths: Strengths,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> list[torch.Tensor]:
+    """Flip, RandAugment and random erasing, in this order, keyed by (seed, epoch, index).
+
+    Args:
+        crops: uint8 (3, height, width) each.
+        index: int64 (batch,), their positions in the data set.
+        mean, std: of the pictures' normalisation, of values in 0..1; the mean colour fills what comes in from outside.
+    """
+    fill = tuple(round(255 * value) for value in mean)
+    flips = (seeding.uniform(seed, seeding.FLIP, epoch, index, 1)[:, 0] < strengths.horizontal_flip).tolist()
+    chosen = seeding.uniform(seed, seeding.AUGMENT, epoch, index, AUGMENT_NUMBERS)
+    erased = seeding.uniform(seed, seeding.ERASE, epoch, index, ERASE_NUMBERS)
+    changed = []
+    for i, picture in enumerate(crops):
+        picture = picture.flip(-1) if flips[i] else picture
+        if strengths.rand_augment > 0:
+            picture = rand_augment(picture, chosen[i], strengths.rand_augment, fill)
+        box = erased_box(erased[i], *picture.shape[-2:], strengths.random_erasing)
+        if box is not None:
+            count = ERASE_NUMBERS + 3 * box[2] * box[3]  # the first are those that have chosen the box
+            (noise,) = seeding.uniform(seed, seeding.ERASE, epoch, index[i : i + 1], count)
+            picture = random_erasing(picture, box, noise[ERASE_NUMBERS:], mean, std)
+        changed.append(picture)
+    return changed
+
+
+def beta(numbers: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Beta(alpha, alpha) from uniform numbers, by Jöhnk's rejection (1964) with a fixed number of tries.
+
+    Args:
+        numbers: float (batch, 2 * tries), uniform in [0, 1).
+        alpha: in (0, 1], where at least half of the tries are accepted.
+
+    Returns:
+        float (batch,) in [0, 1]; 1/2 where no try was accepted.
+    """
+    first, second = ((numbers + _HALF_STEP).log() / alpha).unflatten(1, (-1, 2)).unbind(2)  # (batch, tries)
+    accepted = torch.logaddexp(first, second) <= 0
+    is_first = accepted & (accepted.cumsum(dim=1) == 1)
+    drawn = (torch.sigmoid(first - second) * is_first).sum(dim=1)
+    return torch.where(accepted.any(dim=1), drawn, 0.5)
+
+
+def cut_boxes(share: torch.Tensor, centre: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The boxes of cutmix: a share of the picture's area, around any pixel, as far as they lie in the picture.
+
+    Args:
+        share: float (batch,), in [0, 1].
+        centre: float (batch, 2), (vertical, horizontal), uniform in [0, 1).
+
+    Returns:
+        bool (batch, height, width), True inside.
+    """
+    inside = []
+    for axis, side in enumerate((height, width)):
+        length, middle = (side * share.sqrt()).floor(), (side * centre[:, axis]).floor()
+        places, first = torch.arange(side, device=share.device), middle - (length / 2).floor()
+        inside.append((places >= first[:, None]) & (places < (first + length)[:, None]))  # (batch, side)
+    return inside[0][:, :, None] & inside[1][:, None, :]
+
+
+def mix_pairs(
+    pixel_values: torch.Tensor, targets: torch.Tensor, numbers: torch.Tensor, mixup: float, cutmix: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix each picture with its neighbour in the batch, by mixup or cutmix, and their targets in the same proportion.
+
+    Mixup (Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization") averages two pictures with the weights
+    lambda and 1 - lambda, cutmix (Yun et al. 2019, "CutMix: Regularization Strategy to Train Strong Classifiers...")
+    puts a box of one into the other, with 1 - lambda of its area. Lambda is drawn for each pair; pictures 0 and 1 are
+    one, 2 and 3 the next. (MAE draws one lambda for all pictures of a process, and pairs the first with the last: there
+    the pictures depend on how many processes share them.) Never waits for the device.
+
+    Args:
+        pixel_values: float (batch, channels, height, width), an even number of pictures.
+        targets: float (batch, classes).
+        numbers: float (batch / 2, MIX_NUMBERS), uniform in [0, 1), on the same device.
+        mixup, cutmix: alpha of the beta distribution of lambda, in (0, 1]; 0 for never. With both, half of the pairs
+            are mixed the one way and half the other.
+
+    Returns:
+        Pictures and targets, of the same shapes.
+    """
+    height, width = pixel_values.shape[-2:]
+    draws, which, centre = numbers[:, : 2 * _TRIES], numbers[:, 2 * _TRIES], numbers[:, 2 * _TRIES + 1 :]
+    lambdas = [beta(draws, alpha) if alpha > 0 else None for alpha in (mixup, cutmix)]
+    cuts = torch.full_like(which, mixup == 0, dtype=torch.bool) if 0 in (mixup, cutmix) else which < 0.5
+    boxes = torch.zeros(len(numbers), height, width, device=numbers.device)
+    if cutmix > 0:
+        boxes = cut_boxes(1 - lambdas[1], centre, height, width).float()
+    kept = 1 - boxes.mean(dim=(1, 2)) if mixup == 0 else torch.where(cuts, 1 - boxes.mean(dim=(1, 2)), lambdas[0])
+    weights = torch.where(
+        cuts[:, None, None], 1 - boxes, kept[:, None, None]
+    )  # (pairs, height, width), of the own pixel
+
+    def mixed(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        pairs = values.unflatten(0, (-1, 2))
+        return (pairs * weights + pairs.flip(1) * (1 - weights)).flatten(0, 1)
+
+    return mixed(pixel_values, weights[:, None, None]), mixed(targets, kept[:, None, None])
+
+
+def soft_targets(labels: torch.Tensor, num_classes: int, smoothing: float) -> torch.Tensor:
+    """One-hot targets, a share of which all classes get alike (Szegedy et al. 2016): int64 (batch,) -> (batch, C)."""
+    targets = torch.full((len(labels), num_classes), smoothing / num_classes, device=labels.device)
+    return targets.scatter_add_(1, labels[:, None], torch.full_like(targets[:, :1], 1 - smoothing))

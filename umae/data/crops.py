@@ -1,0 +1,87 @@
+"""Random crops as pure functions: what is random comes in as numbers (see seeding.py)."""
+
+import math
+
+import torch
+from torch.nn.functional import interpolate
+
+from umae import seeding
+
+MIN_SCALE, RATIO = 0.2, (3 / 4, 4 / 3)  # of pre-training's crops: least share of the area, width / height
+_ATTEMPTS = 10
+CROP_NUMBERS = 2 * _ATTEMPTS + 2  # an area and a ratio per attempt, then the two of the position
+
+
+def crop_box(
+    numbers: torch.Tensor,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (MIN_SCALE, 1.0),
+    ratio: tuple[float, float] = RATIO,
+) -> tuple[int, int, int, int]:
+    """The box of a random resized crop, by the law of torchvision's RandomResizedCrop.get_params.
+
+    Of ten boxes the first that fits, else the largest central one of an allowed ratio.
+
+    Args:
+        numbers: float (CROP_NUMBERS,), uniform in [0, 1).
+        height, width: of the picture, in pixels.
+        scale: bounds of the box's share of the picture's area, drawn uniformly.
+        ratio: bounds of the box's width / height, drawn uniformly in the logarithm.
+
+    Returns:
+        (top, left, height, width) in pixels, at least 1 x 1 and inside the picture.
+    """
+    *shapes, vertical, horizontal = numbers.tolist()
+    if len(shapes) != 2 * _ATTEMPTS:
+        raise ValueError(f"{len(numbers)} numbers for a crop; expected CROP_NUMBERS = {CROP_NUMBERS}")
+    for share, shape in zip(shapes[::2], shapes[1::2], strict=True):
+        area = height * width * (scale[0] + share * (scale[1] - scale[0]))
+        aspect = ratio[0] * (ratio[1] / ratio[0]) ** shape
+        box_height, box_width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < box_height <= height and 0 < box_width <= width:
+            top = int(vertical * (height - box_height + 1))
+            left = int(horizontal * (width - box_width + 1))
+            return top, left, box_height, box_width
+    box_height = min(height, max(1, round(width / ratio[0])))
+    box_width = min(width, max(1, round(height * ratio[1])))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def random_resized_crop(
+    picture: torch.Tensor,
+    numbers: torch.Tensor,
+    size: tuple[int, int],
+    scale: tuple[float, float] = (MIN_SCALE, 1.0),
+) -> torch.Tensor:
+    """Cut the box that crop_box draws and resize it, bicubic with antialiasing.
+
+    Args:
+        picture: uint8 (channels, height, width), on the CPU.
+        numbers: float (CROP_NUMBERS,), uniform in [0, 1).
+        size: (height, width) of the result, in pixels.
+        scale: bounds of the box's share of the picture's area.
+
+    Returns:
+        uint8 (channels, *size), contiguous, in memory of its own; a box that has the size already keeps its pixels.
+    """
+    top, left, height, width = crop_box(numbers, *picture.shape[-2:], scale)
+    box = picture[None, :, top : top + height, left : left + width]
+    return interpolate(box, size, mode="bicubic", antialias=True)[0]
+
+
+def least_side(size: tuple[int, int], min_scale: float = MIN_SCALE) -> int:
+    """How many pixels a picture's shorter side must keep when it is decoded at a reduced scale, for crops of `size`.
+
+    Its smallest crop then still has 1.5 times the pixels of the result along each axis: on ImageNet pictures the
+    crops differ from those of the full scale by less than 1 of 255 levels on average.
+    """
+    return math.ceil(1.5 * max(size) / math.sqrt(min_scale * RATIO[0]))
+
+
+def random_crop(
+    pixels: torch.Tensor, seed: int, epoch: int, index: int, size: tuple[int, int], min_scale: float = MIN_SCALE
+) -> torch.Tensor:
+    """The crop of one picture, keyed by (seed, epoch, index): uint8 (3, height, width) -> (3, *size)."""
+    (numbers,) = seeding.uniform(seed, seeding.CROP, epoch, torch.tensor([index]), CROP_NUMBERS)
+    return random_resized_crop(pixels, numbers, size, (min_scale, 1.0))

@@ -1,0 +1,428 @@
+"""A Hub name, a folder of images, a folder of parquet or the bundled digits -> one split of images and their labels."""
+
+import contextlib
+import hashlib
+import io
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from PIL import Image
+
+from image_processing_umae import UnreadablePicture, open_image
+from umae import seeding
+from umae.data.decoding import read_pixels
+
+# What Pillow opens without plugins and people keep pictures in.
+PICTURE_ENDINGS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif",
+)  # fmt: skip
+
+# What lies in folders of images and is none. Files with other endings than these and PICTURE_ENDINGS are named.
+OTHER_ENDINGS = (
+    ".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".rst", ".xml", ".html", ".yaml", ".yml", ".toml", ".ini", ".log",
+    ".db", ".py", ".sh", ".pdf", ".xls", ".xlsx", ".docx",
+)  # fmt: skip
+
+# What `datasets` may find images in, or be led to them by.
+DATA = (*PICTURE_ENDINGS, ".parquet", ".arrow", ".tar", ".zip", ".gz", ".tgz", ".csv", ".tsv", ".json", ".jsonl")
+KNOWN_ENDINGS = {*PICTURE_ENDINGS, *OTHER_ENDINGS}
+SHOWN_ENDINGS = 5
+NO_LABELS = "none"  # as label_column: whatever labels there seem to be
+SHOWN_CLASSES = 6
+
+# Sub-folders that mean a split rather than a class, and the split they mean.
+SPLIT_FOLDERS = {
+    "train": "train", "training": "train", "test": "test", "testing": "test",
+    "validation": "validation", "valid": "validation", "val": "validation",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """One split of a data set whose pictures are still encoded.
+
+    Args:
+        dataset: rows with the undecoded picture (`{"bytes", "path"}`) and possibly a label.
+        image_column: name of the picture's column.
+        label_column: name of the label's column, None if there is none.
+        description: what to call it in print, without any local path: `uoft-cs/cifar10 (train)`.
+        folder: where the files lie, for a folder of pictures.
+        not_read: what else lies there with an ending that is not read, in words: `12 .heic, 3 .cr2`; empty if nothing.
+    """
+
+    dataset: datasets.Dataset
+    image_column: str
+    label_column: str | None
+    description: str
+    folder: Path | None = None
+    not_read: str = ""
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    @property
+    def num_pictures(self) -> int:
+        return len(self)
+
+    def read(self, index: int) -> Image.Image:
+        """The picture at `index`, RGB. Raises `UnreadablePicture`, which names the file."""
+        ((source, name),) = self._sources([index])
+        return open_image(source, name)
+
+    def read_pixels(
+        self, indices: list[int], min_side: int | None = None
+    ) -> Iterator[torch.Tensor | UnreadablePicture]:
+        """The pictures at `indices`, uint8 (3, height, width), large JPEGs possibly smaller (see `umae.data.decoding`).
+
+        They are opened one by one, their bytes are fetched together. A picture that cannot be read is the refusal
+        itself, which does not end the others.
+        """
+        for source, name in self._sources(indices):
+            try:
+                yield read_pixels(source, name, min_side)
+            except UnreadablePicture as error:
+                yield error
+
+    def sample(self, seed: int, count: int) -> Iterator[tuple[int, Image.Image]]:
+        """The indices of at most so many pictures, and those of them that can be read, see `spread`."""
+        return self._readable(self.spread(count, seed))
+
+    def spread(self, count: int, seed: int = 0) -> list[int]:
+        """Indices of at most so many pictures, spread evenly since many data sets are sorted by class, in an order
+        that depends on the seed."""
+        count = min(count, len(self))
+        return [place * len(self) // count for place in seeding.permutation(seed, 0, count).tolist()]
+
+    def _readable(self, indices: Iterable[int]) -> Iterator[tuple[int, Image.Image]]:
+        for index in indices:
+            with contextlib.suppress(UnreadablePicture):
+                yield index, self.read(index)
+
+    def place(self, index: int) -> str:
+        """An index as people read it."""
+        return str(index)
+
+    def fingerprint(self) -> str:
+        """What tells these pictures from others of the same name and number: of the bytes of 16 that lie far apart."""
+        digest = hashlib.sha256()
+        indices = sorted({round(place * (len(self) - 1) / 15) for place in range(16)})
+        for source, _ in self._sources(indices):
+            with contextlib.suppress(OSError):  # a file that cannot be read differs from one that can
+                digest.update(source if isinstance(source, bytes) else Path(source).read_bytes())
+            digest.update(b"\0")
+        return digest.hexdigest()[:16]
+
+    def check_readable(self) -> None:
+        """Raise `ValueError`, with the first three reasons, if not one picture can be read."""
+        reasons = []
+        for index in range(len(self)):
+            (pixels,) = self.read_pixels([index])
+            if isinstance(pixels, torch.Tensor):
+                return
+            reasons.append(str(pixels))
+        raise ValueError(
+            f"none of the {len(self)} pictures of {self.description} can be read: {'; '.join(reasons[:3])}"
+        )
+
+    def _sources(self, indices: list[int]) -> Iterator[tuple[bytes | str, str]]:
+        """What to read, bytes or a path, and what a refusal calls it."""
+        for index, encoded in zip(indices, self.dataset[indices][self.image_column], strict=True):
+            source = encoded["path"] if encoded["bytes"] is None else encoded["bytes"]
+            yield source, self._name(index, encoded["path"])
+
+    def name_of(self, index: int) -> str:
+        """The picture's file, relative to its folder, or its place in the data set (`digits (train)[17]`)."""
+        return self._name(index, self.dataset[index][self.image_column]["path"])
+
+    def _name(self, index: int, path: str | None) -> str:
+        if self.folder is not None:
+            return os.path.relpath(path, self.folder)
+        return f"{self.description}[{index}]" + (f" {Path(path).name}" if path else "")
+
+    @property
+    def label_names(self) -> list[str] | None:
+        """The names of the classes, None if the labels are plain numbers or missing."""
+        feature = self.dataset.features.get(self.label_column)
+        return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether any picture has a label: many test splits on the Hub hide theirs, and hold -1 in every row."""
+        if self.label_column is None:
+            return False
+        return any(label not in (None, -1) for label in self.dataset[self.label_column][:])
+
+    @property
+    def label_summary(self) -> str:
+        """The labels and where they come from, in words: `2 classes from sub-folders: cat, dog`."""
+        if self.label_column is None:
+            return "none"
+        source = "sub-folders" if self.folder is not None else f"column {self.label_column!r}"
+        names = self.label_names
+        if names is None:
+            feature = self.dataset.features[self.label_column]
+            return f"{getattr(feature, 'dtype', 'nested')} values from {source}"
+        shown = ", ".join(names[:SHOWN_CLASSES]) + (", ..." if len(names) > SHOWN_CLASSES else "")
+        return f"{len(names)} classes from {source}: {shown}"
+
+    def labels(self) -> torch.Tensor:
+        """int64 (N,). Raises `ValueError` if there are none, or some are missing, negative or text."""
+        if self.label_column is None:
+            raise ValueError(
+                f"{self.description} has no labels: its columns are {', '.join(self.dataset.column_names)}; "
+                f"name one with label_column_name, or give a folder with one sub-folder for each class"
+            )
+        labels = self.dataset[self.label_column][:]
+        wrong = sorted({repr(label) for label in labels if not isinstance(label, int) or label < 0})
+        if wrong:
+            raise ValueError(
+                f"{self.description}: column {self.label_column!r} holds {', '.join(wrong[:5])}"
+                + (f" and {len(wrong) - 5} other such values" if len(wrong) > 5 else "")
+                + "; expected a class of at least 0 in every row (for text see `class_encode_column` of `datasets`)"
+            )
+        return torch.tensor(labels, dtype=torch.int64)
+
+
+def load_pictures(
+    name: str,
+    config_name: str | None = None,
+    split: str = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Pictures:
+    """One split of a data set.
+
+    Args:
+        name: `digits` (bundled with scikit-learn), a local folder of pictures (one sub-folder for each class, if there
+            are classes), a local folder of parquet or other files that `datasets` reads, or a name on the Hub.
+            Sub-folders with the names in SPLIT_FOLDERS are splits if there are images nowhere else. A single such name
+            among others is a class (`bus`, `car`, `train`). Several of them beside others, or any beside loose images
+            only, may be either and are refused.
+        config_name: the Hub data set's configuration.
+        split: which split; for `datasets`' own formats also slices such as `train[:10%]`.
+        image_column, label_column: found by their types if there is one candidate; the label column `none` says that
+            there are no labels, whatever the sub-folders or columns look like.
+
+    Raises:
+        ValueError: the data set, split or column does not exist or is ambiguous; what does exist is listed.
+    """
+    folder = Path(name)
+    if name == "digits":
+        return _prepare(_pick(_digits(), split, name), image_column, label_column, f"digits ({split})")
+    if folder.is_dir() and _holds_pictures(folder):
+        rows = _pick(_picture_folder(folder), split, name)
+        pictures = _prepare(rows, image_column, label_column, f"folder {folder.resolve().name} ({split})", folder)
+        return replace(pictures, not_read=_not_read(folder))
+    if folder.is_dir() and _not_read(folder) and not any(path.suffix.lower() in DATA for path in _files(folder)):
+        raise ValueError(
+            f"{name}: no images could be loaded; it holds {_not_read(folder)}, which are not read; expected images "
+            f"({', '.join(PICTURE_ENDINGS)}) or parquet files; convert them"
+        )
+    rows = load_split(name, config_name, split)
+    return _prepare(rows, image_column, label_column, describe(name, split))
+
+
+def describe(name: str, split: str) -> str:
+    """What to call a data set in print: its name on the Hub, or of its folder without the path."""
+    return f"{Path(name).resolve().name if Path(name).is_dir() else name} ({split})"
+
+
+def comes_in_files(name: str) -> bool:
+    """Whether a data set is read picture by picture: the digits, a folder of pictures."""
+    return name == "digits" or (Path(name).is_dir() and _holds_pictures(Path(name)))
+
+
+def split_names(name: str, config_name: str | None = None) -> list[str]:
+    """The splits of a data set that `load_pictures` knows by this name."""
+    if name == "digits":
+        return list(_digits())
+    if Path(name).is_dir() and _holds_pictures(Path(name)):
+        return list(_picture_folder(Path(name)))
+    return datasets.get_dataset_split_names(name, config_name)
+
+
+def held_out_splits(name: str, config_name: str | None, train_split: str) -> list[str]:
+    """The splits to evaluate on, the usual one first: `test` and `validation`, if they exist and are not trained on."""
+    trained_on = {part.partition("[")[0] for part in train_split.split("+")}  # such as `train+validation[:50%]`
+    names = split_names(name, config_name)
+    return [split for split in ("test", "validation") if split in names and split not in trained_on]
+
+
+def load_split(name: str, config_name: str | None, split: str, streaming: bool = False):
+    """`datasets.load_dataset`, whose errors become a `ValueError` that says what there is."""
+    folder = Path(name)
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise ValueError(f"there is no folder {name}; give an existing folder, a name on the Hub, or `digits`")
+    try:
+        return datasets.load_dataset(name, config_name, split=split, streaming=streaming)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        raise ValueError(f"there is neither a folder nor a data set on the Hub called {name!r} ({error})") from error
+    except (datasets.data_files.EmptyDatasetError, ConnectionError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{name}: no images could be loaded ({error}); expected a folder with images "
+            f"({', '.join(PICTURE_ENDINGS)}) or parquet files, or a name on the Hub"
+        ) from error
+    except ValueError as error:  # an unknown or empty split or configuration: the message lists those that exist
+        raise ValueError(f"{name}, split {split!r}: {error}") from error
+
+
+def _holds_pictures(folder: Path) -> bool:
+    """Whether a folder holds picture files, at any depth, and nothing at its top that is a data set of its own."""
+    for entry in folder.iterdir():
+        if entry.suffix in (".parquet", ".arrow", ".tar") or entry.stem == "metadata":
+            return False
+    return next(_picture_files(folder), None) is not None
+
+
+def _picture_files(folder: Path) -> Iterator[Path]:
+    """Image files at any depth, sorted by path, hidden ones left out."""
+    return (path for path in _files(folder) if path.suffix.lower() in PICTURE_ENDINGS)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files at any depth, sorted by path, hidden ones left out."""
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield Path(parent, name)
+
+
+def _not_read(folder: Path) -> str:
+    """How many files of which endings may be images, and are not read, in words: `12 .heic, 3 .cr2`."""
+    endings = Counter(path.suffix.lower() or "without an ending" for path in _files(folder))
+    counts = [(ending, count) for ending, count in endings.most_common() if ending not in KNOWN_ENDINGS]
+    shown = [f"{count:,} {ending}" for ending, count in counts[:SHOWN_ENDINGS]]
+    rest = sum(count for _, count in counts[SHOWN_ENDINGS:])
+    return ", ".join([*shown, f"{rest:,} others"] if rest else shown)
+
+
+def _picture_folder(folder: Path) -> dict[str, datasets.Dataset]:
+    """The splits of a folder of pictures.
+
+    Not by `datasets`' own "imagefolder": that sorts files into splits by words in their names (`test_drive.jpg`) and
+    reads brackets in a folder's name as a pattern.
+    """
+    files = list(_picture_files(folder))
+    parts = [file.relative_to(folder).parts for file in files]
+    split_of, members = _split_folders(parts, folder), {}
+    for file, path in zip(files, parts, strict=True):
+        split, below = (split_of[path[0]], path[1:]) if split_of else ("train", path)
+        members.setdefault(split, []).append((str(file), below[0] if len(below) > 1 else None))
+    rows = {}
+    for split, some in members.items():
+        paths, classes = map(list, zip(*some, strict=True))
+        columns, features = {"image": paths}, {"image": datasets.Image(decode=False)}
+        if None not in classes and len(set(classes)) > 1:
+            columns["label"] = classes
+            features["label"] = datasets.ClassLabel(names=sorted(set(classes)))
+        rows[split] = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    return rows
+
+
+def _split_folders(parts: list[tuple[str, ...]], folder: Path) -> dict[str, str]:
+    """The sub-folders of `folder` that are splits, each with its split; empty if they are classes, or none.
+
+    Args:
+        parts: of the path of every image below `folder`.
+
+    Raises:
+        ValueError: they may be either (see `load_pictures`), or two are of one split.
+    """
+    tops = {path[0] for path in parts if len(path) > 1}
+    loose = [path[0] for path in parts if len(path) == 1]
+    named = sorted(top for top in tops if top.lower() in SPLIT_FOLDERS)
+    others = sorted(tops.difference(named))
+    if not named or (others and len(named) == 1):
+        return {}
+    if others or loose:
+        beside = ", ".join(others[:5]) or f"{len(loose)} loose images such as {loose[0]}"
+        raise ValueError(
+            f"folder {folder}: its sub-folders {', '.join(named)} are named like splits, but {beside} beside them "
+            f"belong to none; move these elsewhere, or rename the sub-folders if they are classes"
+        )
+    splits: dict[str, str] = {}
+    for top in named:
+        split = SPLIT_FOLDERS[top.lower()]
+        if split in splits.values():
+            both = ", ".join(one for one in named if SPLIT_FOLDERS[one.lower()] == split)
+            raise ValueError(f"folder {folder}: its sub-folders {both} are both of the split {split}; keep one of them")
+        splits[top] = split
+    return splits
+
+
+def _digits() -> dict[str, datasets.Dataset]:
+    """The 1,797 handwritten digits of 8 x 8 pixels bundled with scikit-learn, every fifth of them for testing."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pictures = (digits.images * (255 / 16)).round().astype("uint8")  # 17 greys -> 0..255
+    features = datasets.Features(
+        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=[str(i) for i in range(10)])}
+    )
+    rows = {}
+    for split, wanted in (("train", lambda i: i % 5 != 4), ("test", lambda i: i % 5 == 4)):
+        indices = [i for i in range(len(pictures)) if wanted(i)]
+        columns = {
+            "image": [{"bytes": _png(pictures[i]), "path": None} for i in indices],
+            "label": [int(digits.target[i]) for i in indices],
+        }
+        rows[split] = datasets.Dataset.from_dict(columns, features=features)
+    return rows
+
+
+def _png(pixels) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _pick(splits: dict[str, datasets.Dataset], split: str, name: str) -> datasets.Dataset:
+    if split not in splits:
+        raise ValueError(f"{name} has no split {split!r}; it has {', '.join(splits)}")
+    return splits[split]
+
+
+def _prepare(
+    rows: datasets.Dataset,
+    image_column: str | None,
+    label_column: str | None,
+    description: str,
+    folder: Path | None = None,
+) -> Pictures:
+    """Find the columns and leave the pictures encoded."""
+    features = rows.features
+    if label_column not in (None, NO_LABELS, *features):
+        raise ValueError(f"{description} has no column {label_column!r}; it has {', '.join(features)}")
+    image_column = find_image_column(features, image_column, description)
+    if label_column is None:
+        typed = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        candidates = typed if len(typed) == 1 else [name for name in ("label", "labels") if name in features]
+        label_column = candidates[0] if candidates else NO_LABELS
+    label_column = None if label_column == NO_LABELS else label_column
+    if len(rows) == 0:
+        raise ValueError(f"{description} holds no pictures")
+    rows = rows.select_columns([column for column in (image_column, label_column) if column])
+    rows = rows.cast_column(image_column, datasets.Image(decode=False))
+    return Pictures(rows, image_column, label_column, description, folder)
+
+
+def find_image_column(features: Mapping[str, Any], given: str | None, description: str) -> str:
+    """The column that was given, or else the only one of pictures; raises `ValueError` with those that exist."""
+    if given is not None:
+        if given not in features:
+            raise ValueError(f"{description} has no column {given!r}; it has {', '.join(features)}")
+        return given
+    candidates = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if len(candidates) != 1:
+        found = f"{len(candidates)} picture columns" if candidates else "no picture column"
+        raise ValueError(
+            f"{description} has {found} among {', '.join(features)}; name the one to use with image_column_name"
+        )
+    return candidates[0]

@@ -1,0 +1,250 @@
+"""Pictures of a data set in shards, read as they come: nothing is downloaded in advance, nothing stays on the disk.
+
+The shards of an epoch are put in a keyed order and dealt out to the readers, which are the loader's workers of all
+processes; the rows of a shard are shuffled by a keyed permutation of every block of BLOCK rows. So where a reader
+stands is four numbers, its cursor, and a run goes on from there with the very next picture.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import datasets
+import fsspec.asyn
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from image_processing_umae import UnreadablePicture, open_image
+from umae import seeding
+from umae.data.batches import Plan, ignore_signals
+from umae.data.crops import least_side, random_crop
+from umae.data.decoding import read_pixels
+from umae.data.images import comes_in_files, describe, find_image_column, load_split
+
+BLOCK = 1024  # rows that a reader holds, still encoded: about 100 MB of ImageNet
+HEAD = 64  # rows that are looked at before training
+ROW_BITS = 32  # a picture's index is its shard * 2**32 + its row
+
+
+class Cursor(NamedTuple):
+    """Where a reader stands: epoch, place among its shards of that epoch, block of the shard, rows done of it."""
+
+    epoch: int
+    place: int
+    block: int
+    done: int
+
+
+START = Cursor(0, 0, 0, 0)
+
+
+class Row(NamedTuple):
+    """An encoded picture, and what is needed to go on behind it."""
+
+    index: int
+    epoch: int
+    source: bytes | str
+    name: str
+    behind: Cursor
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One split of a data set that is read while it is trained on.
+
+    Args:
+        dataset: rows with the undecoded picture (`{"bytes", "path"}`).
+        image_column: name of the picture's column.
+        description: what to call it in print: `org/set (train)`.
+        num_pictures: None if the data set does not say.
+    """
+
+    dataset: datasets.IterableDataset
+    image_column: str
+    description: str
+    num_pictures: int | None
+
+    @property
+    def num_shards(self) -> int:
+        return self.dataset.num_shards
+
+    @property
+    def has_labels(self) -> bool:
+        """False: a stream is read without them."""
+        return False
+
+    @property
+    def label_summary(self) -> str:
+        """As `Pictures.label_summary`."""
+        return "none, a stream is read without them"
+
+    @property
+    def not_read(self) -> str:
+        """As `Pictures.not_read`: a stream has rows, not files."""
+        return ""
+
+    def place(self, index: int) -> str:
+        """An index as people read it."""
+        return f"row {index % 2**ROW_BITS} of shard {index >> ROW_BITS}"
+
+    def walk(self, seed: int, reader: int = 0, readers: int = 1, start: Cursor = START) -> Iterator[Row]:
+        """One reader's rows, epoch after epoch without end, from `start` on.
+
+        Raises:
+            ValueError: an epoch of this reader holds no row.
+        """
+        epoch, place, first_block, done = start
+        while True:
+            shards = seeding.permutation(seed, epoch, self.num_shards).tolist()[reader::readers]
+            found = start != START and epoch == start.epoch
+            for place in range(place, len(shards)):  # noqa: B020  # the first epoch begins in the middle
+                for block, rows in enumerate(self._blocks(shards[place], first_block), first_block):
+                    order = seeding.permutation(seed, epoch, len(rows), shards[place], block).tolist()
+                    for count, row in enumerate(order[done:], done + 1):
+                        index, found = (shards[place] << ROW_BITS) + block * BLOCK + row, True
+                        source, name = self._source(rows[row], index)
+                        yield Row(index, epoch, source, name, Cursor(epoch, place, block, count))
+                    done = 0
+                first_block = done = 0
+            if not found:
+                raise ValueError(f"{self.description}: the shards {shards[:5]} hold no rows")
+            epoch, place = epoch + 1, 0
+
+    def _blocks(self, shard: int, first: int) -> Iterator[list[dict]]:
+        """The encoded pictures of a shard, BLOCK of them at a time, from a block on."""
+        rows = self.dataset.shard(self.num_shards, shard)
+        rows = rows.skip(first * BLOCK) if first else rows
+        for batch in rows.iter(BLOCK):  # unlike iter(rows), not shared out among a loader's workers once more
+            yield batch[self.image_column]
+
+    def _source(self, encoded: dict, index: int) -> tuple[bytes | str, str]:
+        source = encoded["path"] if encoded["bytes"] is None else encoded["bytes"]
+        return source, f"{self.description}, {self.place(index)}"
+
+    def _readable(self, rows: Iterable[Row], refusals: list[str]) -> Iterator[tuple[int, Image.Image]]:
+        for row in rows:
+            try:
+                yield row.index, open_image(row.source, row.name)
+            except UnreadablePicture as error:
+                refusals.append(str(error))
+
+    def _head(self) -> list[Row]:
+        """The first rows of the first shard."""
+        rows = self.dataset.shard(self.num_shards, 0).iter(HEAD)
+        encoded = next(rows, {self.image_column: []})[self.image_column]
+        return [Row(index, 0, *self._source(one, index), START) for index, one in enumerate(encoded)]
+
+    def check_readable(self) -> None:
+        """Raise `ValueError`, with the first three reasons, if not one of the first pictures can be read."""
+        refusals: list[str] = []
+        if next(self._readable(self._head(), refusals), None) is None:
+            raise ValueError(
+                f"none of the first {len(refusals)} pictures of {self.description} can be read: "
+                f"{'; '.join(refusals[:3])}"
+            )
+
+    def sample(self, seed: int, count: int) -> Iterator[tuple[int, Image.Image]]:
+        """The indices of some pictures that can be read, and the pictures; the same ones for the same seed."""
+        return islice(self._readable(self.walk(seed), []), count)
+
+    def fingerprint(self) -> str:
+        """What tells these pictures from others of the same name: of the first ones, and the number of shards."""
+        digest = hashlib.sha256(str(self.num_shards).encode())
+        for row in self._head():
+            digest.update(row.source if isinstance(row.source, bytes) else row.source.encode())
+        return digest.hexdigest()[:16]
+
+
+def load_stream(name: str, config_name: str | None, split: str, image_column: str | None) -> Stream:
+    """One split of a data set that `datasets` can stream: on the Hub, or a folder of parquet, arrow or tar files.
+
+    Raises:
+        ValueError: the data set, split or column does not exist or is ambiguous; what does exist is listed.
+    """
+    if comes_in_files(name):
+        raise ValueError(f"{name} does not come in shards; leave out streaming")
+    dataset, description = load_split(name, config_name, split, streaming=True), describe(name, split)
+    column = find_image_column(dataset.features or {}, image_column, description)
+    splits = dataset.info.splits or {}
+    count = splits[split].num_examples if split in splits else None
+    dataset = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    return Stream(dataset, column, description, count or None)
+
+
+class StreamedPictures(torch.utils.data.IterableDataset):
+    """Micro-batches of random crops of one process; each worker of the loader is a reader of its own.
+
+    A batch is as `TrainingPictures` has it, but its `epoch` is int64 (batch,), and its `cursor` says which reader it
+    came from, and where that stands behind it. A picture that cannot be read is left out.
+
+    Args:
+        size: (height, width) of the crops, in pixels.
+        micro_batches: the numbers of the process' micro-batches in the run, from where it starts to its end.
+        cursors: where each of its readers stands at the start; one, if the loader has no workers.
+    """
+
+    def __init__(
+        self, stream: Stream, size: tuple[int, int], plan: Plan, rank: int, micro_batches: range, cursors: list[Cursor]
+    ):
+        self.stream, self.size, self.plan, self.rank = stream, size, plan, rank
+        self.micro_batches, self.cursors = micro_batches, cursors
+
+    def __iter__(self) -> Iterator[dict]:
+        info = torch.utils.data.get_worker_info()
+        if info is not None:
+            fsspec.asyn.reset_lock()  # a forked process would wait for its parent's
+        turn, readers = info.id if info else 0, len(self.cursors)
+        mine = (self.micro_batches.start + turn) % readers  # the loader begins with its first worker wherever it starts
+        reader = self.rank * readers + mine
+        rows = self.stream.walk(self.plan.seed, reader, self.plan.processes * readers, self.cursors[mine])
+        for _ in self.micro_batches[turn::readers]:
+            yield self._micro_batch(rows, mine)
+
+    def _micro_batch(self, rows: Iterator[Row], reader: int) -> dict:
+        shown, crops, refusals = [], [], {}
+        while len(crops) < self.plan.batch_size:
+            row = next(rows)
+            try:
+                pixels = read_pixels(row.source, row.name, least_side(self.size))
+            except UnreadablePicture as error:
+                if row.index in refusals:  # this reader has come around, and found nothing
+                    raise
+                refusals[row.index] = str(error)
+                continue
+            crops.append(random_crop(pixels, self.plan.seed, row.epoch, row.index, self.size))
+            shown.append((row.index, row.epoch))
+        index, epoch = torch.tensor(shown).unbind(1)
+        return {
+            "pixel_values": torch.stack(crops),
+            "index": index,
+            "epoch": epoch,
+            "refusals": refusals,
+            "cursor": (reader, row.behind),
+        }
+
+
+def streaming_loader(
+    stream: Stream,
+    size: tuple[int, int],
+    plan: Plan,
+    rank: int,
+    steps: range,
+    cursors: list[Cursor],
+    num_workers: int,
+    pin_memory: bool = False,
+) -> Iterator[dict]:
+    """Micro-batches of one process for some steps; `cursors` follows what is taken, and is what a checkpoint needs."""
+    micro_batches = range(steps.start * plan.accumulation, steps.stop * plan.accumulation)
+    loader = DataLoader(
+        StreamedPictures(stream, size, plan, rank, micro_batches, list(cursors)),
+        batch_size=None,  # an element is a whole micro-batch
+        num_workers=num_workers,
+        worker_init_fn=ignore_signals if num_workers else None,
+        pin_memory=pin_memory,
+    )
+    for batch in loader:
+        reader, cursors[reader] = batch.pop("cursor")
+        yield batch

@@ -1,0 +1,75 @@
+"""Which classes a model finds most likely, and how often they are right."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import BaseImageProcessor
+
+from umae.data.batches import EvaluationPictures, ignore_signals
+from umae.data.images import Pictures
+
+
+def topk_accuracy(guesses: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Top-1 and, with at least five guesses, top-5, in 0..1.
+
+    Args:
+        guesses: int64 (N, guesses), classes, best first; -1 is no class.
+        labels: int64 (N,).
+    """
+    hits = guesses.cpu() == labels.cpu()[:, None]  # (N, guesses)
+    return {f"top{k}": hits[:, :k].any(dim=1).double().mean().item() for k in (1, 5) if k <= hits.shape[1]}
+
+
+def percent(fraction: float | None) -> float | None:
+    """A share as reports have it; None stays None."""
+    return None if fraction is None else round(100 * fraction, 2)
+
+
+@torch.no_grad()
+def guess(
+    model: nn.Module,
+    pictures: Pictures,
+    processor: BaseImageProcessor,
+    batch_size: int,
+    num_workers: int,
+    num_classes: int,
+    accelerator: Accelerator,
+) -> tuple[torch.Tensor, list[str]]:
+    """The most likely classes of pictures, each counted exactly once on any number of processes, which all call this.
+
+    Args:
+        model: as prepared by the accelerator, in training mode; left so.
+        batch_size: pictures of a batch; every process looks at one batch at a time.
+
+    Returns:
+        int64 (N, 5), or as many as there are classes, best first, on every process; -1, no class, for a picture that
+        cannot be read. And why those cannot.
+    """
+    count, processes, best = len(pictures), accelerator.num_processes, min(5, num_classes)
+    batch_size = min(batch_size, math.ceil(count / processes))
+    rounds = math.ceil(count / (batch_size * processes))
+    # All have as many batches as any other, with the first pictures again at the end, which are cut off below
+    places = (torch.arange(rounds * processes * batch_size) % count).view(rounds, processes, batch_size)
+    loader = DataLoader(
+        EvaluationPictures(pictures, processor),
+        sampler=places[:, accelerator.process_index].tolist(),
+        batch_size=None,  # an element of the sampler is a whole batch
+        num_workers=num_workers,
+        worker_init_fn=ignore_signals if num_workers else None,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    guesses, errors = [], set()
+    model.eval()
+    for batch in loader:
+        mine = torch.full((batch_size, best), -1, device=accelerator.device)
+        errors |= set(batch["errors"])
+        if batch["pixel_values"] is not None:
+            logits = model(batch["pixel_values"].to(accelerator.device, non_blocking=True)).logits.float()
+            mine[batch["rows"].to(accelerator.device)] = logits.topk(best, dim=1).indices
+        guesses.append(accelerator.gather(mine))  # one batch after the other
+    model.train()
+    return torch.cat(guesses)[:count].cpu(), sorted(set(gather_object(list(errors))))

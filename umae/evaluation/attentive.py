@@ -1,0 +1,188 @@
+"""The attentive probe: a learned query pools the patch tokens of a frozen encoder, and a linear layer reads the result.
+
+The head is that of AIM (El-Nouby et al. 2024; apple/ml-aim, `AttentionPoolingClassifier`): batch norm of the tokens
+without a learned scale, keys and values without biases, one learned query. N is a number of pictures, T of their
+tokens, D the width of a token, C the number of classes, R the number of heads trained side by side.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from umae.evaluation.linear import EPSILON, best_head, check_labels, split_off
+from umae.progress_bar import progress_bar
+from umae.training.schedules import learning_rate_at
+
+LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+WEIGHT_DECAY = 0.1
+EPOCHS = 50
+BATCH_SIZE = 1024
+QUERY_STD = 0.02
+NAMES = ("query", "key", "value", "weight", "bias")
+ATTENTIVE_PROTOCOL = {
+    "features": "patch tokens of the unmasked picture after the encoder's norm, kept in float16",
+    "head": "one learned query, as many attention heads as the encoder's, keys and values without biases, then linear "
+    "(AIM, El-Nouby et al. 2024)",
+    "standardisation": f"per feature, mean and variance of all training tokens, epsilon {EPSILON:g}",
+    "optimiser": f"AdamW, weight decay {WEIGHT_DECAY}, learning rate by half a cosine to 0",
+    "epochs": EPOCHS,
+    "batch_size": f"{BATCH_SIZE}, or a sixteenth of the training pictures if that is less",
+    "learning_rates": list(LEARNING_RATES),
+    "selection": "as for the cached linear heads",
+    "augmentation": "none",
+}
+
+
+@dataclass(frozen=True)
+class AttentiveHead:
+    """A classifier of tokens.
+
+    Args:
+        parameters: by the names in `NAMES`: (1, D), (1, D, D), (1, D, D), (1, C, D), (1, C).
+        mean, scale: (D,), the standardisation.
+        num_attention_heads: over which the query is split.
+        chosen: what was chosen by accuracy on pictures held out of the training set, and that accuracy, in [0, 1].
+    """
+
+    parameters: dict[str, torch.Tensor]
+    mean: torch.Tensor
+    scale: torch.Tensor
+    num_attention_heads: int
+    chosen: dict[str, float]
+
+    @torch.no_grad()
+    def __call__(self, tokens: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """(N, T, D), or some rows of it, -> (N, C), the logits, where the head is."""
+        rows = torch.arange(len(tokens)) if rows is None else rows
+        standard = (self.mean, self.scale, self.num_attention_heads)
+        logits = []
+        with progress_bar(total=len(rows), desc="evaluating an attentive head", unit="picture", leave=False) as bar:
+            for block in rows.split(BATCH_SIZE):
+                logits.append(attend(self.parameters, tokens[block].to(self.mean), *standard)[:, 0])
+                bar.update(len(block))
+        return torch.cat(logits)
+
+
+def attend(
+    parameters: dict[str, torch.Tensor],
+    tokens: torch.Tensor,
+    mean: torch.Tensor,
+    scale: torch.Tensor,
+    num_attention_heads: int,
+) -> torch.Tensor:
+    """The logits of R heads: (N, T, D) -> (N, R, C).
+
+    Neither keys nor values of the tokens are computed. A query meets a key as `q . (K x) = (K' q) . x`; values are a
+    linear map, and so is the pooling, so that only what has been pooled is mapped; and the standardisation moves all
+    scores of a picture by the same, and what was pooled like every token. It is the same function of the parameters,
+    for a tenth of the arithmetic.
+    """
+    count, heads = len(parameters["query"]), num_attention_heads
+    query = parameters["query"].unflatten(1, (heads, -1))  # (R, heads, D / heads)
+    key, value = (parameters[name].unflatten(1, (heads, -1)) for name in ("key", "value"))  # (R, heads, D / heads, D)
+    directions = torch.einsum("rhd,rhdw->rhw", query, key) * scale / math.sqrt(query.shape[-1])
+    weights = (tokens @ directions.flatten(0, 1).T).softmax(dim=1)  # (N, T, R * heads)
+    pooled = (weights.transpose(1, 2) @ tokens - mean) * scale  # (N, R * heads, D)
+    values = torch.einsum("nrhw,rhdw->nrhd", pooled.unflatten(1, (count, heads)), value).flatten(2)  # (N, R, D)
+    return torch.einsum("nrd,rcd->nrc", values, parameters["weight"]) + parameters["bias"]
+
+
+def train_attentive_head(
+    tokens: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    num_attention_heads: int,
+    seed: int,
+    device: torch.device,
+) -> AttentiveHead:
+    """A head with the learning rate that is best for a part of the pictures, trained anew on all of them.
+
+    The same arguments give the same bits on the same device.
+
+    Args:
+        tokens: (N, T, D), on any device; a batch at a time is moved to `device`.
+        labels: int64 (N,), in [0, C).
+        num_classes: C.
+        seed: of the held-out part, the initial weights and the order of the pictures.
+
+    Raises:
+        ValueError: fewer than 2 classes or pictures, labels outside of the classes, or tokens that are not finite.
+    """
+    check_labels(tokens, labels, num_classes)
+    generator = torch.Generator().manual_seed(seed)
+    held_out, rest = split_off(len(labels), generator)
+    standard = (*_moments(tokens, device), num_attention_heads)
+    train = partial(_train, tokens, labels.to(device), num_classes, *standard, generator=generator)
+    heads = train(rows=rest, learning_rates=LEARNING_RATES, description="choosing an attentive head")
+    logits = torch.stack([AttentiveHead(head, *standard, {})(tokens, held_out) for head in heads])
+    best, top1 = best_head(logits, labels[held_out].to(device))
+    rate = LEARNING_RATES[best]
+    (head,) = train(rows=torch.arange(len(labels)), learning_rates=[rate], description="training the attentive head")
+    return AttentiveHead(head, *standard, {"learning_rate": rate, "validation_top1": top1})
+
+
+def _moments(tokens: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of all tokens: their mean, and what scales them to a variance of 1."""
+    sums = torch.zeros(2, tokens.shape[-1], dtype=torch.float64, device=device)
+    with progress_bar(total=len(tokens), desc="moments of the tokens", unit="picture", leave=False) as bar:
+        for block in tokens.split(BATCH_SIZE):
+            block = block.to(device).double()
+            sums += torch.stack([block.sum(dim=(0, 1)), block.square().sum(dim=(0, 1))])
+            bar.update(len(block))
+    if not sums.isfinite().all():
+        raise ValueError("the encoder gives tokens beyond what float16 holds, 65,504; leave out the attentive head")
+    mean, square = sums / (tokens.shape[0] * tokens.shape[1])
+    return mean.float(), ((square - mean.square()).clamp(min=0) + EPSILON).rsqrt().float()
+
+
+def _fresh(num_classes: int, width: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Initial parameters of a head; those of the layers as `nn.Linear` draws them."""
+
+    def linear(*shape: int) -> torch.Tensor:
+        return torch.empty(1, *shape).uniform_(-(width**-0.5), width**-0.5, generator=generator)
+
+    query = QUERY_STD * torch.randn(1, width, generator=generator)
+    tensors = query, linear(width, width), linear(width, width), linear(num_classes, width), linear(num_classes)
+    return dict(zip(NAMES, tensors, strict=True))
+
+
+def _train(
+    tokens: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    mean: torch.Tensor,
+    scale: torch.Tensor,
+    num_attention_heads: int,
+    rows: torch.Tensor,
+    learning_rates: Sequence[float],
+    description: str,
+    generator: torch.Generator,
+) -> list[dict[str, torch.Tensor]]:
+    """One head for each learning rate, from the same weights, on the pictures `rows`, all in the same order."""
+    device, fresh = mean.device, _fresh(num_classes, tokens.shape[-1], generator)
+    heads = [{name: nn.Parameter(tensor.to(mean, copy=True)) for name, tensor in fresh.items()} for _ in learning_rates]
+    groups = [{"params": list(head.values()), "lr": rate} for head, rate in zip(heads, learning_rates, strict=True)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
+    batch_size = min(BATCH_SIZE, max(len(rows) // 16, 1))
+    total = EPOCHS * math.ceil(len(rows) / batch_size)
+    step = 0
+    with progress_bar(total=total, desc=description, unit="step") as bar:
+        for _ in range(EPOCHS):
+            for batch in rows[torch.randperm(len(rows), generator=generator)].split(batch_size):
+                some = tokens[batch.to(tokens.device)].to(mean, non_blocking=True)
+                stacked = {name: torch.cat([head[name] for head in heads]) for name in NAMES}
+                logits = attend(stacked, some, mean, scale, num_attention_heads)  # (N, R, C)
+                wanted = labels[batch.to(device)].repeat_interleave(len(heads))
+                loss = nn.functional.cross_entropy(logits.flatten(0, 1), wanted) * len(heads)  # the sum over the heads
+                for group, rate in zip(optimizer.param_groups, learning_rates, strict=True):
+                    group["lr"] = learning_rate_at(step, total, 0, rate)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                step += 1
+                bar.update()
+    return [{name: parameter.detach() for name, parameter in head.items()} for head in heads]

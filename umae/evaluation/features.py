@@ -1,0 +1,269 @@
+"""Frozen features of a whole data set, each picture exactly once on any number of processes.
+
+python -m umae.evaluation.features RUN FOLDER features.parquet
+"""
+
+import argparse
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset, Features, List, Value
+from torch.nn.functional import layer_norm
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import BaseImageProcessor
+from transformers.utils.logging import disable_progress_bar
+
+from image_processing_umae import UnreadablePicture
+from modeling_umae import UMAEModel
+from umae.convert import encoder_from_pretrained
+from umae.data.batches import AugmentedPictures, EvaluationPictures
+from umae.data.images import Pictures, load_pictures
+from umae.data.inputs import load_processor
+from umae.progress_bar import progress_bar
+
+Encode = Callable[[UMAEModel, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def extract_features(
+    encoder: UMAEModel,
+    pictures: Pictures,
+    processor: BaseImageProcessor,
+    batch_size: int,
+    num_workers: int = 0,
+    accelerator: Accelerator | None = None,
+    skip_unreadable: bool = False,
+    layers: Sequence[int] = (),
+    tokens_in: Path | None = None,
+    view: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """The features of N pictures, unmasked, in evaluation mode.
+
+    Processes take turns at the same batches whatever their number, so that the features do not depend on it.
+
+    Args:
+        encoder: loaded with `pooling="mean"`, so that one pass gives both features; is moved to the device.
+        pictures: what to encode.
+        processor: the encoder's own.
+        batch_size: pictures of a batch; every process encodes one batch at a time.
+        num_workers: how many more processes open pictures, for each process; with 0 it does so itself.
+        accelerator: says the device and the processes, all of which must call this; a fresh one by default.
+        skip_unreadable: print the names of pictures that cannot be read, and give them NaN as features.
+        layers: also after these layers, counted from 1: class token and mean of the patches, each token normalised.
+        tokens_in: also the patch tokens, in a file without a name in this folder.
+        view: of random crops and flips instead of whole pictures, see `AugmentedPictures`.
+
+    Returns:
+        `{"cls": (N, D), "mean": (N, D)}` and, for a layer 3, `cls@3` and `mean@3`, float32, on the CPU of every
+        process, in the order of `pictures`; on the main process also `tokens`, float16 (N, T, D).
+
+    Raises:
+        UnreadablePicture: a picture cannot be read, and is not to be skipped.
+        ValueError: features are not finite, the encoder gives one feature only, or the disk has no room for the tokens.
+    """
+    accelerator = accelerator or Accelerator()
+    names = ["cls", "mean", *(f"{name}@{layer}" for layer in layers for name in ("cls", "mean"))]
+    width, num_patches = encoder.config.hidden_size, math.prod(encoder.config.grid)
+    features = {name: torch.empty(len(pictures), width) for name in names}
+    if tokens_in is not None and accelerator.is_main_process:
+        features["tokens"] = scratch_tensor(tokens_in, (len(pictures), num_patches, width))
+    encode, start = partial(frozen_features, layers=layers, tokens=tokens_in is not None), 0
+    batches = feature_batches(
+        encoder, pictures, processor, batch_size, num_workers, accelerator, encode,
+        len(names) + (num_patches if tokens_in is not None else 0), skip_unreadable=skip_unreadable, view=view,
+    )  # fmt: skip
+    for encoded in batches:
+        stop = start + len(encoded)
+        for column, name in enumerate(names):
+            features[name][start:stop] = encoded[:, column]
+        if "tokens" in features:
+            features["tokens"][start:stop] = encoded[:, len(names) :]
+        start = stop
+    return features
+
+
+def scratch_tensor(folder: Path, shape: tuple[int, ...]) -> torch.Tensor:
+    """A float16 tensor in a file of `folder` that has no name, so that nothing can be left of it.
+
+    Raises:
+        ValueError: the disk has no room for it.
+    """
+    size = 2 * math.prod(shape)
+    folder.mkdir(parents=True, exist_ok=True)
+    reserve = getattr(os, "posix_fallocate", lambda file, _, size: os.truncate(file, size))  # not there on a Mac
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            reserve(file.fileno(), 0, size)
+        except OSError as error:
+            raise ValueError(
+                f"the tokens of {shape[0]:,} pictures take {size / 1e9:.1f} GB, and {folder} has no room for them "
+                f"({error.strerror}); give a folder on another disk, or a part of the pictures"
+            ) from error
+        return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=shape))  # outlives the open file
+
+
+def frozen_features(
+    encoder: UMAEModel,
+    pixel_values: torch.Tensor,
+    index: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+    layers: Sequence[int] = (),
+    tokens: bool = False,
+) -> torch.Tensor:
+    """Class token and mean of the patch tokens, then both after each of some layers, then the patch tokens.
+
+    (batch, channels, height, width) -> (batch, 2 + 2 * layers + tokens, D).
+    """
+    output = encoder(pixel_values, noise=noise, output_hidden_states=bool(layers))
+    found = [output.last_hidden_state[:, 0], output.pooler_output]
+    for layer in layers:  # hidden_states begins with the embeddings
+        normalised = layer_norm(output.hidden_states[layer].float(), (encoder.config.hidden_size,), eps=1e-6)
+        found += [normalised[:, 0], normalised[:, 1:].mean(dim=1)]
+    found = torch.stack(found, dim=1)
+    return torch.cat([found, output.last_hidden_state[:, 1:]], dim=1) if tokens else found
+
+
+def feature_batches(
+    encoder: UMAEModel,
+    pictures: Pictures,
+    processor: BaseImageProcessor,
+    batch_size: int,
+    num_workers: int,
+    accelerator: Accelerator,
+    encode: Encode = frozen_features,
+    kinds: int = 2,
+    indices: Sequence[int] | None = None,
+    skip_unreadable: bool = False,
+    view: int | None = None,
+) -> Iterator[torch.Tensor]:
+    """What `encode` makes of pictures, in their order, as much at a time as all processes encode at once.
+
+    Args:
+        encode: (encoder, pixel_values, indices int64 (batch,)) -> (batch, kinds, D), without a gradient.
+        kinds: how many features it makes of a picture.
+        indices: which pictures; all by default.
+        view: of random crops and flips instead of whole pictures, see `AugmentedPictures`.
+
+    Yields:
+        (some pictures, kinds, D), float32, on the CPU of every process; NaN where one cannot be read.
+    """
+    if encoder.config.pooling != "mean":
+        raise ValueError('the encoder must be loaded with pooling="mean", then one pass gives both features')
+    encoder.to(accelerator.device).eval()
+    indices = range(len(pictures)) if indices is None else indices
+    count, processes = len(indices), accelerator.num_processes
+    batches = [indices[first : first + batch_size] for first in range(0, count, batch_size)]
+    prepared = EvaluationPictures(pictures, processor)
+    if view is not None:
+        prepared = AugmentedPictures(pictures, processor, view, encoder.config.image_height_width)
+    loader = DataLoader(
+        prepared,
+        sampler=batches[accelerator.process_index :: processes],
+        batch_size=None,  # an element of the sampler is a whole batch
+        num_workers=num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    loaded = iter(loader)
+    bar = progress_bar(total=count, desc=pictures.description, unit="picture", disable=not accelerator.is_main_process)
+    for start in range(0, count, batch_size * processes):
+        encoded = torch.full((batch_size, kinds, encoder.config.hidden_size), torch.nan, device=accelerator.device)
+        if (batch := next(loaded, None)) is not None:  # at the end some processes have nothing to do
+            _report(batch["errors"], skip_unreadable)
+            if batch["pixel_values"] is not None:
+                encoded[batch["rows"]] = _encode(encoder, encode, batch["pixel_values"], batch["index"])
+        everyones = accelerator.gather(encoded)[: count - start].cpu()  # one batch after the other
+        yield everyones
+        bar.update(len(everyones))
+    bar.close()
+
+
+@torch.inference_mode()
+def _encode(encoder: UMAEModel, encode: Encode, pixel_values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    encoded = encode(encoder, pixel_values.to(encoder.device, non_blocking=True), index.to(encoder.device)).float()
+    if not encoded.isfinite().all():
+        raise ValueError("the encoder's features are not finite; are its weights?")
+    return encoded
+
+
+def _report(errors: Sequence[str], skip: bool) -> None:
+    for error in errors:
+        if not skip:
+            raise UnreadablePicture(error)
+        tqdm.write(f"skipped: {error}")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write the features of a folder of pictures to a parquet file."""
+    parser = argparse.ArgumentParser(
+        prog="python -m umae.evaluation.features", description=main.__doc__, allow_abbrev=False
+    )
+    parser.add_argument("run", help="folder of a pre-trained model, or its name on the Hub (U-MAE, ViT, ViTMAE)")
+    parser.add_argument("folder", help="folder of pictures, or another data set, of which the split `train` is read")
+    parser.add_argument("out", type=Path, help="parquet file to write, with the columns file, cls and mean")
+    parser.add_argument("--batch_size", type=int, default=256, help="pictures of a batch (default 256)")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that open pictures (default 0)")
+    arguments = parser.parse_args(argv)
+    try:
+        write_features(arguments.run, arguments.folder, arguments.out, arguments.batch_size, arguments.num_workers)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+
+
+def write_features(run: str, folder: str, out: Path, batch_size: int, num_workers: int) -> None:
+    """The features of the pictures in `folder`, one row of `out` for each that can be read; the others are named.
+
+    Raises:
+        ValueError: the target cannot be written, the run or the pictures cannot be loaded, no picture can be read.
+    """
+    _check_target(out)
+    if batch_size < 1 or num_workers < 0:
+        raise ValueError(
+            f"batch_size must be at least 1 and num_workers at least 0, got {batch_size} and {num_workers}"
+        )
+    accelerator = Accelerator()
+    disable_progress_bar()  # transformers' own; extracting has one
+    encoder = encoder_from_pretrained(run, pooling="mean")
+    processor = load_processor(run, encoder.config.image_height_width)
+    pictures = load_pictures(folder)
+    if pictures.not_read:
+        accelerator.print(f"not read: {pictures.not_read}")
+    features = extract_features(
+        encoder, pictures, processor, batch_size, num_workers, accelerator=accelerator, skip_unreadable=True
+    )
+    readable = features["cls"].isfinite().all(dim=1)
+    kept, skipped = readable.nonzero()[:, 0].tolist(), int((~readable).sum())
+    if not kept:
+        raise ValueError(f"none of the {skipped} pictures of {pictures.description} can be read")
+    if accelerator.is_main_process:
+        columns = {"file": [pictures.name_of(index) for index in kept]}
+        columns |= {name: values[readable].numpy() for name, values in features.items()}
+        _write_parquet(columns, out)
+        print(f"{out}: features of {len(kept)} pictures of {pictures.description}; {skipped} could not be read")
+
+
+def _check_target(out: Path) -> None:
+    """Raise `ValueError` unless `out` can become, or already is, a parquet file."""
+    if out.suffix != ".parquet":
+        raise ValueError(f"{out}: the features are written as parquet; name a file that ends in .parquet")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out}: there is no folder {out.parent}")
+    if not os.access(out.parent, os.W_OK):
+        raise ValueError(f"{out}: the folder {out.parent} cannot be written to")
+    if out.exists() and not (out.is_file() and out.open("rb").read(4) == b"PAR1"):
+        raise ValueError(f"{out} exists and is no parquet file; it is left as it is, name another target")
+
+
+def _write_parquet(columns: dict, out: Path) -> None:
+    """Write to a temporary file first, so that `out` is whole whenever it exists."""
+    vector = List(Value("float32"))
+    schema = Features({"file": Value("string"), "cls": vector, "mean": vector})
+    temporary = out.with_name(f"{out.name}.tmp")
+    Dataset.from_dict(columns, features=schema).to_parquet(temporary)
+    os.replace(temporary, out)

@@ -1,0 +1,218 @@
+"""Linear probing by MAE's protocol: the encoder runs at every step, on fresh crops.
+
+He et al. 2022, appendix A.1 and table 9; facebookresearch/mae, `main_linprobe.py`: batch norm without a learned scale,
+a linear layer, LARS without weight decay, random resized crops and flips.
+"""
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import BaseImageProcessor
+
+from modeling_umae import UMAEModel
+from umae.data.batches import CROP_SCALE, Plan, TrainingPictures, check_fills_a_step, decode_all, training_loader
+from umae.data.images import Pictures
+from umae.data.inputs import flipped_and_normalized, on_device
+from umae.evaluation.features import frozen_features
+from umae.evaluation.linear import LinearHead, cross_entropy_gradient
+from umae.files import read_tensors, write_tensors
+from umae.progress_bar import progress_bar
+from umae.speed import compile_layers
+from umae.training.hardware import fast_attention
+from umae.training.schedules import learning_rate_at
+
+EPSILON = 1e-6  # of the batch norm
+KEPT = 0.1  # share of a batch in the running mean and variance
+INIT_STD = 0.01
+MOMENTUM, TRUST = 0.9, 0.001  # of LARS
+ENCODED_AT_ONCE = 64  # pictures: few enough for a CPU's caches, enough for a GPU
+PROTOCOL = {
+    "head": f"batch norm without scale and shift (epsilon {EPSILON:g}, over the batch of all processes), then linear",
+    "initialisation": f"weights truncated normal with standard deviation {INIT_STD}, biases 0",
+    "optimiser": f"LARS, momentum {MOMENTUM}, trust coefficient {TRUST}, no weight decay",
+    "augmentation": f"random resized crops of {CROP_SCALE:.0%} to 100 % of the area, bicubic, and flips",
+}
+
+
+@dataclass(frozen=True)
+class ProbeSchedule:
+    """Lengths in epochs; the learning rate for 256 pictures a step, scaled by the batch."""
+
+    epochs: int = 90
+    warmup_epochs: float = 10
+    base_learning_rate: float = 0.1
+
+    def learning_rate(self, step: int, plan: Plan) -> float:
+        per_epoch, peak = plan.steps_per_epoch, self.base_learning_rate * plan.pictures_per_step / 256
+        return learning_rate_at(step, self.epochs * per_epoch, self.warmup_epochs * per_epoch, peak)
+
+
+class BatchNormHead:
+    """Batch norm without a learned scale, a linear layer, and LARS (You, Gitman & Ginsburg 2017) to train them.
+
+    LARS scales the gradient of the weights by `TRUST * |weights| / |gradient|`, but not that of the biases, before its
+    momentum.
+    """
+
+    def __init__(self, num_classes: int, width: int, seed: int, device: torch.device, dtype=torch.float32):
+        weight = torch.empty(num_classes, width)
+        torch.nn.init.trunc_normal_(weight, std=INIT_STD, generator=torch.Generator().manual_seed(seed))
+        self.weight = weight.to(device, dtype)
+        self.bias = torch.zeros(num_classes, device=device, dtype=dtype)
+        self.momenta = [torch.zeros_like(self.weight), torch.zeros_like(self.bias)]
+        self.mean, self.variance = torch.zeros_like(self.weight[0]), torch.ones_like(self.weight[0])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All it needs to go on; written to, they put it back."""
+        names = ("weight", "bias", "weight_momentum", "bias_momentum", "mean", "variance")
+        return dict(zip(names, (self.weight, self.bias, *self.momenta, self.mean, self.variance), strict=True))
+
+    def step(self, features: torch.Tensor, labels: torch.Tensor, learning_rate: float) -> torch.Tensor:
+        """One step on (batch, D) and int64 (batch,); the same on every process. Returns the cross entropy before it."""
+        variance, mean = torch.var_mean(features, dim=0, correction=0)
+        self.mean.lerp_(mean, KEPT)
+        self.variance.lerp_(variance * len(features) / max(len(features) - 1, 1), KEPT)
+        inputs = (features - mean) * (variance + EPSILON).rsqrt()
+        logits = torch.addmm(self.bias, inputs, self.weight.T)
+        error = cross_entropy_gradient(logits, labels)
+        gradient = error.T @ inputs
+        lengths = self.weight.norm(), gradient.norm()
+        trust = torch.where((lengths[0] > 0) & (lengths[1] > 0), TRUST * lengths[0] / lengths[1], 1.0)
+        updates = gradient * trust, error.sum(dim=0)
+        for parameter, momentum, update in zip((self.weight, self.bias), self.momenta, updates, strict=True):
+            momentum.mul_(MOMENTUM).add_(update)
+            parameter.sub_(learning_rate * momentum)
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    def folded(self, chosen: dict[str, float]) -> LinearHead:
+        """The head in evaluation mode, by the running mean and variance, as one linear layer of raw features."""
+        weight = self.weight * (self.variance + EPSILON).rsqrt()
+        return LinearHead(weight, self.bias - weight @ self.mean, chosen)
+
+
+def train_mae_probe(
+    encoder: UMAEModel,
+    pictures: Pictures,
+    processor: BaseImageProcessor,
+    num_classes: int,
+    schedule: ProbeSchedule,
+    batch_size: int,
+    seed: int,
+    num_workers: int,
+    accelerator: Accelerator,
+    state: Path,
+    torch_compile: bool = False,
+) -> tuple[dict[str, LinearHead], dict[str, Any]]:
+    """A head on the class token and one on the mean of the patches, trained side by side.
+
+    Every process encodes its share of a batch, and takes the same step on all of it. Called again after an
+    interruption, it goes on after the last whole epoch, to the same bits.
+
+    Args:
+        encoder: frozen, loaded with `pooling="mean"`; in the accelerator's precision.
+        batch_size: pictures of a step on each process.
+        state: the file for what it needs to go on, in a folder that all processes see; replaced after every epoch.
+        torch_compile: compile every layer of the encoder.
+
+    Returns:
+        The heads by `cls` and `mean`, and a record: effective batch, steps, peak learning rate, the encoder's
+            precision, mean loss of every epoch.
+
+    Raises:
+        ValueError: there are fewer pictures than a batch, the warm-up is longer than the whole, or `state` is that of
+            another probe.
+    """
+    device = accelerator.device
+    plan = Plan(len(pictures), batch_size, 1, accelerator.num_processes, seed)
+    check_fills_a_step(plan, pictures.description)
+    if schedule.warmup_epochs >= schedule.epochs:
+        raise ValueError(
+            f"warmup_epochs {schedule.warmup_epochs:g} is no less than num_train_epochs {schedule.epochs}; lower it"
+        )
+    labels = pictures.labels().to(device)
+    heads = {name: BatchNormHead(num_classes, encoder.config.hidden_size, seed, device) for name in ("cls", "mean")}
+    encoder = copy.deepcopy(encoder).to(device).eval()  # the caller's own stays as it is
+    encoder.set_attn_implementation(fast_attention(accelerator))
+    if torch_compile:
+        compile_layers(encoder)
+    done, total = 0, schedule.epochs * plan.steps_per_epoch
+    losses = torch.zeros(total, len(heads), device=device)
+    tensors = {f"{name}.{key}": tensor for name, head in heads.items() for key, tensor in head.tensors().items()}
+    identity = {
+        "weights": _hash(encoder),
+        "pictures": pictures.fingerprint(),
+        "preprocessing": processor.to_json_string(),
+        "mixed_precision": accelerator.mixed_precision,
+        "schedule": asdict(schedule),
+        "pictures_per_step": plan.pictures_per_step,
+        "seed": seed,
+    }
+    if state.exists():
+        found = read_tensors(state, identity)
+        before = found.pop("losses")
+        done = len(before)
+        losses[:done] = before
+        for name, tensor in found.items():
+            tensors[name].copy_(tensor)
+    bar = progress_bar(
+        total=total, initial=done, desc="linear probe", unit="step", disable=not accelerator.is_main_process
+    )
+    batches = encoded_batches(encoder, pictures, processor, plan, done, total, num_workers, accelerator)
+    for step, (encoded, index) in enumerate(batches, start=done):
+        learning_rate = schedule.learning_rate(step, plan)
+        for i, head in enumerate(heads.values()):
+            losses[step, i] = head.step(encoded[:, i], labels[index], learning_rate)
+        bar.update()
+        if (step + 1) % plan.steps_per_epoch == 0:
+            if not losses.isfinite().all():
+                raise ValueError(f"the probe's loss was not finite by step {step + 1}; lower base_learning_rate")
+            if accelerator.is_main_process:
+                write_tensors(state, tensors | {"losses": losses[: step + 1]}, identity)
+    bar.close()
+    means = losses.view(schedule.epochs, plan.steps_per_epoch, len(heads)).mean(dim=1)
+    peak = schedule.base_learning_rate * plan.pictures_per_step / 256
+    record = {"pictures_per_step": plan.pictures_per_step, "steps": total, "learning_rate": peak}
+    record["mixed_precision"] = accelerator.mixed_precision
+    record["epoch_losses"] = {name: means[:, i].tolist() for i, name in enumerate(heads)}
+    return {name: head.folded({"learning_rate": peak}) for name, head in heads.items()}, record
+
+
+def encoded_batches(
+    encoder: UMAEModel,
+    pictures: Pictures,
+    processor: BaseImageProcessor,
+    plan: Plan,
+    start_step: int,
+    stop_step: int,
+    num_workers: int,
+    accelerator: Accelerator,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Features of fresh crops, (pictures of a step on all processes, 2, D), and the pictures' indices."""
+    config, device = encoder.config, accelerator.device
+    decoded = decode_all(pictures, show_progress=accelerator.is_main_process)
+    crops = TrainingPictures(pictures, config.image_height_width, plan.seed, decoded, CROP_SCALE)
+    loader = training_loader(
+        crops, plan, accelerator.process_index, start_step, stop_step, num_workers, pin_memory=device.type == "cuda"
+    )
+    for batch in loader:
+        for reason in batch["refusals"].values():
+            raise ValueError(f"{reason}: mend or remove it; a probe uses every picture")
+        with torch.no_grad(), accelerator.autocast():
+            pixels = flipped_and_normalized(batch, device, plan.seed, processor.image_mean, processor.image_std)
+            parts = [frozen_features(encoder, part) for part in pixels.split(ENCODED_AT_ONCE)]
+            encoded = torch.cat(parts).float()
+        yield accelerator.gather(encoded), accelerator.gather(on_device(batch["index"], device))
+
+
+def _hash(encoder: UMAEModel) -> str:
+    """SHA-256 of the weights."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        found.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()

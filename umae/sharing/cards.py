@@ -1,0 +1,311 @@
+"""A model card from a run folder and nothing else."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData, metadata_load
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+_CITATION = """\
+```bibtex
+@inproceedings{zhang2022mask,
+  title     = {How Mask Matters: Towards Theoretical Understandings of Masked Autoencoders},
+  author    = {Zhang, Qi and Wang, Yifei and Wang, Yisen},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2022}
+}
+@inproceedings{he2022masked,
+  title     = {Masked Autoencoders Are Scalable Vision Learners},
+  author    = {He, Kaiming and Chen, Xinlei and Xie, Saining and Li, Yanghao and Doll{\\'a}r, Piotr and Girshick, Ross},
+  booktitle = {IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2022}
+}
+```"""
+_READING = """\
+`open_image` reads a file as training did: 16-bit and float greys are scaled to 8 bits, transparency is put on white,
+photographs are turned upright. The processor does the same to an image of `PIL.Image.open`. Three other ways clip
+16-bit and float greys or drop transparency: `.convert("RGB")`, a `pipeline` that is given a path or an address, and a
+processor that is loaded without `trust_remote_code=True`. The features are then those of another image."""
+_USE = f"""\
+```python
+import torch
+from transformers import AutoImageProcessor, AutoModel
+
+name = "."  # this folder, or its name on the Hub
+processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=True)
+model = AutoModel.from_pretrained(name, trust_remote_code=True)
+
+pixel_values = processor(processor.open_image("picture.jpg"), return_tensors="pt").pixel_values
+with torch.no_grad():
+    features = model(pixel_values).pooler_output  # (1, {{hidden_size}})
+```
+
+{_READING}"""
+_CLASSIFY = f"""\
+```python
+from transformers import pipeline
+
+classify = pipeline("image-classification", model=".", trust_remote_code=True)  # this folder, or its name on the Hub
+image = classify.image_processor.open_image("picture.jpg")
+print(classify(image))
+```
+
+{_READING}"""
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "mfu" in line and "matmul_share" not in line:  # older runs called this share so
+            line["matmul_share"] = line.pop("mfu")
+    return lines
+
+
+def base_model(name_or_path: str | None) -> list[str]:
+    """What weights are on the Hub, as the card of a model that starts from them names them: their own name there, or
+    for a folder what its card, or else its `config.json`, says that they come from. No path of this machine is given.
+
+    Args:
+        name_or_path: what the weights were loaded from; None if they are fresh.
+    """
+    if name_or_path is None or Path(name_or_path).is_file():
+        return []
+    if not Path(name_or_path).exists():
+        return [name_or_path]
+    card, config = Path(name_or_path, "README.md"), Path(name_or_path, "config.json")
+    named = None
+    if card.is_file():
+        with suppress(ValueError, yaml.YAMLError):  # a text of somebody's own
+            named = (metadata_load(card) or {}).get("base_model")
+    if named is None and config.is_file():
+        named = json.loads(config.read_text()).get("_name_or_path")
+    return [name for name in (named if isinstance(named, list) else [named]) if _is_hub_name(name)]
+
+
+def _is_hub_name(name: Any) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return isinstance(name, str) and "/" in name
+
+
+def most_dimensions(identity: dict[str, Any]) -> int:
+    """How many dimensions the features of a run's uniformity term can fill, which is of so many images at a time."""
+    passes = 1 if identity["exact_uniformity"] else identity["gradient_accumulation_steps"]
+    return min(identity["pictures_per_step"] // passes, identity["config"]["hidden_size"])
+
+
+def model_card(folder: Path, checkpoint: Path | None = None) -> str:
+    """The text of `README.md` for a run folder, or a checkpoint in it: what it is, how to use it, how it was made."""
+    run = json.loads((folder / "run.json").read_text())
+    config = json.loads(((checkpoint or folder) / "config.json").read_text())
+    lines = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
+    identity = run["identity"]
+    fresh, base = identity.get("initial_weights") is None, run.get("base_model", [])
+    facts = {
+        "Data": f"{identity['dataset']}, "
+        + (f"{identity['pictures']:,} pictures" if identity["pictures"] else "streamed")
+        + ", no labels used",
+        **({} if fresh else {"Started from": ", ".join(base) or Path(identity["initial_weights"]).name}),
+        "Picture and patch": f"{config['image_size']} and {config['patch_size']} pixels",
+        "Encoder": f"{config['num_hidden_layers']} layers of width {config['hidden_size']}",
+        "Decoder": f"{config['decoder_num_hidden_layers']} layers of width {config['decoder_hidden_size']}",
+        "Mask ratio": config["mask_ratio"],
+        "Uniformity weight": f"{config['uniformity_weight']} on the {config['pooling']} feature",
+        "Steps": (f"{checkpoint.name.removeprefix('step-')} of " if checkpoint else "")
+        + f"{identity['total_steps']:,}, each of {identity['pictures_per_step']:,} pictures, seed {identity['seed']}",
+        "Peak learning rate": f"{identity['learning_rate']:.3g}",
+        "Hardware and time": f"{run['hardware']}, {duration(run['seconds'])}",
+        "Versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
+    }
+    if lines:
+        facts |= {
+            "Reconstruction loss": f"{lines[-1]['reconstruction_loss']:.4f}",
+            "Uniformity": f"{lines[-1]['uniformity_loss']:.4f}, i.e. features that fill "
+            f"{lines[-1]['participation_ratio']:.1f} of at most {most_dimensions(identity)} dimensions",
+        }
+    looked = next((line for line in reversed(lines) if "effective_rank_cls" in line), None)
+    if looked:
+        ranks = [f"{looked[f'effective_rank_{pooling}']:.1f}" for pooling in ("cls", "mean")]
+        facts[f"Effective rank at step {looked['step']:,}"] = f"{ranks[0]} (class token), {ranks[1]} (mean)"
+    pictures = {
+        "reconstructions.png": "Original, visible, predicted and pasted pictures",
+        "curve.png": "Losses, ranks and accuracies over the steps",
+        "spectrum.png": "Singular values of the features",
+        "progress.png": "Reconstructions while it was trained",
+        "neighbours.png": "Pictures and those with the nearest features",
+        "attention.png": "Where the class token looks",
+    }
+    shown = [f"![{text}]({name})" for name, text in pictures.items() if checkpoint is None and (folder / name).exists()]
+    data = _card_data("image-feature-extraction", [], folder.resolve().name, base, "apache-2.0" if fresh else None)
+    return f"""---
+{data.to_yaml()}
+---
+
+# U-MAE
+
+A vision transformer pre-trained by masked reconstruction (MAE) with a uniformity term that keeps its features from
+collapsing into a few dimensions.
+
+## Use
+
+{_USE.replace("{hidden_size}", str(config["hidden_size"]))}
+
+## Training
+
+{_table(facts)}
+
+The losses are means over the last logged window of training. `metrics.jsonl` holds the whole curve.
+
+{(chr(10) * 2).join(shown)}
+
+## Citation
+
+{_CITATION}
+"""
+
+
+def probe_card(folder: Path) -> str:
+    """The text of `README.md` for the folder of a linear probe: a classifier, and what its features are worth."""
+    report = json.loads((folder / "linear_probe.json").read_text())
+    protocol = report["protocol"]
+    metrics = {"top1": "linear probe top-1", "top5": "linear probe top-5"}
+    metrics |= {f"knn{k}_top1": f"{k}-NN top-1" for k in protocol["knn"]["k"]}
+    no_kind = ("protocol", "low_shot", "attentive")
+    judged = {f"{kind} features": result for kind, result in report.items() if kind not in no_kind}
+    for share, kinds in report.get("low_shot", {}).items():
+        judged |= {f"{kind} features, {share} of the labels": result for kind, result in kinds.items()}
+    values = {f"{title}, {kind}": result.get(key) for kind, result in judged.items() for key, title in metrics.items()}
+    attentive = report.get("attentive", {})
+    values |= {f"attentive probe top-{k}": attentive.get(f"top{k}") for k in (1, 5)}
+    results = _results(protocol["test"]["data"], values)
+    facts = {
+        "Encoder": protocol["model"],
+        "Heads trained on": f"{protocol['train']['data']}, {protocol['train']['pictures']:,} pictures",
+        "Judged on": f"{protocol['test']['data']}, {protocol['test']['pictures']:,} pictures",
+        "Classes": protocol["classes"],
+        "This classifier's feature": protocol["classifier_pooling"],
+        **{f"{result.metric_name}, %": result.metric_value for result in results},
+        **{f"Effective rank, {feature} features": report[feature]["effective_rank"] for feature in ("cls", "mean")},
+        "Linear protocol": protocol["linear_protocol"],
+        "Precision": "; ".join(f"{name}: {value}" for name, value in protocol["precision"].items()),
+        "Seeds": ", ".join(map(str, protocol["seeds"])),
+        "Versions": ", ".join(f"{name} {version}" for name, version in protocol["versions"].items()),
+    }
+    data = _card_data("image-classification", results, protocol["model"], protocol.get("base_model", []))
+    return f"""---
+{data.to_yaml()}
+---
+
+# Linear probe of a frozen encoder
+
+## Use
+
+{_CLASSIFY}
+
+## Results
+
+{_table(facts)}
+
+`linear_probe.json` holds the whole protocol.
+
+## Citation
+
+{_CITATION}
+"""
+
+
+def finetune_card(folder: Path) -> str:
+    """The text of `README.md` for the folder of a fine-tuned classifier."""
+    report, run = (json.loads((folder / name).read_text()) for name in ("finetune.json", "run.json"))
+    protocol, identity = report["protocol"], run["identity"]
+    results = _results(protocol["test"]["data"], {"top-1": report["top1"], "top-5": report["top5"]})
+    facts = {
+        "Started from": protocol["model"],
+        "Fine-tuned on": f"{protocol['train']['data']}, {protocol['train']['pictures']:,} pictures",
+        "Judged on": f"{protocol['test']['data']}, {protocol['test']['pictures']:,} pictures",
+        "Classes": protocol["classes"],
+        **{f"{result.metric_name}, %": result.metric_value for result in results},
+        "Steps": f"{identity['total_steps']:,}, each of {identity['pictures_per_step']:,} pictures, "
+        f"seed {identity['seed']}",
+        "Peak learning rate": f"{identity['learning_rate']:.3g}, times {identity['layer_decay']} for each layer below",
+        "Augmentation": ", ".join(f"{name} {value:g}" for name, value in protocol["augmentation"].items()),
+        "Hardware and time": f"{run['hardware']}, {duration(run['seconds'])}",
+        "Versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
+    }
+    data = _card_data("image-classification", results, folder.resolve().name, run.get("base_model", []))
+    return f"""---
+{data.to_yaml()}
+---
+
+# Fine-tuned image classifier
+
+## Use
+
+{_CLASSIFY}
+
+## Results
+
+{_table(facts)}
+
+`finetune.json` holds the whole protocol, `metrics.jsonl` the whole curve. The accuracy is that after the last step.
+
+## Citation
+
+{_CITATION}
+"""
+
+
+def _results(data: str, values: dict[str, float | None]) -> list[EvalResult]:
+    """Accuracies in percent by their names, on a split such as `folder pictures (test)`, for the model-index."""
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=data.rpartition(" (")[0],
+            dataset_name=data,
+            metric_type="accuracy",
+            metric_name=name,
+            metric_value=value,
+        )
+        for name, value in values.items()
+        if value is not None
+    ]
+
+
+def _card_data(
+    task: str, results: list[EvalResult], name: str, base: list[str], licence: str | None = None
+) -> ModelCardData:
+    """What the Hub reads, as YAML; names are quoted there. Weights from elsewhere keep a licence of their own."""
+    return ModelCardData(
+        license=licence,
+        base_model=base or None,
+        library_name="transformers",
+        pipeline_tag=task,
+        tags=["umae", "masked-autoencoder", "self-supervised"],
+        eval_results=results or None,
+        model_name=name if results else None,
+    )
+
+
+def _table(facts: dict[str, Any]) -> str:
+    rows = (f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items())
+    return "\n".join(["| | |", "| --- | --- |", *rows])
+
+
+def duration(seconds: float) -> str:
+    """A time to read: `42 seconds`, `53.5 minutes`, `17.2 hours`."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def _cell(value: Any) -> str:
+    """A value in a Markdown table: nothing in it may end the cell, the row or start markup."""
+    text = " ".join(str(value).split())
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>|#" else c for c in text)

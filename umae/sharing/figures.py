@@ -1,0 +1,144 @@
+"""What people would rather look at than read. Every function returns a PIL picture, or the pixels of some."""
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from PIL import Image
+from torch.nn.functional import normalize
+
+from modeling_umae import UMAEModel
+from umae.evaluation.collapse import effective_rank
+from umae.evaluation.reconstruction import to_pixels
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9")  # Okabe and Ito's, for all eyes
+
+
+def strips(rows: dict[str, np.ndarray]) -> Image.Image:
+    """Rows of pictures with their names beside them, each row uint8 (pictures, height, width, channels)."""
+    columns, height, width = next(iter(rows.values())).shape[:3]
+    figure = Figure(figsize=(1.25 * columns, 1.3 * len(rows)), layout="constrained", dpi=100)
+    axis = figure.subplots()  # one for all: to lay out one for each picture takes seconds
+    right, down = (side / max(height, width) / 2 for side in (width, height))  # from the middle of a picture
+    for row, pictures in enumerate(rows.values()):
+        for column, picture in enumerate(pictures):
+            x, y = 1.06 * column, 1.1 * row
+            axis.imshow(picture, interpolation="nearest", extent=(x - right, x + right, y + down, y - down))
+    axis.set(xlim=(-right, 1.06 * (columns - 1) + right), ylim=(1.1 * (len(rows) - 1) + 0.5, -0.5), xticks=[])
+    axis.set_yticks([1.1 * row for row in range(len(rows))], rows, rotation=90, va="center", fontsize=10)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    return _rendered(figure)
+
+
+def spectrum(runs: dict[str, dict[str, Sequence[float]]]) -> Image.Image:
+    """How evenly features fill their dimensions: singular values on a log scale, the class token's and the mean's.
+
+    Args:
+        runs: by the name of each run, `{"cls": singular values, "mean": singular values}`, descending.
+    """
+    figure = Figure(figsize=(8, 3), layout="constrained", dpi=100)
+    titles = {"cls": "class token", "mean": "mean of the patches"}
+    for axis, (pooling, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+        for place, (name, spectra) in enumerate(runs.items()):
+            values = spectra[pooling]
+            rank = effective_rank(torch.diag(torch.tensor(values)))
+            label = f"{name}: effective rank {rank:.1f} of {len(values)}".removeprefix(": ")
+            largest = values[0] or 1.0
+            axis.plot(range(1, len(values) + 1), [value / largest for value in values], label=label, **_line(place))
+        axis.set(yscale="log", ylim=(1e-4, 1.5), xlabel="singular value")
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, loc="lower left")
+    figure.axes[0].set_ylabel("share of the largest")
+    return _rendered(figure)
+
+
+CURVES = {
+    "reconstruction_loss": "reconstruction loss",
+    "participation_ratio": "dimensions filled in training",
+    "effective_rank_cls": "effective rank, class token",
+    "effective_rank_mean": "effective rank, mean of the patches",
+    "online_top1": "online linear classifier, accuracy",
+    "online_knn_top1": "nearest neighbours, accuracy",
+}
+
+
+def training_curves(runs: dict[str, Sequence[dict[str, Any]]]) -> Image.Image:
+    """Of each run's `metrics.jsonl`, over the steps, what of CURVES it holds."""
+    found = {name for lines in runs.values() for line in lines for name in line}
+    panels = {name: title for name, title in CURVES.items() if name in found}
+    height = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(8, 2.4 * height), layout="constrained", dpi=100)
+    for axis, (value, title) in zip(figure.subplots(height, 2, squeeze=False).flat, panels.items(), strict=False):
+        for place, (name, lines) in enumerate(runs.items()):
+            shown = [line for line in lines if value in line]
+            axis.plot(
+                [line["step"] for line in shown], [line[value] for line in shown], label=name, **_line(place),
+                marker="." if len(shown) < 20 else None,
+            )  # fmt: skip
+        axis.set(xlabel="step")
+        axis.ticklabel_format(useOffset=False)
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        if len(runs) > 1:
+            axis.legend(fontsize=8)
+    return _rendered(figure)
+
+
+def nearest_neighbours(pictures: np.ndarray, features: torch.Tensor, queries: Sequence[int]) -> Image.Image:
+    """Some pictures, and below each the five others whose features are nearest by their cosine.
+
+    Args:
+        pictures: uint8 (N, height, width, channels).
+        features: (N, D).
+        queries: places of the pictures to show.
+    """
+    directions = normalize(features, dim=1)
+    cosines = directions[list(queries)] @ directions.T
+    cosines[range(len(queries)), list(queries)] = -torch.inf
+    nearest = cosines.topk(min(5, len(features) - 1), dim=1).indices.T
+    names = ("nearest", "2nd", "3rd", "4th", "5th")
+    rows = {"picture": pictures[list(queries)]}
+    rows |= {name: pictures[places.numpy()] for name, places in zip(names, nearest, strict=False)}
+    return strips(rows)
+
+
+@torch.no_grad()
+def class_attention(
+    encoder: UMAEModel, pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]
+) -> Image.Image:
+    """Where the class token looks: its attention to every patch in the last layer, averaged over the heads.
+
+    Args:
+        encoder: in evaluation mode, with `attn_implementation="eager"`.
+        pixel_values: (pictures, channels, height, width), normalised by `mean` and `std`.
+    """
+    attention = encoder(pixel_values, output_attentions=True).attentions[-1].float().mean(dim=1)[:, 0, 1:]
+    attention = attention / attention.amax(dim=1, keepdim=True)
+    patch_height, patch_width = encoder.config.patch_height_width
+    maps = attention.unflatten(1, (-1, pixel_values.shape[3] // patch_width)).cpu().numpy()
+    shown = (colormaps["cividis"](maps)[..., :3] * 255).round().astype(np.uint8)  # made for all eyes
+    shown = shown.repeat(patch_height, axis=1).repeat(patch_width, axis=2)
+    return strips({"picture": to_pixels(pixel_values, mean, std), "attention": shown})
+
+
+def _line(place: int) -> dict[str, Any]:
+    """How the line of the n-th run looks."""
+    return {
+        "color": COLOURS[place % len(COLOURS)],
+        # Dashes over a wider solid line: where curves lie on each other, both are seen
+        "linestyle": ("-", "--", ":", "-.")[place % 4],
+        "linewidth": 2.5 if place % 4 == 0 else 1.8,
+    }
+
+
+def _rendered(figure: Figure) -> Image.Image:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")

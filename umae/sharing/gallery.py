@@ -1,0 +1,86 @@
+"""The pictures of a run folder: what its model reconstructs, where it looks, which pictures are alike to it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import ViTImageProcessorPil
+
+from modeling_umae import UMAEForPreTraining
+from umae import seeding
+from umae.convert import set_pooling
+from umae.evaluation.collapse import singular_values
+from umae.evaluation.features import frozen_features
+from umae.evaluation.reconstruction import SHOWN, reconstructions, to_pixels
+from umae.files import write_text
+from umae.sharing.cards import read_metrics
+from umae.sharing.figures import class_attention, nearest_neighbours, spectrum, strips, training_curves
+
+STEPS_FOLDER = "reconstructions"  # a tile for every look at the model while it was trained
+MOST_ROWS = 6  # looks that are shown below each other
+BATCH = 64
+
+
+def save_tile(folder: Path, step: int, rows: dict[str, np.ndarray]) -> np.ndarray:
+    """Keep what `reconstructions` returned as one plain picture, also returned: uint8 (height, width, channels)."""
+    tile = np.concatenate([np.concatenate(row, axis=1) for row in rows.values()])
+    (folder / STEPS_FOLDER).mkdir(exist_ok=True)
+    Image.fromarray(tile).save(folder / STEPS_FOLDER / f"step-{step:08}.png")
+    return tile
+
+
+def read_tile(path: Path, height: int, width: int) -> dict[str, np.ndarray]:
+    """What `save_tile` has kept, for pictures of this size."""
+    tile = np.asarray(Image.open(path))
+    rows = tile.reshape(-1, height, tile.shape[1] // width, width, tile.shape[2]).swapaxes(1, 2)
+    return dict(zip(("original", "visible", "predicted", "pasted"), rows, strict=True))
+
+
+@torch.inference_mode()
+def draw(folder: Path, pictures: Sequence[tuple[int, Image.Image]], description: str, device: torch.device) -> None:
+    """Draw all that the model at the top of a run folder has to show for some pictures.
+
+    Args:
+        pictures: with their indices.
+        description: what to call them.
+    """
+    model = UMAEForPreTraining.from_pretrained(folder, attn_implementation="eager").to(device).eval()
+    processor = ViTImageProcessorPil.from_pretrained(folder)
+    mean, std, config = processor.image_mean, processor.image_std, model.config
+    pixel_values = torch.cat([processor(images=image, return_tensors="pt")["pixel_values"] for _, image in pictures])
+
+    index = torch.tensor([index for index, _ in pictures[:SHOWN]], device=device)
+    noise = seeding.uniform(0, seeding.MASK, 1, index, config.grid[0] * config.grid[1])
+    shown = pixel_values[:SHOWN].to(device)
+    rows = reconstructions(model(shown, noise=noise), shown, config, mean, std)
+    strips(rows).save(folder / "reconstructions.png")
+    draw_progress(folder, *config.image_height_width)
+    training_curves({"": read_metrics(folder)}).save(folder / "curve.png")
+
+    class_attention(model.vit, shown, mean, std).save(folder / "attention.png")
+    pooling, encoder = config.pooling, set_pooling(model.vit, "mean")
+    features = torch.cat([frozen_features(encoder, some.to(device)).cpu() for some in pixel_values.split(BATCH)])
+    spectra = {"cls": singular_values(features[:, 0]), "mean": singular_values(features[:, 1])}
+    write_text(folder / "spectrum.json", json.dumps({"pictures": f"{len(pictures)} of {description}", **spectra}))
+    spectrum({"": spectra}).save(folder / "spectrum.png")
+    pixels = to_pixels(pixel_values, mean, std)
+    feature = features[:, ("cls", "mean").index(pooling)]
+    nearest_neighbours(pixels, feature, range(min(SHOWN, len(pixels)))).save(folder / "neighbours.png")
+
+
+def draw_progress(folder: Path, height: int, width: int) -> None:
+    """What was reconstructed at some of the looks, from the first to the last, below each other."""
+    tiles = sorted((folder / STEPS_FOLDER).glob("step-*.png"))
+    if not tiles:
+        return
+    places = sorted({round(row * (len(tiles) - 1) / (MOST_ROWS - 1)) for row in range(MOST_ROWS)})
+    last = read_tile(tiles[-1], height, width)
+    rows = {"original": last["original"], "visible": last["visible"]}
+    for place in places:
+        rows[f"step {int(tiles[place].stem.removeprefix('step-')):,}"] = read_tile(tiles[place], height, width)[
+            "pasted"
+        ]
+    strips(rows).save(folder / "progress.png")

@@ -1,0 +1,1 @@
+"""From batches to weights: one loop, what pre-training and fine-tuning put into it, checkpoints and logs."""

@@ -1,0 +1,120 @@
+"""What ends a run, or nearly: values that are not finite, images that cannot be read, too little memory."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+MOST_OVERFLOWS = 20  # gradients in a row that are not finite, in fp16, whose scale is then beyond help
+
+
+def no_failure(device: torch.device, values: int) -> torch.Tensor:
+    """What a step notes its first failure in, on this process, see `remember_failure`.
+
+    float32 (2 + values,): the step's number (0: none), gradients in a row that were not finite, and a flag for each of
+    the logged values.
+    """
+    return torch.zeros(2 + values, device=device)
+
+
+def remember_failure(accelerator, optimizer, values: torch.Tensor, step: int, failed: torch.Tensor) -> None:
+    """Note in `failed` the first value that is not finite; from then on the fused optimiser skips every step.
+
+    Args:
+        values: float32, the logged values of this step, the gradient's norm last.
+        step: the optimiser steps before this one.
+    """
+    bad = (~torch.isfinite(values)).float()
+    failed[1] = (failed[1] + 1) * bad[-1]
+    bad[-1] = failed[1] >= (1 if accelerator.scaler is None else MOST_OVERFLOWS)
+    now = torch.cat([bad.new_full((1,), step + 1), failed[1:2], bad])
+    failed.copy_(torch.where((failed[0] == 0) & bad.any(), now, failed))
+    if accelerator.scaler is None:  # else the scaler itself skips steps whose gradients are not finite
+        optimizer.optimizer.found_inf = (failed[0] > 0).float()
+
+
+def report_unreadable(
+    found: dict[int, str], record: dict[str, Any], num_pictures: int, max_share: float, tell: Callable[[str], None]
+) -> None:
+    """Name every unreadable picture once, and end a run that leaves out too many; every process calls it.
+
+    Args:
+        found: the reasons, by index, that this process has come upon; emptied.
+        record: of the run; gets them in `unreadable`.
+        tell: prints a line, on the main process only.
+
+    Raises:
+        ValueError: they are more than `max_share` of all pictures.
+    """
+    known = record["unreadable"]
+    for index, reason in sorted(gather_object(list(found.items()))):
+        if str(index) not in known:  # as JSON has it
+            known[str(index)] = reason
+            tell(f"left out: {reason}")
+    found.clear()
+    if len(known) > max_share * num_pictures:
+        raise ValueError(
+            f"{len(known)} of {num_pictures} pictures cannot be read, more than max_unreadable_share {max_share:g} "
+            f"allows: {'; '.join(list(known.values())[:3])}. Mend or remove them, or allow more"
+        )
+
+
+def tell_on(is_main_process: bool) -> Callable[[str], None]:
+    """Prints a line above the progress bar, on one process."""
+    return tqdm.write if is_main_process else lambda line: None
+
+
+@contextmanager
+def explained_out_of_memory(batch_size: int) -> Iterator[None]:
+    """Say what would need less memory. On CPUs torch has no error of its own for it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise ValueError(
+            f"out of memory with per_device_train_batch_size {batch_size}; lower it (and raise "
+            f"gradient_accumulation_steps to keep the effective batch), or add gradient_checkpointing ({error})"
+        ) from error
+
+
+def stop_if_failed(
+    failed: torch.Tensor,
+    place: Callable[[int], str],
+    description: str,
+    seen: dict[int, list[int]],
+    names: Sequence[str],
+    own: Sequence[str],
+) -> None:
+    """End the run before weights are saved that come after a value that was not finite; every process calls it.
+
+    Args:
+        failed: as `umae.training.failures.remember_failure` leaves it.
+        place, description: of the pictures.
+        seen: the indices of the pictures of every step since the last call.
+        names: of the values that `failed` has flags for; `grad_norm` is among them.
+        own: those that are of one process' pictures, and tell whose they were; the gradient is everybody's.
+
+    Raises:
+        FloatingPointError: with the values, the step and the pictures.
+    """
+    step, in_a_row, *flags = (int(value) for value in failed.tolist())
+    mine = {name for name, flag in zip(names, flags, strict=True) if flag}
+    failures = [failure for failure in gather_object([(step, mine, seen.get(step, []))]) if failure[0]]
+    if not failures:
+        return
+    failures = [failure for failure in failures if failure[1] & set(own)] or failures
+    indices = [index for _, _, some in failures for index in some]
+    found = set().union(*(some for _, some, _ in failures))
+    shown_names = [name for name in names if name in found - {"grad_norm"}] or ["grad_norm"]
+    shown = ", ".join(map(place, indices[:16]))
+    shown += f" and {len(indices) - 16} more" if len(indices) > 16 else ""
+    raise FloatingPointError(
+        f"{', '.join(shown_names)} was not finite at step {min(step for step, _, _ in failures)}"
+        + (f", the {MOST_OVERFLOWS}th time in a row" if in_a_row >= MOST_OVERFLOWS else "")
+        + f", with the pictures {shown} of {description}; the weights have not changed since, and the last "
+        f"checkpoint is from before. Lower base_learning_rate, or train with mixed_precision no"
+    )

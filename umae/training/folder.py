@@ -1,0 +1,136 @@
+"""A run folder: what it is a run of, whether it may be continued, and who trains in it."""
+
+import json
+import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
+
+from configuration_umae import UMAEConfig
+from umae.files import write_text
+from umae.training.checkpoints import clear_leftovers, newest_whole
+
+RUN_FILE = "run.json"
+
+
+def open_run(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Start a run in a new or empty folder, or take up the one that it holds; nothing is written yet.
+
+    Args:
+        identity: what must stay the same when a run is continued: data, model, seed, batch, schedule, precision.
+
+    Returns:
+        What `run.json` holds: `identity`, `hardware`, `versions`, `seconds` of training so far,
+        `unreadable` pictures (index and reason), `finished`.
+
+    Raises:
+        ValueError: the folder holds something else, or a run with another identity.
+    """
+    identity = json.loads(json.dumps(identity))  # as it will be read back
+    run = {
+        "identity": identity,
+        "hardware": f"{accelerator.num_processes} x {_device_name(accelerator.device)}",
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
+        "seconds": 0.0,
+        "unreadable": {},
+        "finished": False,
+    }
+    if (folder / RUN_FILE).exists():
+        before = json.loads((folder / RUN_FILE).read_text())
+        _check_identity(folder, before["identity"], identity)
+        run |= {name: before[name] for name in ("seconds", "unreadable", "finished")}
+    elif folder.exists() and (not folder.is_dir() or any(entry.name != LOCK_FILE for entry in folder.iterdir())):
+        found = "is not empty and holds no run" if folder.is_dir() else "is a file"
+        raise ValueError(f"{folder} {found}; give a new or empty folder as output_dir")
+    return run
+
+
+@contextmanager
+def hold_folder(accelerator: Accelerator, folder: Path, run: dict[str, Any]) -> Iterator[None]:
+    """Make the folder this run's for a while; raises `ValueError` if another process trains in it."""
+    accelerator.wait_for_everyone()  # nobody may look after the main process has begun to write
+    if not accelerator.is_main_process:
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock(folder))
+            clear_leftovers(folder)
+            write_run(folder, run)
+        except OSError as error:
+            raise ValueError(f"cannot write to {folder}: {error}; give another output_dir") from error
+        yield
+
+
+def write_run(folder: Path, run: dict[str, Any]) -> None:
+    """Replace `run.json`."""
+    write_text(folder / RUN_FILE, json.dumps(run, indent=2) + "\n")
+
+
+def newest_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
+    """The one to go on from, by the main process' judgement; damaged ones are named and put aside.
+
+    Raises:
+        ValueError: a process does not see it.
+    """
+    found = [None]
+    if accelerator.is_main_process:
+        found[0], damaged = newest_whole(folder)
+        for checkpoint in damaged:
+            print(
+                f"{checkpoint} is damaged: its files are not those that were written; put aside as {checkpoint}.damaged"
+            )
+            checkpoint.rename(f"{checkpoint}.damaged")
+    newest = broadcast_object_list(found)[0]
+    if newest is not None and not newest.is_dir():
+        raise ValueError(f"process {accelerator.process_index} does not see {newest}; output_dir must lie where all do")
+    return newest
+
+
+def _check_identity(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    defaults = UMAEConfig().to_dict()  # of fields that are younger than a run
+    flat_before, flat_now = ({**defaults, **one, **one["config"], "config": None} for one in (before, now))
+    for name, value in flat_now.items():
+        if flat_before.get(name) != value:
+            raise ValueError(
+                f"{folder} holds a run with {name} {flat_before.get(name)}, not {value}; use another output_dir (and "
+                f"model_name_or_path {folder} to start from its weights)"
+            )
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type.upper()} ({platform.machine()})"
+
+
+LOCK_FILE = "run.lock"
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this process. The system lets go of it when the process ends, however it ends.
+
+    The file that is left behind holds nothing: only the system's lock on it counts. Over NFS another machine sees that
+    lock if the mount passes it on to the server: version 4, or version 3 without `nolock` or `local_lock`.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    held = FileLock(folder / LOCK_FILE, timeout=0)
+    try:
+        held.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"{folder} is being trained by another process; wait for it, or use another output_dir"
+        ) from error
+    try:
+        yield
+    finally:
+        held.release()

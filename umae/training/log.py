@@ -1,0 +1,125 @@
+"""The numbers that a run leaves while it runs: metrics.jsonl, trackers and the progress bar."""
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from accelerate import Accelerator
+
+from umae.files import write_text
+from umae.progress_bar import progress_bar
+from umae.speed import used_memory
+
+T = TypeVar("T")
+METRICS_FILE = "metrics.jsonl"
+
+# What depends on the machine: pictures a second, what share that is of the device's rate at matrix products and of its
+# peak (see `ideal_seconds`), the share of the time spent waiting for pictures, memory in GB, and the seconds that went
+# into diagnostics, which are not part of the others.
+SPEED = ("pictures_per_second", "matmul_share", "mfu", "data_wait", "memory_gb", "diagnostics_seconds")
+
+
+class MetricsLog:
+    """`metrics.jsonl`, the trackers and the progress bar: the same numbers in three places.
+
+    Args:
+        start: steps done so far; lines of later ones are dropped, they will be written again.
+        pictures_per_step: on all processes.
+        ideal_seconds: what one picture would cost if training were nothing but matrix products at full rate, see the
+            function of this name.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        start: int,
+        pictures_per_step: int,
+        ideal_seconds: dict[str, float],
+    ):
+        self.accelerator, self.path, self.bar = accelerator, folder / METRICS_FILE, None
+        self.pictures_per_step, self.ideal_seconds = pictures_per_step, ideal_seconds
+        self.last_step, self.last_time, self.waited, self.diagnosed = start, time.perf_counter(), 0.0, 0.0
+        if accelerator.is_main_process:
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
+            write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def progress(self, total: int) -> Iterator[int]:
+        """The steps still to do, under a bar that shows rate, time left and the newest numbers."""
+        hidden = not self.accelerator.is_main_process
+        steps = range(self.last_step, total)
+        self.bar = progress_bar(
+            steps, initial=self.last_step, total=total, unit="step", dynamic_ncols=True, smoothing=0.05, disable=hidden
+        )
+        return self.bar
+
+    def waited_for(self, batches: Iterable[T]) -> Iterator[T]:
+        """The same batches; the time that they let one wait is counted."""
+        batches = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
+
+    @contextmanager
+    def diagnosing(self) -> Iterator[None]:
+        """Time that does not count as training."""
+        start = time.perf_counter()
+        yield
+        self.diagnosed += time.perf_counter() - start
+
+    def write(self, step: int, values: dict[str, float], shown: str) -> None:
+        """One line for the steps since the last one; every process calls it.
+
+        Args:
+            shown: what of it stands beside the bar, in words.
+        """
+        now = time.perf_counter()
+        seconds, self.last_time = now - self.last_time - self.diagnosed, now
+        rate, memory = (step - self.last_step) * self.pictures_per_step / seconds, used_memory(self.accelerator.device)
+        speed = {
+            "pictures_per_second": rate,
+            **{name: rate * ideal for name, ideal in self.ideal_seconds.items()},
+            "data_wait": self.waited / seconds,
+            "memory_gb": memory / 1e9,
+            "diagnostics_seconds": self.diagnosed,
+        }
+        self.last_step, self.waited, self.diagnosed = step, 0.0, 0.0
+        line = {"step": step, **values, **{name: float(f"{value:.4g}") for name, value in speed.items()}}
+        if self.accelerator.is_main_process:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.bar.set_postfix_str(
+            f"{shown}, {rate:.0f} pictures/s ({line['matmul_share']:.0%} of the matmul rate, "
+            + (f"{line['mfu']:.0%} MFU, " if "mfu" in line else "")
+            + f"{line['data_wait']:.0%} waiting)"
+        )
+        tracked = {name: value for name, value in line.items() if name != "step" and value is not None}
+        self.accelerator.log(tracked, step=step)
+
+
+def track_picture(accelerator: Accelerator, name: str, pixels: np.ndarray, step: int) -> None:
+    """Show a picture, uint8 (height, width, channels), in all trackers; the main process calls it."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
+        elif tracker.name == "trackio":  # Accelerate has no pictures for it
+            tracker.log({name: sys.modules["trackio"].Image(pixels)}, step=step)
+        else:
+            tracker.log_images({name: [pixels]}, step=step)
+
+
+def looks(done: int, total: int, logging_steps: int, steps: int) -> bool:
+    """Whether a line of metrics.jsonl, at step `done`, comes with what is measured every so many steps: the last, and
+    the first of any `steps`; 0 is the last only."""
+    line_before = (done - 1) // logging_steps * logging_steps
+    return done == total or (steps > 0 and done // steps > line_before // steps)
