@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import sys
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -118,6 +118,7 @@ if __name__ == "__main__":  # --help and slips of the pen are answered before th
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
@@ -131,17 +132,18 @@ from umae.data.classes import load_labelled
 from umae.data.images import Pictures
 from umae.data.inputs import evaluation_processor, load_processor
 from umae.evaluation.accuracy import guess, percent, topk_accuracy
-from umae.sharing import cards, hub
-from umae.speed import encoder_flops, ideal_seconds
+from umae.programs.shell import carry_out
+from umae.sharing import cards
+from umae.speed import encoder_flops
 from umae.training import checkpoints
-from umae.training.failures import explained_out_of_memory, no_failure, report_unreadable, stop_if_failed, tell_on
-from umae.training.finetuning import LOGGED, classification_step
-from umae.training.folder import hold_folder, open_run, write_run
-from umae.training.hardware import close, fast_attention, make_accelerator, set_threads, usual_workers
-from umae.training.log import MetricsLog, looks
-from umae.training.schedules import Schedule, layer_decay_groups, make_schedule, set_learning_rate
-from umae.training.signals import StopRequest
-from umae.training.state import Progress
+from umae.training.failures import log_on
+from umae.training.finetuning import VALUES, classification_losses
+from umae.training.folder import write_run
+from umae.training.hardware import fast_attention, make_accelerator, set_threads, usual_workers
+from umae.training.log import looks
+from umae.training.loop import Losses, Settings, Task
+from umae.training.schedules import Schedule, layer_decay_groups, make_schedule
+from umae.training.state import State
 
 
 def main(argv: list[str]) -> None:
@@ -184,26 +186,16 @@ def main(argv: list[str]) -> None:
         max_unreadable_share=data_args.max_unreadable_share,
         args=args,
     )
-    repo_id = None
-    if args.push_to_hub and accelerator.is_main_process:  # rights are asked for now rather than after hours of training
-        repo_id = hub.check_access(args.hub_model_id or job.folder.resolve().name, args.hub_private_repo)
-
-    record = open_run(accelerator, job.folder, identity_of(job, model_args.model_name_or_path))
-    record["base_model"] = cards.base_model(model_args.model_name_or_path)
-    if record["finished"]:
-        accelerator.print(f"{job.folder} holds this run, finished; nothing to do")
-    else:
-        with hold_folder(accelerator, job.folder, record), StopRequest() as stop:
-            announce(job, record, model)
-            judged = train(job, record, model, stop)
-            if judged is not None and accelerator.is_main_process:
-                finish(job, record, judged)
-        if stop.signal:
-            close(accelerator)
-            raise SystemExit(128 + stop.signal)
-    close(accelerator)
-    if repo_id is not None:
-        hub.push_finished(job.folder, repo_id)
+    carry_out(
+        accelerator,
+        settings_of(job),
+        identity_of(job, model_args.model_name_or_path),
+        initial_weights=model_args.model_name_or_path,
+        make_task=lambda log, record: make_task(job, model, record),
+        announce=lambda record: announce(job, record, model),
+        finish=lambda record: finish(job, record),
+        hub_repo=(args.hub_model_id, args.hub_private_repo) if args.push_to_hub else None,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -305,6 +297,23 @@ def make_strengths(args: AugmentationArguments, plan: Plan) -> Strengths:
     return strengths
 
 
+def settings_of(job: Job) -> Settings:
+    args = job.args
+    return Settings(
+        folder=job.folder,
+        processor=job.processor,
+        plan=job.plan,
+        schedule=job.schedule,
+        min_learning_rate=args.min_learning_rate,
+        logging_steps=args.logging_steps,
+        checkpointing_steps=args.checkpointing_steps,
+        checkpoints_total_limit=args.checkpoints_total_limit,
+        max_unreadable_share=job.max_unreadable_share,
+        gradient_checkpointing=args.gradient_checkpointing,
+        torch_compile=args.torch_compile,
+    )
+
+
 def identity_of(job: Job, initial_weights: str) -> dict[str, Any]:
     """What makes this run this run, whatever machine goes on with it."""
     fields = job.config.to_dict()
@@ -362,76 +371,38 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForImageClassification
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training
+# The task
 
 
-def train(
-    job: Job, record: dict[str, Any], model: UMAEForImageClassification, stop: StopRequest
-) -> dict[str, Any] | None:
-    """From the newest checkpoint, if there is one, to the last step; leaves `step-N/` of the last step behind.
-
-    Stopped by a signal, it leaves `step-N/` of the step it was at.
-
-    Returns:
-        What `judge` finds after the last step; None if a signal came before.
-    """
-    accelerator, args, plan, total = job.accelerator, job.args, job.plan, job.schedule.total_steps
-    groups = layer_decay_groups(model, args.weight_decay, args.layer_decay)
-    options = (args.gradient_checkpointing, args.torch_compile)
-    progress = Progress.begin(accelerator, model, groups, BETAS, LOGGED, *options)
-    progress.restore(job.folder)
-    accelerator.init_trackers("umae", config={name: str(value) for name, value in record["identity"].items()})
-    flops = flops_of(job.config)
-    ideal = ideal_seconds(flops, accelerator.device, accelerator.mixed_precision, accelerator.num_processes)
-    log = MetricsLog(accelerator, job.folder, progress.step, plan.pictures_per_step, ideal)
-    micro_batches = log.waited_for(make_loader(job, range(progress.step, total)))
-    failed, tell = no_failure(accelerator.device, len(LOGGED)), tell_on(accelerator.is_main_process)
-    place = (job.train.place, job.train.description)
+def make_task(job: Job, model: UMAEForImageClassification, record: dict[str, Any]) -> Task:
+    """What is trained: the cross entropy of augmented images; test images evaluate it."""
+    accelerator = job.accelerator
     labels = job.train.labels().to(accelerator.device)
-    unreadable: dict[int, str] = {}
-    seen: dict[int, list[int]] = {}  # pictures of every step since the last look at `failed`
-    every = plan.steps_per_epoch if args.eval_steps is None else args.eval_steps
+    every = job.plan.steps_per_epoch if job.args.eval_steps is None else job.args.eval_steps
 
-    judged = None
-    clock, seconds_before = time.perf_counter(), record["seconds"]
-    progress.model.train()
-    for step in log.progress(total):
-        learning_rate = set_learning_rate(progress.optimizer, job.schedule, step, args.min_learning_rate)
-        batches = [next(micro_batches) for _ in range(plan.accumulation)]
-        for batch in batches:
-            unreadable |= batch["refusals"]
-        seen[step + 1] = [index for batch in batches for index in batch["index"].tolist()]
-        with explained_out_of_memory(plan.batch_size):
-            values = classification_step(
-                accelerator, progress.model, progress.optimizer, batches, failed, labels, step=step, seed=args.seed,
-                num_classes=len(job.names), strengths=job.strengths, mean=job.processor.image_mean,
-                std=job.processor.image_std,
-            )  # fmt: skip
-        progress.count(values)
-        done = progress.step
-        last = done == total
-        logs, saves = (last or done % steps == 0 for steps in (args.logging_steps, args.checkpointing_steps))
-        stopped = stop.has_come(accelerator, done) and not last
-        if logs or saves or stopped:
-            stop_if_failed(failed, *place, seen, LOGGED, own=("loss",))
-            seen.clear()
-        if logs:
-            report_unreadable(unreadable, record, plan.pictures, job.max_unreadable_share, tell)
-            line = {"epoch": done / plan.steps_per_epoch, **progress.means()}
-            line["learning_rate"] = learning_rate
-            if looks(done, total, args.logging_steps, every):
-                with log.diagnosing(), explained_out_of_memory(plan.batch_size):
-                    judged = judge(job, progress)
-                line |= {f"test_{name}": value for name, value in judged["accuracy"].items()}
-                tell(f"step {done:,}: " + in_words(judged["accuracy"]))
-            log.write(done, line, f"loss {line['loss']:.3f}")
-        if saves or stopped:
-            record["seconds"] = seconds_before + time.perf_counter() - clock
-            progress.save(job.folder, record, job.processor, args.checkpoints_total_limit)
-        if stopped:
-            accelerator.print(f"\nstopped by a signal after step {done}; the same command goes on from there")
-            return None
-    return judged or judge(job, progress)  # a run that was killed after its last step has not looked yet
+    def losses(model: nn.Module, micro_batches: Sequence[dict], step: int) -> Losses:
+        return classification_losses(
+            accelerator, model, micro_batches, step, labels=labels, seed=job.args.seed, num_classes=len(job.names),
+            strengths=job.strengths, mean=job.processor.image_mean, std=job.processor.image_std,
+        )  # fmt: skip
+
+    return Task(
+        model=model,
+        parameter_groups=layer_decay_groups(model, job.args.weight_decay, job.args.layer_decay),
+        betas=BETAS,
+        values=VALUES,
+        own_values=("loss",),
+        flops=flops_of(job.config),
+        losses=losses,
+        batches=lambda steps: make_loader(job, steps),
+        line=lambda means: (means, f"loss {means['loss']:.3f}"),
+        evaluate=lambda state, micro_batch: evaluate(job, state, record),
+        evaluates=lambda step: looks(step, job.schedule.total_steps, job.args.logging_steps, every),
+        saved_beside=lambda: ({}, {}),
+        restore=lambda tensors, state: None,
+        image_name=job.train.place,
+        description=job.train.description,
+    )
 
 
 def make_loader(job: Job, steps: range) -> DataLoader:
@@ -446,14 +417,16 @@ def make_loader(job: Job, steps: range) -> DataLoader:
     return training_loader(pictures, job.plan, rank, steps.start, steps.stop, job.workers, pin_memory=on_gpu)
 
 
-def judge(job: Job, progress: Progress) -> dict[str, Any]:
-    """Accuracies on the test pictures, in 0..1, and those that cannot be read, which count as wrong; every process
-    calls it."""
-    guesses, unreadable = guess(
-        progress.model, job.test, job.processor, job.args.per_device_eval_batch_size, job.workers, len(job.names),
+def evaluate(job: Job, state: State, record: dict[str, Any]) -> dict[str, float]:
+    """Accuracies on the test images, in 0..1; every process calls it. Those that cannot be read count as wrong, and
+    `record` gets their names."""
+    guesses, record["unreadable_test"] = guess(
+        state.model, job.test, job.processor, job.args.per_device_eval_batch_size, job.workers, len(job.names),
         job.accelerator,
     )  # fmt: skip
-    return {"accuracy": topk_accuracy(guesses, job.test.labels()), "unreadable": unreadable}
+    found = topk_accuracy(guesses, job.test.labels())
+    log_on(job.accelerator.is_main_process)(f"step {state.step:,}: {in_words(found)}")
+    return {f"test_{name}": value for name, value in found.items()}
 
 
 def in_words(accuracy: dict[str, float]) -> str:
@@ -464,22 +437,24 @@ def in_words(accuracy: dict[str, float]) -> str:
 # What stands at the end
 
 
-def finish(job: Job, record: dict[str, Any], judged: dict[str, Any]) -> None:
+def finish(job: Job, record: dict[str, Any]) -> None:
     """Put the last checkpoint's model at the top of the run folder, with what it is worth and a card."""
     folder = job.folder
     for file in (folder / f"step-{job.schedule.total_steps}").iterdir():
         if file.name not in checkpoints.ONLY_FOR_TRAINING:
             files.copy_file(file, folder / file.name)
-    report = {name: percent(judged["accuracy"].get(name)) for name in ("top1", "top5")}
-    report["protocol"] = protocol(job, record, judged["unreadable"])
+    last = cards.read_metrics(folder)[-1]
+    found = {name: last[f"test_{name}"] for name in ("top1", "top5") if f"test_{name}" in last}
+    report = {name: percent(found.get(name)) for name in ("top1", "top5")}
+    report["protocol"] = protocol(job, record, record.get("unreadable_test", []))
     files.write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
     files.write_text(folder / "README.md", cards.finetune_card(folder))
     record["finished"] = True
     write_run(folder, record)
-    for error in judged["unreadable"]:
+    for error in record.get("unreadable_test", []):
         tqdm.write(f"counted as wrong: {error}")
     print(
-        f"finished in {cards.duration(record['seconds'])}: {in_words(judged['accuracy'])} of {len(job.test):,} "
+        f"finished in {cards.duration(record['seconds'])}: {in_words(found)} of {len(job.test):,} "
         f"pictures from {job.test.description}\nclassifier, {REPORT} and card in {folder}"
     )
 

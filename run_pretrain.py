@@ -11,8 +11,7 @@ import dataclasses
 import os
 import statistics
 import sys
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -94,7 +93,6 @@ class TrainingArguments:
 
 
 BETAS = (0.9, 0.95)  # of AdamW
-OWN = ("reconstruction_loss", "feature_norm")  # of one process' pictures
 EVALUATIONS = 10  # at least, of a run
 USUAL_LOGGING = 50  # steps
 USUAL_WARMUP = 10  # one in so many steps
@@ -124,6 +122,7 @@ if __name__ == "__main__":  # --help and slips of the pen are answered before th
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessorPil
 from transformers.utils.logging import disable_progress_bar
@@ -136,17 +135,17 @@ from umae.data.images import Pictures, held_out_splits, load_pictures
 from umae.data.inputs import evaluation_processor
 from umae.data.streaming import START, Cursor, Stream, load_stream, streaming_loader
 from umae.evaluation.monitor import MOST_PICTURES, OBSERVED_STEPS, Monitor, classes_of, usual_steps, watch
-from umae.sharing import cards, gallery, hub
-from umae.speed import ideal_seconds, training_flops
+from umae.programs.shell import carry_out
+from umae.sharing import cards, gallery
+from umae.speed import training_flops
 from umae.training import checkpoints
-from umae.training.failures import explained_out_of_memory, no_failure, report_unreadable, stop_if_failed, tell_on
-from umae.training.folder import hold_folder, open_run, write_run
-from umae.training.hardware import close, fast_attention, make_accelerator, set_threads, usual_workers
+from umae.training.folder import write_run
+from umae.training.hardware import fast_attention, make_accelerator, set_threads, usual_workers
 from umae.training.log import SPEED, MetricsLog, looks, track_picture
-from umae.training.pretraining import LOGGED, train_step
-from umae.training.schedules import Schedule, decay_groups, make_schedule, set_learning_rate
-from umae.training.signals import StopRequest
-from umae.training.state import Progress
+from umae.training.loop import Losses, Settings, Task
+from umae.training.pretraining import VALUES, pretraining_losses
+from umae.training.schedules import Schedule, decay_groups, make_schedule
+from umae.training.state import State
 
 
 def main(argv: list[str]) -> None:
@@ -184,28 +183,17 @@ def main(argv: list[str]) -> None:
         max_unreadable_share=data_args.max_unreadable_share,
         args=args,
     )
-    push = None
-    if args.push_to_hub and accelerator.is_main_process:  # rights are asked for now rather than after hours of training
-        repo_id = hub.check_access(args.hub_model_id or job.folder.resolve().name, args.hub_private_repo)
-        push = hub.BackgroundPush(repo_id, job.folder, tell=tqdm.write)
-
-    record = open_run(accelerator, job.folder, identity_of(job, model_args.model_name_or_path))
-    record["base_model"] = cards.base_model(model_args.model_name_or_path)
-    if record["finished"]:
-        accelerator.print(f"{job.folder} holds this run, finished; nothing to do")
-    else:
-        with hold_folder(accelerator, job.folder, record), StopRequest() as stop:
-            announce(job, record, model)
-            train(job, record, model, stop, push)
-            if accelerator.is_main_process and not stop.signal:
-                finish(job, record)
-        if stop.signal:
-            close(accelerator)
-            raise SystemExit(128 + stop.signal)
-    close(accelerator)
-    if push is not None:
-        push.wait()
-        hub.push_finished(job.folder, push.repo_id)
+    carry_out(
+        accelerator,
+        settings_of(job),
+        identity_of(job, model_args.model_name_or_path),
+        initial_weights=model_args.model_name_or_path,
+        make_task=lambda log, record: make_task(job, model, log),
+        announce=lambda record: announce(job, record, model),
+        finish=lambda record: finish(job, record),
+        hub_repo=(args.hub_model_id, args.hub_private_repo) if args.push_to_hub else None,
+        published=lambda step: published_checkpoint(job.folder, step),
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -329,6 +317,23 @@ def make_plan(accelerator: Accelerator, pictures: Pictures | Stream, args: Train
     return plan
 
 
+def settings_of(job: Job) -> Settings:
+    args = job.args
+    return Settings(
+        folder=job.folder,
+        processor=job.processor,
+        plan=job.plan,
+        schedule=job.schedule,
+        min_learning_rate=0.0,
+        logging_steps=logging_steps(job),
+        checkpointing_steps=args.checkpointing_steps,
+        checkpoints_total_limit=args.checkpoints_total_limit,
+        max_unreadable_share=job.max_unreadable_share,
+        gradient_checkpointing=args.gradient_checkpointing,
+        torch_compile=args.torch_compile,
+    )
+
+
 def identity_of(job: Job, initial_weights: str | None) -> dict[str, Any]:
     """What makes this run this run, whatever machine goes on with it."""
     fields, streaming = job.config.to_dict(), isinstance(job.pictures, Stream)
@@ -392,76 +397,53 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training
+# The task
 
 
-def train(
-    job: Job, record: dict[str, Any], model: UMAEForPreTraining, stop: StopRequest, push: hub.BackgroundPush | None
-) -> None:
-    """From the newest checkpoint, if there is one, to the last step; leaves `step-N/` of the last step behind.
-
-    Stopped by a signal, it leaves `step-N/` of the step it was at.
-    """
-    accelerator, args, plan, total = job.accelerator, job.args, job.plan, job.schedule.total_steps
+def make_task(job: Job, model: UMAEForPreTraining, log: MetricsLog) -> Task:
+    """What is trained: the two losses, on crops of the images; the monitor evaluates what is learned."""
+    accelerator, args, config = job.accelerator, job.args, job.config
     monitor = make_monitor(job)
-    groups = decay_groups(model, args.weight_decay)
-    options = (args.gradient_checkpointing, args.torch_compile)
-    progress = Progress.begin(accelerator, model, groups, BETAS, LOGGED, *options)
-    cursors = go_on(job, progress, monitor)
-    accelerator.init_trackers("umae", config={name: str(value) for name, value in record["identity"].items()})
-    ideal = ideal_seconds(
-        training_flops(job.config), accelerator.device, accelerator.mixed_precision, accelerator.num_processes
-    )
-    log = MetricsLog(accelerator, job.folder, progress.step, plan.pictures_per_step, ideal)
-    micro_batches = log.waited_for(make_loader(job, range(progress.step, total), cursors))
-    failed, tell = no_failure(accelerator.device, len(LOGGED)), tell_on(accelerator.is_main_process)
-    unreadable: dict[int, str] = {}
-    seen: dict[int, list[int]] = {}  # pictures of every step since the last look at `failed`
+    cursors = [START] * max(1, job.workers)  # where this process' readers of a stream stand
 
     def observe(features: torch.Tensor, index: torch.Tensor) -> None:
-        with log.diagnosing():
+        with log.evaluating():
             monitor.observe(features, index)
 
-    clock, seconds_before = time.perf_counter(), record["seconds"]
-    progress.model.train()
-    for step in log.progress(total):
-        learning_rate = set_learning_rate(progress.optimizer, job.schedule, step)
-        batches = [next(micro_batches) for _ in range(plan.accumulation)]
-        for batch in batches:
-            unreadable |= batch["refusals"]
-        seen[step + 1] = [index for batch in batches for index in batch["index"].tolist()]
-        with explained_out_of_memory(plan.batch_size):
-            values = train_step(
-                accelerator, progress.model, progress.optimizer, batches, failed, step=step,
-                num_patches=job.config.grid[0] * job.config.grid[1], seed=args.seed, mean=job.processor.image_mean,
-                std=job.processor.image_std, exact_uniformity=args.exact_uniformity,
-                observe=observe if monitor and step % OBSERVED_STEPS == 0 else None,
-            )  # fmt: skip
-        progress.count(values)
-        done = progress.step
-        last = done == total
-        logs, saves = (last or done % steps == 0 for steps in (logging_steps(job), args.checkpointing_steps))
-        stopped = stop.has_come(accelerator, done) and not last
-        if logs:
-            stop_if_failed(failed, job.pictures.place, job.pictures.description, seen, LOGGED, OWN)
-            seen.clear()
-            report_unreadable(unreadable, record, plan.pictures, job.max_unreadable_share, tell)
-            line = {"epoch": done / plan.steps_per_epoch, **logged(progress)}
-            line["learning_rate"] = learning_rate
-            if monitor and evaluates(job, done):
-                with log.diagnosing(), explained_out_of_memory(plan.batch_size):
-                    line |= look(job, monitor, progress, batches[-1])
-            loss, filled = line["reconstruction_loss"], line["participation_ratio"]
-            log.write(done, line, f"loss {loss:.3f}, features fill {filled:.1f} dimensions")
-        if saves or stopped:
-            stop_if_failed(failed, job.pictures.place, job.pictures.description, seen, LOGGED, OWN)
-            record["seconds"] = seconds_before + time.perf_counter() - clock
-            save(job, record, progress, monitor, cursors)
-            if push is not None and not last:
-                push.start(published_checkpoint(job.folder, done), f"Step {done}", f"step-{done}")
-        if stopped:
-            accelerator.print(f"\nstopped by a signal after step {done}; the same command goes on from there")
-            return
+    def losses(model: nn.Module, micro_batches: Sequence[dict], step: int) -> Losses:
+        return pretraining_losses(
+            accelerator, model, micro_batches, step, num_patches=config.grid[0] * config.grid[1], seed=args.seed,
+            mean=job.processor.image_mean, std=job.processor.image_std, exact_uniformity=args.exact_uniformity,
+            observe=observe if monitor and step % OBSERVED_STEPS == 0 else None,
+        )  # fmt: skip
+
+    def saved_beside() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        tensors = monitor.tensors() if monitor else {}
+        return tensors, {"cursors": gather_object([cursors]) if isinstance(job.pictures, Stream) else []}
+
+    def restore(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        if monitor and tensors:
+            monitor.restore(tensors)
+        if state.get("cursors"):
+            cursors[:] = [Cursor(*cursor) for cursor in state["cursors"][accelerator.process_index]]
+
+    return Task(
+        model=model,
+        parameter_groups=decay_groups(model, args.weight_decay),
+        betas=BETAS,
+        values=VALUES,
+        own_values=("reconstruction_loss", "feature_norm"),
+        flops=training_flops(config),
+        losses=losses,
+        batches=lambda steps: make_loader(job, steps, cursors),
+        line=partial(line_of, accelerator),
+        evaluate=lambda state, micro_batch: look(job, monitor, state, micro_batch),
+        evaluates=lambda step: monitor is not None and evaluates(job, step),
+        saved_beside=saved_beside,
+        restore=restore,
+        image_name=job.pictures.place,
+        description=job.pictures.description,
+    )
 
 
 def make_monitor(job: Job) -> Monitor | None:
@@ -496,14 +478,14 @@ def evaluates(job: Job, step: int) -> bool:
     return is_first or looks(step, job.schedule.total_steps, logging_steps(job), eval_steps(job))
 
 
-def look(job: Job, monitor: Monitor, progress: Progress, batch: dict) -> dict[str, float]:
+def look(job: Job, monitor: Monitor, state: State, batch: dict) -> dict[str, float]:
     """Measure the features, and show it: a line on the terminal, pictures in the run folder and in the trackers."""
-    values, shown = monitor.look(progress.model, batch, progress.step)
+    values, shown = monitor.look(state.model, batch, state.step)
     if job.accelerator.is_main_process:
         most = min(monitor.watched.count, job.config.hidden_size)
-        tqdm.write(f"step {progress.step:,}: {in_words(values, most)}")
-        tile = gallery.save_tile(job.folder, progress.step, shown)
-        track_picture(job.accelerator, "reconstructions", tile, progress.step)
+        tqdm.write(f"step {state.step:,}: {in_words(values, most)}")
+        tile = gallery.save_tile(job.folder, state.step, shown)
+        track_picture(job.accelerator, "reconstructions", tile, state.step)
     return values
 
 
@@ -530,35 +512,13 @@ def make_loader(job: Job, steps: range, cursors: list[Cursor]) -> Iterable[dict]
     return training_loader(cropped, job.plan, rank, steps.start, steps.stop, job.workers, pin_memory=on_gpu)
 
 
-def logged(progress: Progress) -> dict[str, float | None]:
-    """The means since the last line, and how many dimensions the features fill by their uniformity."""
-    values = progress.means()
-    if values["feature_norm"] < 1e-6:  # the uniformity of nothing is 0, the best value there is
-        progress.accelerator.print(
-            "\nwarning: the features are zero, so the encoder is dead and their uniformity means nothing"
-        )
-    uniformity = values["uniformity_loss"]
-    return {**values, "participation_ratio": 1 / uniformity if uniformity else 0.0}
-
-
-def go_on(job: Job, progress: Progress, monitor: Monitor | None) -> list[Cursor]:
-    """From the newest checkpoint, if there is one; where this process' readers of a stream stand."""
-    found = progress.restore(job.folder)
-    if found is None:
-        return [START] * max(1, job.workers)
-    online, state = found
-    if monitor:
-        monitor.restore(online)
-    mine = state["cursors"][job.accelerator.process_index] if state["cursors"] else []
-    return [Cursor(*cursor) for cursor in mine]
-
-
-def save(job: Job, record: dict[str, Any], progress: Progress, monitor: Monitor | None, cursors: list[Cursor]) -> None:
-    """Write `step-N/`, with what the monitor has observed and the readers' places; every process takes part."""
-    online = monitor.tensors() if monitor else None
-    places = gather_object([cursors]) if record["identity"]["streaming"] else []
-    keep = job.args.checkpoints_total_limit
-    progress.save(job.folder, record, job.processor, keep, online, cursors=places)
+def line_of(accelerator: Accelerator, means: dict[str, float | None]) -> tuple[dict[str, float | None], str]:
+    """The means since the last line, with the dimensions that the features fill by their uniformity; and in words."""
+    if means["feature_norm"] < 1e-6:  # the uniformity of nothing is 0, the best value there is
+        accelerator.print("\nwarning: the features are zero, so the encoder is dead and their uniformity means nothing")
+    uniformity = means["uniformity_loss"]
+    line = {**means, "participation_ratio": 1 / uniformity if uniformity else 0.0}
+    return line, f"loss {line['reconstruction_loss']:.3f}, features fill {line['participation_ratio']:.1f} dimensions"
 
 
 def published_checkpoint(folder: Path, step: int) -> dict[str, Path | bytes]:

@@ -19,7 +19,8 @@ from umae.data.inputs import evaluation_processor
 from umae.evaluation.monitor import Monitor, watch
 from umae.training import checkpoints
 from umae.training.failures import no_failure
-from umae.training.pretraining import LOGGED, train_step
+from umae.training.loop import optimizer_step
+from umae.training.pretraining import VALUES, pretraining_losses
 
 COUNT = 12
 PARTS = {  # pictures of every process
@@ -123,7 +124,7 @@ def main_process_has(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 def weights_after_three_steps(wrap) -> torch.Tensor:
     """Before the last step all that a checkpoint holds is saved, and restored into a new optimiser."""
     torch.manual_seed(0)
-    accelerator, failed = Accelerator(cpu=True), no_failure(torch.device("cpu"), len(LOGGED))
+    accelerator, failed = Accelerator(cpu=True), no_failure(torch.device("cpu"), len(VALUES))
     model = wrap(UMAEForPreTraining(fresh_config(uniformity_weight=0.5)))
     pictures = torch.arange(8 * 3 * 16 * 16).view(8, 3, 16, 16).to(torch.uint8)
     index = torch.arange(8)[4 * dist.get_rank() :][:4]
@@ -136,10 +137,10 @@ def weights_after_three_steps(wrap) -> torch.Tensor:
             optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True))
             checkpoints.restore_model(model, weights)
             checkpoints.restore_optimizer(model, optimizer.optimizer, state)
-        train_step(
-            accelerator, model, optimizer, [batch], failed, step=step, num_patches=16, seed=0, mean=(0.5,) * 3,
-            std=(0.5,) * 3,
-        )  # fmt: skip
+        losses = pretraining_losses(
+            accelerator, model, [batch], step, num_patches=16, seed=0, mean=(0.5,) * 3, std=(0.5,) * 3
+        )
+        optimizer_step(accelerator, model, optimizer, losses, 1, failed, step)
     assert failed[0] == 0
     weights = main_process_has(checkpoints.model_tensors(model))
     return torch.cat([tensor.flatten() for _, tensor in sorted(weights.items())])

@@ -40,14 +40,14 @@ from golden_models import fresh_config
 from torch.nn.parallel import DistributedDataParallel
 from modeling_umae import UMAEForPreTraining
 from umae.training.hardware import close, make_accelerator
-from umae.training.state import Progress
+from umae.training.state import State
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     accelerator = make_accelerator(os.environ, "no", 1, "none", Path(sys.argv[1]))
     model = UMAEForPreTraining(fresh_config())
     groups = [{"params": model.parameters()}]
-    progress = Progress.begin(accelerator, model, groups, (0.9, 0.95), ["loss"], False, False)
-assert isinstance(progress.model, DistributedDataParallel) and not progress.model.will_sync_module_buffers()
+    state = State.begin(accelerator, model, groups, (0.9, 0.95), ["loss"], False, False)
+assert isinstance(state.model, DistributedDataParallel) and not state.model.will_sync_module_buffers()
 assert not caught, [str(warning.message) for warning in caught]
 close(accelerator)
 """
@@ -104,14 +104,15 @@ def test_another_number_of_processes_goes_on_with_the_same_run(finished, tmp_pat
 
 DYING = """
 import os, signal, sys, datetime, run_pretrain, umae.training.hardware
+from umae.training import loop
 how, when = sys.argv.pop(1), 6
 umae.training.hardware.PATIENCE = datetime.timedelta(seconds=15)
-train_step = run_pretrain.train_step
-def dying(*arguments, step, **named):
-    if step == when and os.environ["RANK"] == "1":
+optimizer_step = loop.optimizer_step
+def dying(*arguments):
+    if arguments[-1] == when and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
-    return train_step(*arguments, step=step, **named)
-run_pretrain.train_step = dying
+    return optimizer_step(*arguments)
+loop.optimizer_step = dying
 if __name__ == "__main__":
     run_pretrain.main(sys.argv[1:])
 """

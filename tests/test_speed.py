@@ -6,9 +6,11 @@ import torch
 from golden_models import fresh_config
 from torch.utils.flop_counter import FlopCounterMode
 
-import run_pretrain
 from modeling_umae import UMAEForPreTraining
+from umae.sharing import cards
 from umae.speed import ideal_seconds, matmul_rate, peak_flops, training_flops
+from umae.training import log as training_log
+from umae.training.hardware import usual_workers
 from umae.training.log import MetricsLog
 
 
@@ -66,7 +68,7 @@ def test_without_a_known_peak_there_is_no_mfu():
 
 def test_what_older_runs_called_mfu_is_read_as_what_it_was(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "mfu": 0.5}\n{"step": 2, "matmul_share": 0.6, "mfu": 0.3}\n')
-    assert run_pretrain.cards.read_metrics(tmp_path) == [
+    assert cards.read_metrics(tmp_path) == [
         {"step": 1, "matmul_share": 0.5},
         {"step": 2, "matmul_share": 0.6, "mfu": 0.3},
     ]
@@ -75,10 +77,13 @@ def test_what_older_runs_called_mfu_is_read_as_what_it_was(tmp_path):
 def test_a_line_of_metrics_says_how_fast_training_is_and_how_long_it_waits(tmp_path, monkeypatch):
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
-    accelerator = SimpleNamespace(is_main_process=True, log=lambda values, step: None, device=torch.device("cpu"))
-    log = MetricsLog(
-        accelerator, tmp_path, start=0, pictures_per_step=8, ideal_seconds={"matmul_share": 0.001, "mfu": 0.0005}
-    )
+    monkeypatch.setattr(training_log, "ideal_seconds", lambda *arguments: {"matmul_share": 0.001, "mfu": 0.0005})
+    accelerator = SimpleNamespace(
+        is_main_process=True, log=lambda values, step: None, device=torch.device("cpu"), mixed_precision="no",
+        num_processes=1,
+    )  # fmt: skip
+    log = MetricsLog(accelerator, tmp_path, pictures_per_step=8)
+    log.begin(step=0, flops=1)
 
     def slow_batches():
         for batch in ({"index": 0}, {"index": 1}):
@@ -89,10 +94,10 @@ def test_a_line_of_metrics_says_how_fast_training_is_and_how_long_it_waits(tmp_p
     for step in log.progress(2):
         assert next(batches) == {"index": step}
         clock.now += 0.125
-    with log.diagnosing():
+    with log.evaluating():
         clock.now += 0.5
     log.write(2, {"reconstruction_loss": 0.5, "participation_ratio": 2.0}, "loss 0.5")
-    line = run_pretrain.cards.read_metrics(tmp_path)[0]
+    line = cards.read_metrics(tmp_path)[0]
     assert line["pictures_per_second"] == 16.0  # 16 in a second, without the diagnostics
     assert (
         line["diagnostics_seconds"] == 0.5
@@ -106,5 +111,5 @@ def test_a_line_of_metrics_says_how_fast_training_is_and_how_long_it_waits(tmp_p
 def test_workers_are_shared_by_gpus_and_left_out_where_training_takes_the_cores(monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda process: range(20))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
-    assert run_pretrain.usual_workers(torch.device("cuda")) == 5
-    assert run_pretrain.usual_workers(torch.device("cpu")) == 0
+    assert usual_workers(torch.device("cuda")) == 5
+    assert usual_workers(torch.device("cpu")) == 0

@@ -16,6 +16,7 @@ from processes import ROOT, TIMEOUT, environment, run, start
 from training_runs import SHORT, folder_with_bad_pictures, metrics
 
 import run_pretrain
+from umae.training import loop
 from umae.training.folder import lock
 
 
@@ -47,15 +48,16 @@ def test_a_killed_run_ends_with_the_same_bits(finished, tmp_path, workers):
 
 KILLED = """
 import os, signal, sys, run_pretrain
-from umae import checkpoints
+from umae import files
+from umae.training import checkpoints
 moment = sys.argv.pop(1)
-module, name = (checkpoints.os, "rename") if moment == "rename" else (checkpoints, moment)
-plain = getattr(module, name)
+module = {"rename": os, "_fsync": files}.get(moment, checkpoints)
+plain = getattr(module, moment)
 def killed(path, *arguments):
     if "step-8" in str(path):
         os.kill(os.getpid(), signal.SIGKILL)
     return plain(path, *arguments)
-setattr(module, name, killed)
+setattr(module, moment, killed)
 if __name__ == "__main__":
     run_pretrain.main(sys.argv[1:])
 """
@@ -151,12 +153,12 @@ def test_a_stopped_run_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
     folder, _ = finished
     steps = iter(range(100))
 
-    def interrupted(*arguments, train_step=run_pretrain.train_step, **named):
+    def interrupted(*arguments, optimizer_step=loop.optimizer_step, **named):
         if next(steps) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(*arguments, **named)
+        return optimizer_step(*arguments, **named)
 
-    monkeypatch.setattr(run_pretrain, "train_step", interrupted)
+    monkeypatch.setattr(loop, "optimizer_step", interrupted)
     with pytest.raises(SystemExit) as stop:
         run_pretrain.main(["--output_dir", str(tmp_path / "run"), *SHORT])
     assert stop.value.code == 143 and not (tmp_path / "run" / "model.safetensors").exists()

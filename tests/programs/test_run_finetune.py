@@ -23,7 +23,7 @@ from umae.convert import read_model
 from umae.data.images import load_pictures
 from umae.data.inputs import evaluation_processor, load_processor
 from umae.evaluation.accuracy import guess
-from umae.training import finetuning
+from umae.training import finetuning, loop
 
 SHORT = (
     "--max_train_steps", "12", "--checkpointing_steps", "4", "--logging_steps", "3", "--eval_steps", "4",
@@ -174,7 +174,7 @@ def test_a_run_that_is_killed_while_it_saves_ends_with_the_same_bits(encoder, fi
     mine = tmp_path / "run"
     (tmp_path / "killed.py").write_text(
         "import os, signal, sys, run_finetune\n"
-        "from umae import checkpoints\n"
+        "from umae.training import checkpoints\n"
         "plain = checkpoints.write_training_state\n"
         "def killed(path, *arguments):\n"
         "    if 'step-8' in str(path):\n"
@@ -196,12 +196,12 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_bits(encoder, finished, t
     folder, _ = finished
     steps = iter(range(100))
 
-    def interrupted(*arguments, step_taken=run_finetune.classification_step, **named):
+    def interrupted(*arguments, optimizer_step=loop.optimizer_step, **named):
         if next(steps) == 4:  # between two lines of metrics.jsonl
             os.kill(os.getpid(), signal.SIGTERM)
-        return step_taken(*arguments, **named)
+        return optimizer_step(*arguments, **named)
 
-    monkeypatch.setattr(run_finetune, "classification_step", interrupted)
+    monkeypatch.setattr(loop, "optimizer_step", interrupted)
     with pytest.raises(SystemExit) as stop:
         run_finetune.main(command(encoder, tmp_path / "run"))
     assert stop.value.code == 143 and not (tmp_path / "run" / "finetune.json").exists()

@@ -18,8 +18,7 @@ from modeling_umae import UMAEModel
 from umae import seeding
 from umae.data import inputs
 from umae.data.inputs import evaluation_processor
-from umae.training import pretraining
-from umae.training.state import Progress
+from umae.training import loop, pretraining
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -131,6 +130,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_weight(tmp_path, m
 
 SPOILED = """
 import os, sys, torch, run_pretrain, modeling_umae
+from umae.training import loop
 plain, calls = modeling_umae.UMAEForPreTraining.forward, [0]
 def forward(self, *arguments, **named):
     output = plain(self, *arguments, **named)
@@ -139,13 +139,13 @@ def forward(self, *arguments, **named):
         output.reconstruction_loss = output.reconstruction_loss + torch.inf  # loss and gradients stay as they are
     return output
 modeling_umae.UMAEForPreTraining.forward = forward
-train_step = run_pretrain.train_step
+optimizer_step = loop.optimizer_step
 def step(accelerator, model, *arguments, **named):
-    values = train_step(accelerator, model, *arguments, **named)
+    values = optimizer_step(accelerator, model, *arguments, **named)
     with open(f"weights_{os.environ['RANK']}", "a") as file:
         print(sum(parameter.double().abs().sum().item() for parameter in model.parameters()), file=file)
     return values
-run_pretrain.train_step = step
+loop.optimizer_step = step
 with run_pretrain.one_line_refusals("run_pretrain.py", run_pretrain.TYPES):
     run_pretrain.main(sys.argv[1:])
 """
@@ -188,12 +188,13 @@ def test_a_program_refuses_with_the_flag_that_would_help(program, words, message
 
 CRAMPED = """
 import resource, sys, run_pretrain
-train_step = run_pretrain.train_step
+from umae.training import loop
+optimizer_step = loop.optimizer_step
 def cramped(*arguments, **named):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, -1))
-    return train_step(*arguments, **named)
-run_pretrain.train_step = cramped
+    return optimizer_step(*arguments, **named)
+loop.optimizer_step = cramped
 with run_pretrain.one_line_refusals("run_pretrain.py", run_pretrain.TYPES):
     run_pretrain.main(sys.argv[1:])
 """
@@ -208,27 +209,24 @@ def test_too_little_memory_is_named_with_the_flags_that_help(tmp_path):
 
 
 def test_features_of_zeros_are_warned_of(capsys):
-    accelerator = SimpleNamespace(reduce=lambda window, kind: window, print=print)
-    names = list(pretraining.LOGGED)
     for norm, warned in ((0.0, True), (0.5, False)):
-        window = torch.ones(2, len(names))
-        window[0, names.index("feature_norm")] = norm
-        run_pretrain.logged(Progress(accelerator, 1, None, None, None, names, window))
+        means = {**dict.fromkeys(pretraining.VALUES, 1.0), "feature_norm": norm}
+        run_pretrain.line_of(SimpleNamespace(print=print), means)
         assert ("the features are zero" in capsys.readouterr().out) == warned
 
 
 def test_weights_freeze_from_the_first_value_that_is_not_finite(tmp_path, monkeypatch):
     kept = {}
 
-    def look(accelerator, model, optimizer, micro_batches, failed, train_step=run_pretrain.train_step, **arguments):
+    def observed(accelerator, model, *arguments, optimizer_step=loop.optimizer_step):
         step = len(kept)
         if step == 2:
             model.get_parameter("vit.layernorm.bias").register_hook(lambda grad: grad * float("inf"))
-        values = train_step(accelerator, model, optimizer, micro_batches, failed, **arguments)
+        values = optimizer_step(accelerator, model, *arguments)
         kept[step] = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
         return values
 
-    monkeypatch.setattr(run_pretrain, "train_step", look)
+    monkeypatch.setattr(loop, "optimizer_step", observed)
     with pytest.raises(FloatingPointError):
         run_pretrain.main(["--output_dir", str(tmp_path / "run"), "--max_train_steps", "6", "--logging_steps", "5"])
     assert not torch.equal(kept[0], kept[1])  # step 0 has learning rate 0

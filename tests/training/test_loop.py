@@ -7,7 +7,8 @@ from golden_models import fresh_config
 
 from modeling_umae import UMAEForPreTraining
 from umae.training.failures import MOST_OVERFLOWS, no_failure
-from umae.training.pretraining import LOGGED, train_step
+from umae.training.loop import optimizer_step
+from umae.training.pretraining import VALUES, pretraining_losses
 
 BATCH = {"pixel_values": torch.arange(4 * 3 * 16 * 16).view(4, 3, 16, 16).to(torch.uint8), "index": torch.arange(4)}
 
@@ -17,11 +18,8 @@ class Steps:
 
     def __init__(self, accelerator: Accelerator):
         torch.manual_seed(0)
-        self.accelerator, self.model, self.failed = (
-            accelerator,
-            UMAEForPreTraining(fresh_config()),
-            no_failure("cpu", len(LOGGED)),
-        )
+        self.accelerator, self.model = accelerator, UMAEForPreTraining(fresh_config())
+        self.failed = no_failure("cpu", len(VALUES))
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
         self.optimizer = accelerator.prepare_optimizer(optimizer)
         self.done, self.spoil = 0, ""
@@ -37,10 +35,11 @@ class Steps:
     def take(self, spoil: str = "") -> bool:
         """One step; returns whether a weight has changed."""
         self.spoil, before = spoil, self.weights()
-        train_step(
-            self.accelerator, self.model, self.optimizer, [{**BATCH, "epoch": 0}], self.failed, step=self.done,
-            num_patches=16, seed=0, mean=(0.5,) * 3, std=(0.5,) * 3,
+        losses = pretraining_losses(
+            self.accelerator, self.model, [{**BATCH, "epoch": 0}], self.done, num_patches=16, seed=0, mean=(0.5,) * 3,
+            std=(0.5,) * 3,
         )  # fmt: skip
+        optimizer_step(self.accelerator, self.model, self.optimizer, losses, 1, self.failed, self.done)
         self.done += 1
         return not torch.equal(before, self.weights())
 
@@ -49,7 +48,7 @@ class Steps:
 
     def failure(self) -> tuple[int, list[str]]:
         step, _, *flags = self.failed.tolist()
-        return int(step), [name for name, flag in zip(LOGGED, flags, strict=True) if flag]
+        return int(step), [name for name, flag in zip(VALUES, flags, strict=True) if flag]
 
 
 @pytest.fixture

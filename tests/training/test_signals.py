@@ -83,12 +83,12 @@ def test_the_first_signal_is_remembered_and_the_second_one_acts(number):
 LOOKING = """
 import itertools, json, sys
 from accelerate import Accelerator
-from umae import interruption
+from umae.training import signals
 accelerator = Accelerator()
 rank, gather, clock = accelerator.process_index, accelerator.gather, itertools.count()
-interruption.time.perf_counter = lambda: next(clock) / 10  # a step takes 0.1 seconds or 0.2, a look 0.1 more
+signals.time.perf_counter = lambda: next(clock) / 10  # a step takes 0.1 seconds or 0.2, a look 0.1 more
 def looks_until_a_stop(start, while_looking):
-    stop, looks = interruption.StopRequest(), []
+    stop, looks = signals.StopRequest(), []
     def gather_and_note(mine):
         looks.append(step)
         if rank == 1 and while_looking and step >= start + 200:

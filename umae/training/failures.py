@@ -62,7 +62,7 @@ def report_unreadable(
         )
 
 
-def tell_on(is_main_process: bool) -> Callable[[str], None]:
+def log_on(is_main_process: bool) -> Callable[[str], None]:
     """Prints a line above the progress bar, on one process."""
     return tqdm.write if is_main_process else lambda line: None
 

@@ -4,6 +4,7 @@ import json
 import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,35 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
+from transformers import PreTrainedModel
 
+import modeling_umae
 from configuration_umae import UMAEConfig
 from umae.files import write_text
 from umae.training.checkpoints import clear_leftovers, newest_whole
 
 RUN_FILE = "run.json"
+LOCK_FILE = "run.lock"
+METRICS_FILE = "metrics.jsonl"
+KEPT = ("seconds", "unreadable", "unreadable_test", "finished")  # of `run.json`, by a run that is continued
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, for use from Python."""
+
+    folder: Path
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`, one dictionary each."""
+        return [json.loads(line) for line in (self.folder / METRICS_FILE).read_text().splitlines()]
+
+    def model(self) -> PreTrainedModel:
+        """The trained model, in evaluation mode on the CPU: `UMAEForPreTraining`, or the classifier."""
+        config = UMAEConfig.from_pretrained(self.folder)
+        kind = getattr(modeling_umae, config.architectures[0])
+        return kind.from_pretrained(self.folder, config=config).eval()
 
 
 def open_run(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +69,7 @@ def open_run(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) -
     if (folder / RUN_FILE).exists():
         before = json.loads((folder / RUN_FILE).read_text())
         _check_identity(folder, before["identity"], identity)
-        run |= {name: before[name] for name in ("seconds", "unreadable", "finished")}
+        run |= {name: before[name] for name in KEPT if name in before}
     elif folder.exists() and (not folder.is_dir() or any(entry.name != LOCK_FILE for entry in folder.iterdir())):
         found = "is not empty and holds no run" if folder.is_dir() else "is a file"
         raise ValueError(f"{folder} {found}; give a new or empty folder as output_dir")
@@ -108,9 +132,6 @@ def _check_identity(folder: Path, before: dict[str, Any], now: dict[str, Any]) -
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type.upper()} ({platform.machine()})"
-
-
-LOCK_FILE = "run.lock"
 
 
 @contextmanager

@@ -13,10 +13,10 @@ from accelerate import Accelerator
 
 from umae.files import write_text
 from umae.progress_bar import progress_bar
-from umae.speed import used_memory
+from umae.speed import ideal_seconds, used_memory
+from umae.training.folder import METRICS_FILE
 
 T = TypeVar("T")
-METRICS_FILE = "metrics.jsonl"
 
 # What depends on the machine: pictures a second, what share that is of the device's rate at matrix products and of its
 # peak (see `ideal_seconds`), the share of the time spent waiting for pictures, memory in GB, and the seconds that went
@@ -28,26 +28,28 @@ class MetricsLog:
     """`metrics.jsonl`, the trackers and the progress bar: the same numbers in three places.
 
     Args:
-        start: steps done so far; lines of later ones are dropped, they will be written again.
         pictures_per_step: on all processes.
-        ideal_seconds: what one picture would cost if training were nothing but matrix products at full rate, see the
-            function of this name.
     """
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        folder: Path,
-        start: int,
-        pictures_per_step: int,
-        ideal_seconds: dict[str, float],
-    ):
+    def __init__(self, accelerator: Accelerator, folder: Path, pictures_per_step: int):
         self.accelerator, self.path, self.bar = accelerator, folder / METRICS_FILE, None
-        self.pictures_per_step, self.ideal_seconds = pictures_per_step, ideal_seconds
-        self.last_step, self.last_time, self.waited, self.diagnosed = start, time.perf_counter(), 0.0, 0.0
+        self.pictures_per_step = pictures_per_step
+        self.waited, self.evaluated = 0.0, 0.0  # seconds since the last line
+
+    def begin(self, step: int, flops: int) -> None:
+        """Start the clock; lines of steps after `step` are dropped, they will be written again.
+
+        Args:
+            flops: floating-point operations that train on one image.
+        """
+        accelerator = self.accelerator
+        self.ideal_seconds = ideal_seconds(
+            flops, accelerator.device, accelerator.mixed_precision, accelerator.num_processes
+        )
+        self.last_step, self.last_time = step, time.perf_counter()
         if accelerator.is_main_process:
             lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
             write_text(self.path, "".join(line + "\n" for line in kept))
 
     def progress(self, total: int) -> Iterator[int]:
@@ -71,11 +73,11 @@ class MetricsLog:
             yield batch
 
     @contextmanager
-    def diagnosing(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """Time that does not count as training."""
         start = time.perf_counter()
         yield
-        self.diagnosed += time.perf_counter() - start
+        self.evaluated += time.perf_counter() - start
 
     def write(self, step: int, values: dict[str, float], shown: str) -> None:
         """One line for the steps since the last one; every process calls it.
@@ -84,16 +86,16 @@ class MetricsLog:
             shown: what of it stands beside the bar, in words.
         """
         now = time.perf_counter()
-        seconds, self.last_time = now - self.last_time - self.diagnosed, now
+        seconds, self.last_time = now - self.last_time - self.evaluated, now
         rate, memory = (step - self.last_step) * self.pictures_per_step / seconds, used_memory(self.accelerator.device)
         speed = {
             "pictures_per_second": rate,
             **{name: rate * ideal for name, ideal in self.ideal_seconds.items()},
             "data_wait": self.waited / seconds,
             "memory_gb": memory / 1e9,
-            "diagnostics_seconds": self.diagnosed,
+            "diagnostics_seconds": self.evaluated,
         }
-        self.last_step, self.waited, self.diagnosed = step, 0.0, 0.0
+        self.last_step, self.waited, self.evaluated = step, 0.0, 0.0
         line = {"step": step, **values, **{name: float(f"{value:.4g}") for name, value in speed.items()}}
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:

@@ -19,8 +19,8 @@ BESIDE = "online/"  # in a checkpoint, before the names of tensors that are not 
 
 
 @dataclass
-class Progress:
-    """Of one process.
+class State:
+    """The state of training on one process.
 
     Args:
         step: optimiser steps done.
@@ -48,7 +48,7 @@ class Progress:
         names: Sequence[str],
         gradient_checkpointing: bool,
         torch_compile: bool,
-    ) -> "Progress":
+    ) -> "State":
         """Nothing done yet, by AdamW on some groups of parameters."""
         if gradient_checkpointing:  # transformers is renaming it
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
@@ -76,15 +76,15 @@ class Progress:
         columns = zip(self.names, sums, counts, strict=True)
         return {name: total / count if count else None for name, total, count in columns}
 
-    def restore(self, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """Go on from the newest checkpoint of a run folder, if there is one.
+    def restore(self, folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Continue from the newest checkpoint of a run folder, if there is one.
 
         Returns:
-            What `save` was given beside; None if there is no checkpoint.
+            What `save` was given beside; nothing if there is no checkpoint.
         """
         newest = newest_checkpoint(self.accelerator, folder)
         if newest is None:
-            return None
+            return {}, {}
         checkpoints.restore_model(self.model, self.kind.from_pretrained(newest).state_dict())
         tensors, state = checkpoints.read_training_state(newest)
         self.window.copy_(tensors.pop("window"))
@@ -102,8 +102,8 @@ class Progress:
         record: dict[str, Any],
         processor: BaseImageProcessor,
         keep: int,
-        beside: dict[str, torch.Tensor] | None = None,
-        **state: Any,
+        beside: dict[str, torch.Tensor],
+        state: dict[str, Any],
     ) -> None:
         """Write `step-N/` and `run.json`; every process takes part, the main one writes.
 
@@ -117,8 +117,8 @@ class Progress:
         # What every process goes on with, resumed or not
         self.window.copy_(accelerator.reduce(self.window, "mean"))
         tensors["window"] = self.window.cpu()
-        tensors |= {f"{BESIDE}{name}": tensor for name, tensor in (beside or {}).items()}
-        state |= {"step": self.step, "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
+        tensors |= {f"{BESIDE}{name}": tensor for name, tensor in beside.items()}
+        state = state | {"step": self.step, "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
 
         def write(target: Path) -> None:
             accelerator.unwrap_model(model).save_pretrained(target, state_dict=state_dict)

@@ -1,0 +1,1 @@
+"""The programs: from arguments to a finished folder."""

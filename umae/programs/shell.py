@@ -1,0 +1,72 @@
+"""What pre-training and fine-tuning do alike around their loop: hold the folder, announce, train, finish, push."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+from umae.sharing import cards, hub
+from umae.training.folder import Run, hold_folder, open_run
+from umae.training.hardware import close
+from umae.training.log import MetricsLog
+from umae.training.loop import Settings, Task, train
+from umae.training.signals import StopRequest
+
+
+def carry_out(
+    accelerator: Accelerator,
+    settings: Settings,
+    identity: dict[str, Any],
+    initial_weights: str | None,
+    make_task: Callable[[MetricsLog, dict[str, Any]], Task],
+    announce: Callable[[dict[str, Any]], None],
+    finish: Callable[[dict[str, Any]], None],
+    hub_repo: tuple[str | None, bool] | None,
+    published: Callable[[int], dict[str, Path | bytes]] | None = None,
+) -> Run:
+    """Train in a run folder, from its newest checkpoint if it has one; nothing is done where the run is finished.
+
+    Args:
+        identity: what must stay the same when a run is continued.
+        initial_weights: where the run starts from, None for fresh weights; the card's base model.
+        make_task: (log, what `run.json` holds) -> what is trained; called once the folder is held.
+        announce: prints what will be done, given what `run.json` holds.
+        finish: given the same, completes the folder after the last step; the main process calls it.
+        hub_repo: repository (None: named after the folder) and whether it shall be private; None for no push.
+        published: step -> the files of a checkpoint that are pushed as a revision of their own; None for none.
+
+    Raises:
+        ValueError: the folder holds something else, or the Hub refuses.
+        FloatingPointError: a loss or gradient was not finite.
+        SystemExit: 128 + the number of the signal that stopped the run, after its checkpoint.
+    """
+    folder, push = settings.folder, None
+    if hub_repo is not None and accelerator.is_main_process:  # access is checked now, not after hours of training
+        repo_id = hub.check_access(hub_repo[0] or folder.resolve().name, hub_repo[1])
+        push = hub.BackgroundPush(repo_id, folder, tell=tqdm.write)
+
+    def publish(step: int) -> None:
+        if push is not None and published is not None:
+            push.start(published(step), f"Step {step}", f"step-{step}")
+
+    record = open_run(accelerator, folder, identity)
+    record["base_model"] = cards.base_model(initial_weights)
+    if record["finished"]:
+        accelerator.print(f"{folder} holds this run, finished; nothing to do")
+    else:
+        with hold_folder(accelerator, folder, record), StopRequest() as stop:
+            announce(record)
+            log = MetricsLog(accelerator, folder, settings.plan.pictures_per_step)
+            train(make_task(log, record), settings, accelerator, record, log, stop, publish)
+            if accelerator.is_main_process and not stop.signal:
+                finish(record)
+        if stop.signal:
+            close(accelerator)
+            raise SystemExit(128 + stop.signal)
+    close(accelerator)
+    if push is not None:
+        push.wait()
+        hub.push_finished(folder, push.repo_id)
+    return Run(folder)
