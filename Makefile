@@ -9,11 +9,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INDEX := $(if $(EXTRA_INDEX_URL),--extra-index-url $(EXTRA_INDEX_URL))
 
-VERSIONS := 5.4.0 5.23.0# of transformers: the oldest that setup.py allows, and the newest that was tried
+VERSIONS := 5.4.0 5.23.0# of transformers: the oldest that pyproject.toml allows, and the newest that was tried
 
 .PHONY: pretrain test test-slow test-versions docs soak quality style
 
-$(VENV)/installed: setup.py constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(INDEX) --constraint constraints.txt --editable ".[test]"
 	touch $@
@@ -29,7 +29,7 @@ test: $(VENV)/installed
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile thorough
 
-.venv-%/installed: setup.py constraints.txt
+.venv-%/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	grep '^torch==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/pip install --quiet --disable-pip-version-check $(INDEX) --constraint $(@D)/constraints.txt \

@@ -32,7 +32,10 @@ LIBRARIES = (
     "torch", "torch.distributed.fsdp", "torch._dynamo", "torch.utils.flop_counter", "torch.utils.tensorboard", "pandas",
     "pyarrow.parquet", "matplotlib.backends.backend_agg", "sklearn.datasets", "psutil",
 )  # fmt: skip
-PROGRAMS = ("run_pretrain", "run_finetune", "run_linear_probe", "umae.evaluation.diagnosis", "umae.sharing.report")
+PROGRAMS = (
+    "umae.programs.pretrain", "umae.programs.finetune", "umae.programs.probe", "umae.sharing.report",
+    "transformers.hf_argparser",
+)  # fmt: skip
 
 
 def environment(**changes: str) -> dict[str, str]:

@@ -28,7 +28,7 @@ facts = {
     "accelerate": [len(AcceleratorState._shared_state), len(PartialState._shared_state)],
     "torch": [torch.get_num_threads(), str(torch.get_default_dtype()), torch.is_grad_enabled()],
     "processes": [multiprocessing.get_start_method(), len(multiprocessing.active_children())],
-    "imported": sorted(name for name in sys.modules if name.split(".")[0] in ("umae", "modeling_umae", "run_pretrain")),
+    "imported": sorted(name for name in sys.modules if name.split(".")[0] in ("umae", "modeling_umae")),
     "random": [random.random(), numpy.random.random(), torch.rand(()).item()],
 }
 print(json.dumps(facts))

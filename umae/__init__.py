@@ -1,4 +1,10 @@
-"""U-MAE for the Hugging Face ecosystem. Importing this package registers the models with transformers' Auto classes."""
+"""U-MAE for the Hugging Face ecosystem. Importing this package registers the models with transformers' Auto classes.
+
+What trains and evaluates is imported when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
@@ -12,18 +18,67 @@ from modeling_umae import (
     uniformity_loss,
 )
 
+if TYPE_CHECKING:
+    from umae.convert import encoder_from_pretrained
+    from umae.data.images import Pictures, load_pictures
+    from umae.data.inputs import load_processor
+    from umae.evaluation.diagnosis import diagnose
+    from umae.evaluation.features import extract_features
+    from umae.programs.finetune import finetune
+    from umae.programs.pretrain import pretrain
+    from umae.programs.probe import probe
+    from umae.sharing.report import report
+    from umae.training.folder import Run
+
+__version__ = "0.1.0"
+
 AutoConfig.register("umae", UMAEConfig, exist_ok=True)
 AutoModel.register(UMAEConfig, UMAEModel, exist_ok=True)
 AutoModelForPreTraining.register(UMAEConfig, UMAEForPreTraining, exist_ok=True)
 AutoModelForImageClassification.register(UMAEConfig, UMAEForImageClassification, exist_ok=True)
 
+_LAZY = {
+    "Pictures": "umae.data.images",
+    "Run": "umae.training.folder",
+    "diagnose": "umae.evaluation.diagnosis",
+    "encoder_from_pretrained": "umae.convert",
+    "extract_features": "umae.evaluation.features",
+    "finetune": "umae.programs.finetune",
+    "load_pictures": "umae.data.images",
+    "load_processor": "umae.data.inputs",
+    "pretrain": "umae.programs.pretrain",
+    "probe": "umae.programs.probe",
+    "report": "umae.sharing.report",
+}
+
 __all__ = [
+    "Pictures",
+    "Run",
     "UMAEConfig",
     "UMAEForImageClassification",
     "UMAEForPreTraining",
     "UMAEImageProcessor",
     "UMAEModel",
+    "diagnose",
+    "encoder_from_pretrained",
+    "extract_features",
+    "finetune",
+    "load_pictures",
+    "load_processor",
     "open_image",
+    "pretrain",
+    "probe",
     "reconstruction_loss",
+    "report",
     "uniformity_loss",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,7 @@
 """Checkpoints of any family as ours, each by a table of renames; nothing is left over or missing in silence.
 
-python -m umae.convert mae_pretrain_vit_base.pth runs/mae             # anything below, to a folder of ours
-python -m umae.convert runs/mine mine.safetensors                     # ours, to the names of facebookresearch/mae
+umae convert mae_pretrain_vit_base.pth runs/mae             # anything below, to a folder of ours
+umae convert runs/mine mine.safetensors                     # ours, to the names of facebookresearch/mae
 
 Read are files of facebookresearch/mae and zhangq327/U-MAE, and U-MAE, ViTMAE and ViT of any transformers, from a folder
 or the Hub. What a source is, is seen from what it holds.
@@ -512,26 +512,23 @@ def _training_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> None:
     """Turn a checkpoint of MAE, U-MAE or ViT into a folder that `from_pretrained` loads."""
-    parser = argparse.ArgumentParser(prog="python -m umae.convert", description=main.__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="umae convert", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("source", help="file of the original code, or folder or Hub name of a U-MAE, ViTMAE or ViT")
     parser.add_argument("out", type=Path, help="folder to write, or file that ends in .safetensors; must not exist yet")
     parser.add_argument("--num_attention_heads", type=int, help="of a file's encoder, if its width is not published")
     parser.add_argument("--decoder_num_attention_heads", type=int, default=16, help="of a file's decoder (default 16)")
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.out.exists():
-            raise ValueError(f"{arguments.out} exists, and is left as it is; name another target")
-        heads = (arguments.num_attention_heads, arguments.decoder_num_attention_heads)
-        config, tensors = read_model(arguments.source, None, *heads)
-        model = load_exactly(_class_for(tensors)(config), tensors, arguments.source).eval()
-        if arguments.out.suffix == ".safetensors":
-            temporary = arguments.out.with_name(f"{arguments.out.name}.tmp")
-            save_file({name: one.contiguous() for name, one in to_original(tensors).items()}, temporary)
-            temporary.rename(arguments.out)
-        else:
-            write_folder(arguments.out, lambda folder: _save(model, folder))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"umae.convert: {error}") from error
+    if arguments.out.exists():
+        raise ValueError(f"{arguments.out} exists, and is left as it is; name another target")
+    heads = (arguments.num_attention_heads, arguments.decoder_num_attention_heads)
+    config, tensors = read_model(arguments.source, None, *heads)
+    model = load_exactly(_class_for(tensors)(config), tensors, arguments.source).eval()
+    if arguments.out.suffix == ".safetensors":
+        temporary = arguments.out.with_name(f"{arguments.out.name}.tmp")
+        save_file({name: one.contiguous() for name, one in to_original(tensors).items()}, temporary)
+        temporary.rename(arguments.out)
+    else:
+        write_folder(arguments.out, lambda folder: _save(model, folder))
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{arguments.out}: {type(model).__name__} with {millions:.1f} million weights")
 

@@ -187,7 +187,7 @@ def pretrain(folder, output, *flags, processes: int = 1, check: bool = True):
 
 FROM_HUB = """
 from umae.data.batches import Plan
-from umae.streaming import START, load_stream, streaming_loader
+from umae.data.streaming import START, load_stream, streaming_loader
 stream = load_stream("tester/set", None, "train", None)
 plan = Plan(pictures=40, batch_size=5, accumulation=1, processes=1, seed=0)
 batches = list(streaming_loader(stream, (8, 8), plan, 0, range(8), [START, START], num_workers=2))

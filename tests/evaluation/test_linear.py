@@ -67,10 +67,10 @@ def test_folding_the_standardisation_into_the_head_is_exact():
     generator = torch.Generator().manual_seed(0)
     every = views.flatten(0, 1)
     standardised = (views - every.mean(0)) / (every.var(0, correction=0) + 1e-6).sqrt()
-    linear = torch.nn.Linear(12, 4)
-    linear.weight.data = 0.01 * torch.randn(12, 4, generator=generator).T.contiguous()
-    linear.bias.data.zero_()
-    groups = [{"params": [linear.weight], "weight_decay": 1e-3}, {"params": [linear.bias]}]
+    layer = torch.nn.Linear(12, 4)
+    layer.weight.data = 0.01 * torch.randn(12, 4, generator=generator).T.contiguous()
+    layer.bias.data.zero_()
+    groups = [{"params": [layer.weight], "weight_decay": 1e-3}, {"params": [layer.bias]}]
     optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
     step, steps = 0, linear.EPOCHS * 16
     for epoch in range(linear.EPOCHS):
@@ -78,10 +78,10 @@ def test_folding_the_standardisation_into_the_head_is_exact():
             for group in optimizer.param_groups:
                 group["lr"] = 0.1 * 0.5 * (1 + math.cos(math.pi * step / steps))
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(linear(standardised[epoch % 2, batch]), labels[batch]).backward()
+            torch.nn.functional.cross_entropy(layer(standardised[epoch % 2, batch]), labels[batch]).backward()
             optimizer.step()
             step += 1
-    expected = linear(standardised[0])
+    expected = layer(standardised[0])
     assert (features @ weight[0].T + bias[0] - expected).abs().max() < 1e-4 * expected.abs().max()
 
 

@@ -10,7 +10,6 @@ from datasets import ClassLabel, Dataset, Features, Image
 from golden_models import fresh_config
 from torch.utils.flop_counter import FlopCounterMode
 
-import run_pretrain
 from modeling_umae import UMAEForPreTraining, uniformity_loss
 from umae import seeding
 from umae.convert import set_pooling
@@ -22,6 +21,7 @@ from umae.evaluation.diagnosis import VIEWS
 from umae.evaluation.features import frozen_features
 from umae.evaluation.monitor import SHARE, Monitor, Watched, classes_of, usual_steps, watch
 from umae.evaluation.online import MemoryBank
+from umae.programs import pretrain
 from umae.speed import encoder_flops, training_flops
 
 
@@ -153,7 +153,7 @@ def test_the_memory_bank_holds_the_newest_micro_batches_and_is_restored_in_their
 def test_the_rank_that_is_printed_is_held_against_what_so_few_images_can_reach():
     values = {"effective_rank_cls": 300.0, "effective_rank_mean": 20.0}
     values |= {"grad_norm_reconstruction": None, "grad_norm_uniformity": None}
-    assert run_pretrain.in_words(values, 512) == "effective rank 300.0 (cls) and 20.0 (mean) of at most 512"
+    assert pretrain.in_words(values, 512) == "effective rank 300.0 (cls) and 20.0 (mean) of at most 512"
 
 
 def test_looking_takes_its_share_of_trainings_arithmetic():
@@ -199,10 +199,10 @@ def test_every_process_has_as_many_batches_and_together_they_have_all_pictures()
 
 
 def test_pictures_that_cannot_be_read_do_not_count(tmp_path):
-    from PIL import Image as Picture
+    from PIL import Image
 
     for i in range(6):
-        Picture.fromarray(np.full((8, 8, 3), 40 * i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        Image.fromarray(np.full((8, 8, 3), 40 * i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
     (tmp_path / "2.png").write_bytes(b"<html>")
     accelerator = Accelerator(cpu=True)
     watched = watch(accelerator, load_pictures(str(tmp_path)), evaluation_processor((16, 16)), (16, 16), 4, False, 0)
@@ -223,10 +223,10 @@ def test_a_run_is_evaluated_at_least_eight_times_and_first_within_its_first_eigh
         schedule=SimpleNamespace(total_steps=total),
     )  # fmt: skip
     steps = range(1, total + 1)
-    logged = [step for step in steps if step == total or step % run_pretrain.logging_steps(job) == 0]
-    evaluated = [step for step in logged if run_pretrain.evaluates(job, step)]
+    logged = [step for step in steps if step == total or step % pretrain.logging_steps(job) == 0]
+    evaluated = [step for step in logged if pretrain.evaluates(job, step)]
     assert len(evaluated) >= 8 and evaluated[0] <= total / 8 and evaluated[-1] == total
     job.args.eval_steps, job.args.logging_steps = 40, 30  # what is asked for is done
-    assert [step for step in steps if step % 30 == 0 and run_pretrain.evaluates(job, step)][:3] == [
+    assert [step for step in steps if step % 30 == 0 and pretrain.evaluates(job, step)][:3] == [
         step for step in (60, 90, 120) if step <= total
     ]

@@ -17,12 +17,15 @@ from safetensors.torch import load_file
 from training_runs import metrics
 from transformers import pipeline
 
+import arguments_umae
 import run_finetune
+from command_line_umae import given_flags
 from modeling_umae import UMAEForImageClassification, UMAEForPreTraining
 from umae.convert import read_model
 from umae.data.images import load_pictures
 from umae.data.inputs import evaluation_processor, load_processor
 from umae.evaluation.accuracy import guess
+from umae.programs import finetune
 from umae.training import finetuning, loop
 
 SHORT = (
@@ -115,7 +118,7 @@ def test_the_warm_up_is_maes_five_epochs_and_at_most_half_of_the_run(encoder, tm
     words = [word for word in command(encoder, tmp_path / "run", *words) if word not in ("--max_train_steps", "12")]
     seen = []
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="not empty"):
-        patch.setattr(run_finetune, "identity_of", lambda job, weights: seen.append(job.schedule.warmup_steps) or {})
+        patch.setattr(finetune, "identity_of", lambda job, weights: seen.append(job.schedule.warmup_steps) or {})
         run_finetune.main(words)
     assert seen == [steps]
 
@@ -128,9 +131,9 @@ def test_the_folder_classifies_in_a_pipeline_under_the_names_of_the_classes(fini
 
 
 def test_the_model_is_maes_and_starts_from_the_encoders_weights(encoder):
-    args = run_finetune.ModelArguments(str(encoder))
+    args = arguments_umae.FinetuneModelArguments(model_name_or_path=str(encoder))
     torch.manual_seed(1)
-    model = run_finetune.make_model(Accelerator(cpu=True), args, list("abc"))
+    model = finetune.make_model(Accelerator(cpu=True), args, list("abc"))
     assert not any(name.startswith(("vit.layernorm", "decoder")) for name in model.state_dict())
     assert model.config.drop_path_rate == 0.1 and model.config.pooling == "mean" and model.config.num_labels == 3
     assert torch.equal(model.vit.fc_norm.weight, torch.ones(32))
@@ -144,7 +147,9 @@ def test_the_norm_of_the_pooled_feature_starts_fresh_whatever_pretraining_has_ma
     pretrained = UMAEForPreTraining(fresh_config(pooling="mean"))
     torch.nn.init.constant_(pretrained.vit.fc_norm.weight, 3.0)
     pretrained.save_pretrained(tmp_path)
-    model = run_finetune.make_model(Accelerator(cpu=True), run_finetune.ModelArguments(str(tmp_path)), list("abc"))
+    model = finetune.make_model(
+        Accelerator(cpu=True), arguments_umae.FinetuneModelArguments(model_name_or_path=str(tmp_path)), list("abc")
+    )
     assert torch.equal(model.vit.fc_norm.weight, torch.ones(32))
 
 
@@ -323,7 +328,7 @@ def test_data_that_cannot_be_learned_from_is_refused_with_what_to_do(encoder, tm
         (
             "--per_device_train_batch_size",
             "7",
-        ): "7 is odd, and mixup and cutmix take pictures in pairs; use 8, or --mixup",
+        ): "7 is odd, and mixup and cutmix take pictures in pairs; use 8, or mixup 0",
         ("--per_device_train_batch_size", "4", "--test_split", "train"): "are both train; a classifier is judged",
         ("--per_device_train_batch_size", "4", "--min_crop_scale", "0"): "crops of nothing",
     }.items():
@@ -341,5 +346,6 @@ def test_a_file_of_the_original_code_is_fine_tuned(tmp_path):
 
 def test_the_recipe_of_the_digits_is_read(encoder):
     recipe = ("--recipe", str(ROOT / "recipes" / "digits_finetune.yaml"))
-    _, _, augmentation, training = run_finetune.parse_arguments(run_finetune.TYPES, [*command(encoder, "run"), *recipe])
+    given = given_flags(arguments_umae.FINETUNE, [*command(encoder, "run"), *recipe])
+    _, _, augmentation, training = arguments_umae.arguments_of(arguments_umae.FINETUNE, given)
     assert augmentation.horizontal_flip == 0 and training.layer_decay == 0.9

@@ -19,6 +19,7 @@ from umae.data.images import load_pictures
 from umae.data.inputs import evaluation_processor, load_processor
 from umae.evaluation import features, mae
 from umae.evaluation.features import extract_features
+from umae.programs import probe as program
 
 CLASSES = ("dark", "green", "red", "striped", "turned", "white")
 
@@ -199,7 +200,7 @@ def test_nonsense_is_refused_before_any_work(model, folder, tmp_path, monkeypatc
     def no_work(*args, **kwargs):
         raise AssertionError("work began")
 
-    monkeypatch.setattr(run_linear_probe, "extract_features", no_work)
+    monkeypatch.setattr(program, "extract_features", no_work)
     for name, splits in {
         "unlabelled": {"train": ["one"], "test": ["one"]},
         "other_classes": {"train": CLASSES[:3], "test": CLASSES[1:4]},

@@ -9,14 +9,16 @@ import torch
 from accelerate import Accelerator
 from golden_models import SETUP_OF_768, fresh_config, original_file
 from PIL import Image
-from processes import SHARED, run
+from processes import ROOT, SHARED, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import SHORT, folder_of_parquet, folder_with_bad_pictures, metrics, small_model
 from transformers import AutoImageProcessor
 
+import arguments_umae
 import run_pretrain
 import umae
 from umae.convert import read_weights
+from umae.programs import pretrain
 from umae.training import hardware
 
 
@@ -155,7 +157,7 @@ def test_compiled_and_checkpointed_layers_train_the_same(finished, tmp_path):
 
 def small_recipe(tmp_path) -> list[str]:
     """The digits' sizes, with nothing said about precision."""
-    lines = run_pretrain.DIGITS_RECIPE.read_text().splitlines()
+    lines = (ROOT / "recipes" / "digits.yaml").read_text().splitlines()
     (tmp_path / "recipe.yaml").write_text("\n".join(line for line in lines if not line.startswith("mixed_precision")))
     return ["--recipe", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run"), "--max_train_steps", "2"]
 
@@ -225,8 +227,8 @@ def test_the_uniformity_weight_is_what_was_said_or_that_of_the_weights_or_else_t
     tmp_path, trained_with, said, expected
 ):
     umae.UMAEForPreTraining(fresh_config(uniformity_weight=trained_with)).save_pretrained(tmp_path)
-    args = run_pretrain.ModelArguments(model_name_or_path=str(tmp_path), uniformity_weight=said)
-    assert run_pretrain.make_model(Accelerator(cpu=True), args).config.uniformity_weight == expected
+    args = arguments_umae.PretrainModelArguments(model_name_or_path=str(tmp_path), uniformity_weight=said)
+    assert pretrain.make_model(Accelerator(cpu=True), args).config.uniformity_weight == expected
 
 
 def test_training_goes_on_at_another_resolution_with_all_other_sizes_those_of_the_weights(tmp_path, capsys):
@@ -260,13 +262,15 @@ def test_training_goes_on_at_another_resolution_with_all_other_sizes_those_of_th
 def test_sizes_that_weights_cannot_have_are_refused(tmp_path, sizes, message):
     umae.UMAEForPreTraining(fresh_config()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
-        run_pretrain.make_model(Accelerator(cpu=True), run_pretrain.ModelArguments(str(tmp_path), **sizes))
+        pretrain.make_model(
+            Accelerator(cpu=True), arguments_umae.PretrainModelArguments(model_name_or_path=str(tmp_path), **sizes)
+        )
 
 
 def test_a_share_that_hides_all_but_one_patch_of_the_larger_images_is_accepted(tmp_path):
     umae.UMAEForPreTraining(fresh_config()).save_pretrained(tmp_path)  # 16 patches, of which it would leave none
-    args = run_pretrain.ModelArguments(str(tmp_path), image_size=32, mask_ratio=0.98)
-    assert run_pretrain.make_model(Accelerator(cpu=True), args).config.num_hidden_patches == 63
+    args = arguments_umae.PretrainModelArguments(model_name_or_path=str(tmp_path), image_size=32, mask_ratio=0.98)
+    assert pretrain.make_model(Accelerator(cpu=True), args).config.num_hidden_patches == 63
 
 
 def test_training_starts_from_a_file_of_the_original_code(tmp_path, capsys):

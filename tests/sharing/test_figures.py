@@ -106,12 +106,12 @@ def test_two_colours_differ_for_eyes_that_miss_a_kind_of_cone():
 
 
 def test_curves_have_no_offset_and_two_of_the_same_values_are_both_seen(monkeypatch):
-    figures = []
-    monkeypatch.setattr(figures, "_rendered", lambda figure: figures.append(figure))
+    drawn = []
+    monkeypatch.setattr(figures, "_rendered", lambda figure: drawn.append(figure))
     lines = [{"step": step, "reconstruction_loss": 0.40001 + step * 1e-7} for step in range(0, 100, 10)]
     figures.training_curves({"a": lines, "b": lines})
-    (axis, *_) = figures[0].axes
-    figures[0].canvas.draw()
+    (axis, *_) = drawn[0].axes
+    drawn[0].canvas.draw()
     assert axis.yaxis.get_offset_text().get_text() == "" and axis.yaxis.get_major_formatter().get_useOffset() is False
     first, second = axis.get_lines()
     assert first.get_linestyle() != second.get_linestyle() and first.get_linewidth() > second.get_linewidth()

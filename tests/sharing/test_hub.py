@@ -323,7 +323,7 @@ def test_a_run_outlives_the_hub_and_the_command_it_names_repeats_the_push(server
     )  # fmt: skip
     assert failed.returncode == 1 and "step-2 is not on the Hub" in failed.stdout + failed.stderr
     assert f"{tmp_path}/digits is finished and whole, but cannot push to tester/digits" in failed.stderr
-    command = re.search(r"To try again: `python (-m umae.sharing.hub \S+ tester/digits)`", failed.stderr)[1].split()
+    command = ["-m", *re.search(r"To try again: `(umae push \S+ tester/digits)`", failed.stderr)[1].split()]
     assert (tmp_path / "digits" / "model.safetensors").exists()
     assert server.repos["model", "tester/digits"].private
     server.faults.clear()

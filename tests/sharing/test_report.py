@@ -56,7 +56,7 @@ def runs(tmp_path_factory):
 
 
 def test_a_report_holds_all_it_shows_and_marks_what_differs(runs, tmp_path):
-    words = ("-m", "umae.sharing.report", *sorted(runs.iterdir()), "--output", tmp_path / "report.html")
+    words = ("-m", "umae", "report", *sorted(runs.iterdir()), "--output", tmp_path / "report.html")
     assert run(*words).stdout == f"{tmp_path}/report.html\n"
     text = (tmp_path / "report.html").read_text()
     page = Page(text)

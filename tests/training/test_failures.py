@@ -18,6 +18,7 @@ from modeling_umae import UMAEModel
 from umae import seeding
 from umae.data import inputs
 from umae.data.inputs import evaluation_processor
+from umae.programs import pretrain
 from umae.training import loop, pretraining
 
 
@@ -146,7 +147,7 @@ def step(accelerator, model, *arguments, **named):
         print(sum(parameter.double().abs().sum().item() for parameter in model.parameters()), file=file)
     return values
 loop.optimizer_step = step
-with run_pretrain.one_line_refusals("run_pretrain.py", run_pretrain.TYPES):
+with command_line_umae.one_line_refusals("run_pretrain.py", arguments_umae.PRETRAIN):
     run_pretrain.main(sys.argv[1:])
 """
 
@@ -195,7 +196,7 @@ def cramped(*arguments, **named):
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**26, -1))
     return optimizer_step(*arguments, **named)
 loop.optimizer_step = cramped
-with run_pretrain.one_line_refusals("run_pretrain.py", run_pretrain.TYPES):
+with command_line_umae.one_line_refusals("run_pretrain.py", arguments_umae.PRETRAIN):
     run_pretrain.main(sys.argv[1:])
 """
 
@@ -211,7 +212,7 @@ def test_too_little_memory_is_named_with_the_flags_that_help(tmp_path):
 def test_features_of_zeros_are_warned_of(capsys):
     for norm, warned in ((0.0, True), (0.5, False)):
         means = {**dict.fromkeys(pretraining.VALUES, 1.0), "feature_norm": norm}
-        run_pretrain.line_of(SimpleNamespace(print=print), means)
+        pretrain.line_of(SimpleNamespace(print=print), means)
         assert ("the features are zero" in capsys.readouterr().out) == warned
 
 

@@ -93,15 +93,16 @@ def rand_augment(
     Returns:
         uint8 (3, height, width).
     """
-    names, image, applied = list(AUGMENTATIONS), None, []
+    names, changed, applied = list(AUGMENTATIONS), None, []
     for which, whether, how, direction in numbers.view(OPERATIONS, 4).tolist():
         if whether < 0.5:
             strength = min(max(magnitude + SPREAD * _NORMAL.inv_cdf(how + _HALF_STEP), 0.0), MOST) / MOST
             applied.append((names[int(which * len(names))], strength if direction < 0.5 else -strength))
     for name, strength in applied:
-        image = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy()) if image is None else image
-        image = AUGMENTATIONS[name](image, strength, fill)
-    return picture if image is None else _to_tensor(image)
+        if changed is None:
+            changed = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+        changed = AUGMENTATIONS[name](changed, strength, fill)
+    return picture if changed is None else _to_tensor(changed)
 
 
 def _to_tensor(image: Image.Image) -> torch.Tensor:

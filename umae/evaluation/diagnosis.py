@@ -5,6 +5,9 @@ import umae
 print(umae.diagnose("runs/mine", "my_images")["cls"]["effective_rank"])
 """
 
+import argparse
+from collections.abc import Sequence
+
 import torch
 from accelerate import Accelerator
 
@@ -21,7 +24,7 @@ VIEWS = 3  # of a picture: whole, and under two masks
 
 
 def diagnose(
-    model: str, dataset: str | Pictures, split: str = "train", most_pictures: int = 2048, batch_size: int = 64
+    model: str, dataset: str | Pictures, split: str = "train", most_images: int = 2048, batch_size: int = 64
 ) -> dict[str, dict[str, float]]:
     """The measures of `umae.collapse` for the class token and for the mean of the patches.
 
@@ -31,7 +34,7 @@ def diagnose(
         model: a run folder, or any U-MAE, MAE or ViT, see `encoder_from_pretrained`.
         dataset: what `load_pictures` knows by this name, or pictures that it has loaded.
         split: which split, of a name.
-        most_pictures: so many are enough, spread evenly; those that cannot be read are named and left out.
+        most_images: so many are enough, spread evenly; those that cannot be read are named and left out.
         batch_size: pictures of a forward pass.
 
     Returns:
@@ -44,7 +47,7 @@ def diagnose(
     encoder = encoder_from_pretrained(model, pooling="mean")
     processor = load_processor(model, encoder.config.image_height_width)
     pictures = load_pictures(dataset, split=split) if isinstance(dataset, str) else dataset
-    diagnosis, indices = Diagnosis(), pictures.spread(most_pictures)
+    diagnosis, indices = Diagnosis(), pictures.spread(most_images)
     for views in feature_batches(
         encoder, pictures, processor, batch_size, 0, Accelerator(), encode_views, 2 * VIEWS, indices,
         skip_unreadable=True,
@@ -54,6 +57,21 @@ def diagnose(
     if diagnosis.count == 0:
         raise ValueError(f"none of the {len(indices)} pictures of {pictures.description} can be read")
     return diagnosis.measures()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measure how far the features of a model have collapsed, on any images."""
+    parser = argparse.ArgumentParser(prog="umae diagnose", description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("model", help="folder of a pre-trained model, or its name on the Hub (U-MAE, ViT, ViTMAE)")
+    parser.add_argument("dataset", help="folder of images, name on the Hub, or `digits`")
+    parser.add_argument("--split", default="train", help="split to measure on (default train)")
+    parser.add_argument("--most_images", type=int, default=2048, help="images, spread evenly (default 2048)")
+    parser.add_argument("--batch_size", type=int, default=64, help="images of a batch (default 64)")
+    given = parser.parse_args(argv)
+    measures = diagnose(given.model, given.dataset, given.split, given.most_images, given.batch_size)
+    print(f"{'':<20}" + "".join(f"{pooling:>12}" for pooling in measures))
+    for name in measures[POOLINGS[0]]:
+        print(f"{name:<20}" + "".join(f"{measures[pooling][name]:>12.4g}" for pooling in measures))
 
 
 def encode_views(encoder: UMAEModel, pixel_values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

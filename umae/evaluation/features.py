@@ -1,6 +1,6 @@
 """Frozen features of a whole data set, each picture exactly once on any number of processes.
 
-python -m umae.evaluation.features RUN FOLDER features.parquet
+umae features RUN FOLDER features.parquet
 """
 
 import argparse
@@ -201,19 +201,14 @@ def _report(errors: Sequence[str], skip: bool) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Write the features of a folder of pictures to a parquet file."""
-    parser = argparse.ArgumentParser(
-        prog="python -m umae.evaluation.features", description=main.__doc__, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(prog="umae features", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("run", help="folder of a pre-trained model, or its name on the Hub (U-MAE, ViT, ViTMAE)")
     parser.add_argument("folder", help="folder of pictures, or another data set, of which the split `train` is read")
     parser.add_argument("out", type=Path, help="parquet file to write, with the columns file, cls and mean")
     parser.add_argument("--batch_size", type=int, default=256, help="pictures of a batch (default 256)")
     parser.add_argument("--num_workers", type=int, default=0, help="processes that open pictures (default 0)")
     arguments = parser.parse_args(argv)
-    try:
-        write_features(arguments.run, arguments.folder, arguments.out, arguments.batch_size, arguments.num_workers)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
+    write_features(arguments.run, arguments.folder, arguments.out, arguments.batch_size, arguments.num_workers)
 
 
 def write_features(run: str, folder: str, out: Path, batch_size: int, num_workers: int) -> None:

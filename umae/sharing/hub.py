@@ -1,6 +1,6 @@
 """Share a folder on the Hugging Face Hub. Who one is there, huggingface_hub knows; no token passes through here.
 
-python -m umae.sharing.hub runs/mine name/model
+umae push runs/mine name/model
 """
 
 import argparse
@@ -92,8 +92,7 @@ def push_finished(folder: Path, repo_id: str) -> None:
         print("pushed to", push(published(folder), repo_id, "Upload U-MAE model"))
     except ValueError as error:
         raise ValueError(
-            f"{folder} is finished and whole, but {error}. To try again: "
-            f"`python -m umae.sharing.hub {folder} {repo_id}`"
+            f"{folder} is finished and whole, but {error}. To try again: `umae push {folder} {repo_id}`"
         ) from error
 
 
@@ -168,20 +167,17 @@ def _keep(file: Path | bytes, target: Path) -> Path | bytes:
 
 def main(argv: Sequence[str]) -> None:
     """Put the folder of a finished run, or of a probe, on the Hugging Face Hub. Log in first: `hf auth login`."""
-    parser = argparse.ArgumentParser(prog="python -m umae.sharing.hub", description=main.__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="umae push", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="folder of a finished run, or of a probe")
     parser.add_argument("repo_id", help="repository to push to: `name/model`")
     parser.add_argument("--private", action="store_true", help="a repository that is made is private")
     parser.add_argument("--dry_run", action="store_true", help="list the files and show the card; nothing is sent")
     arguments = parser.parse_args(argv)
-    try:
-        files = published(arguments.folder)
-        for name, path in files.items():
-            print(f"{path.stat().st_size / 1e6:10.2f} MB  {name}")
-        if arguments.dry_run:
-            print(f"\n{files['README.md'].read_text() if 'README.md' in files else 'no card'}")
-            return
-        repo_id = check_access(arguments.repo_id, arguments.private)
-        print("pushed to", push(files, repo_id, "Upload U-MAE model"))
-    except ValueError as error:
-        raise SystemExit(f"umae.sharing.hub: {error}") from error
+    files = published(arguments.folder)
+    for name, path in files.items():
+        print(f"{path.stat().st_size / 1e6:10.2f} MB  {name}")
+    if arguments.dry_run:
+        print(f"\n{files['README.md'].read_text() if 'README.md' in files else 'no card'}")
+        return
+    repo_id = check_access(arguments.repo_id, arguments.private)
+    print("pushed to", push(files, repo_id, "Upload U-MAE model"))

@@ -1,6 +1,6 @@
 """One page from one or several runs, to look at and to compare.
 
-python -m umae.sharing.report runs/umae runs/mae runs/umae_probe runs/umae_finetuned --output report.html
+umae report runs/umae runs/mae runs/umae_probe runs/umae_finetuned --output report.html
 
 The page holds everything it shows: no network, no other file, no path of this machine.
 """
@@ -212,12 +212,9 @@ def _inline(picture: Image.Image) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Write one page that shows and compares runs and probes."""
-    parser = argparse.ArgumentParser(prog="python -m umae.sharing.report", description=main.__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="umae report", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("folders", nargs="+", type=Path, metavar="folder", help="run folders and probe folders")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="page to write (default report.html)")
     arguments = parser.parse_args(argv)
-    try:
-        write_text(arguments.output, report(list(dict.fromkeys(arguments.folders))))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"umae.sharing.report: {error}") from error
+    write_text(arguments.output, report(list(dict.fromkeys(arguments.folders))))
     print(arguments.output)

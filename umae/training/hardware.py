@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import str_to_bool
 
@@ -44,6 +45,8 @@ def make_accelerator(
     asked = mixed_precision or environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed_precision is None and asked == "no" and has_fast_bf16(device):
         asked = "bf16"
+    AcceleratorState._reset_state()  # of a run before this one in the same process, which has failed
+    GradientState._reset_state()
     return Accelerator(
         mixed_precision=asked,
         gradient_accumulation_steps=gradient_accumulation_steps,
@@ -77,9 +80,11 @@ def usable_cores() -> int:
 
 
 def close(accelerator: Accelerator) -> None:
-    """Let go of models, processes and trackers."""
+    """Let go of models, processes, trackers and Accelerate's state, which would be that of the next run too."""
     accelerator.free_memory()  # a DistributedDataParallel that outlives its process group can hang the process
     accelerator.end_training()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def fast_attention(accelerator: Accelerator) -> str:

@@ -1,6 +1,7 @@
 """A signal that asks a run to stop."""
 
 import signal
+import threading
 import time
 
 import torch
@@ -22,7 +23,9 @@ class StopRequest:
         self._looked, self._looked_at, self._next_look = None, 0.0, 0  # last look's step and time, next one's step
 
     def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():  # Python hands signals to no other
+            self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
         return self
 
     def __exit__(self, *error) -> None:

@@ -1,0 +1,1 @@
+"""Runs with their settings, by name: `umae pretrain --recipe cifar10_tiny`."""

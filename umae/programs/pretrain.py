@@ -1,0 +1,482 @@
+"""Pre-train on images, without labels."""
+
+import dataclasses
+import os
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import ViTImageProcessorPil
+from transformers.utils.logging import disable_progress_bar
+
+from arguments_umae import (
+    PretrainDataArguments,
+    PretrainModelArguments,
+    PretrainTrainingArguments,
+    check_launch,
+    parse_overrides,
+    pretraining_arguments,
+)
+from umae import UMAEConfig, UMAEForPreTraining, files
+from umae.convert import load_exactly, read_model, resize_positions
+from umae.data.batches import Plan, TrainingPictures, check_fills_a_step, decode_all, training_loader
+from umae.data.classes import load_first_labelled
+from umae.data.images import Pictures, held_out_splits, load_pictures
+from umae.data.inputs import evaluation_processor
+from umae.data.streaming import START, Cursor, Stream, load_stream, streaming_loader
+from umae.evaluation.monitor import MOST_PICTURES, OBSERVED_STEPS, Monitor, classes_of, usual_steps, watch
+from umae.programs.keywords import keywords
+from umae.programs.shell import carry_out
+from umae.sharing import cards, gallery
+from umae.speed import training_flops
+from umae.training import checkpoints
+from umae.training.folder import Run, write_run
+from umae.training.hardware import fast_attention, make_accelerator, set_threads, usual_workers
+from umae.training.log import SPEED, MetricsLog, looks, track_picture
+from umae.training.loop import Losses, Settings, Task
+from umae.training.pretraining import VALUES, pretraining_losses
+from umae.training.schedules import Schedule, decay_groups, make_schedule
+from umae.training.state import State
+
+BETAS = (0.9, 0.95)  # of AdamW
+EVALUATIONS = 10  # at least, of a run
+USUAL_LOGGING = 50  # steps
+USUAL_WARMUP = 10  # one in so many steps
+
+
+@keywords("pretrain")
+def pretrain(**given: Any) -> Run:
+    """Pre-train on images, without labels: `umae pretrain` from Python, with the same names as keywords.
+
+    Runs again with the same arguments and `output_dir`, it continues from its newest checkpoint.
+
+    Returns:
+        The run: its folder, metrics and model.
+
+    Raises:
+        ValueError: an argument, the images, the weights or the folder are not as they should be.
+        FloatingPointError: a loss or gradient was not finite.
+    """
+    return run(*pretraining_arguments(given))
+
+
+def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, args: PretrainTrainingArguments) -> Run:
+    accelerator = make_accelerator(
+        os.environ, args.mixed_precision, args.gradient_accumulation_steps, args.report_to, Path(args.output_dir)
+    )
+    check_launch(os.environ, accelerator.num_processes)
+    set_seed(args.seed)
+    disable_progress_bar()  # transformers' own; training has one
+
+    pictures = load_data(accelerator, data_args, data_args.train_split)
+    pictures.check_readable()
+    model = make_model(accelerator, model_args)
+    plan = make_plan(accelerator, pictures, args)
+    set_threads(accelerator, os.environ, training_flops(model.config) * plan.batch_size)
+    total_steps = args.max_train_steps or args.num_train_epochs * plan.steps_per_epoch
+    job = Job(
+        accelerator=accelerator,
+        folder=Path(args.output_dir),
+        pictures=pictures,
+        watched=load_watched(accelerator, data_args, pictures) if args.eval_steps != 0 else None,
+        config=model.config,
+        processor=evaluation_processor(model.config.image_height_width),
+        plan=plan,
+        schedule=make_schedule(
+            total_steps,
+            plan.steps_per_epoch,
+            plan.pictures_per_step,
+            args.base_learning_rate,
+            args.warmup_epochs,
+            usual_warmup_steps=total_steps / USUAL_WARMUP,
+        ),
+        workers=num_workers(accelerator, pictures, data_args.dataloader_num_workers),
+        max_unreadable_share=data_args.max_unreadable_share,
+        args=args,
+    )
+    return carry_out(
+        accelerator,
+        settings_of(job),
+        identity_of(job, model_args.model_name_or_path),
+        initial_weights=model_args.model_name_or_path,
+        make_task=lambda log, record: make_task(job, model, log),
+        announce=lambda record: announce(job, record, model),
+        finish=lambda record: finish(job, record),
+        hub_repo=(args.hub_model_id, args.hub_private_repo) if args.push_to_hub else None,
+        published=lambda step: published_checkpoint(job.folder, step),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What will be done
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, and with what; nothing of it changes.
+
+    Args:
+        watched: the pictures that are looked at while training goes on, None if none are.
+        workers: loader processes beside each of training.
+    """
+
+    accelerator: Accelerator
+    folder: Path
+    pictures: Pictures | Stream
+    watched: Pictures | Stream | None
+    config: UMAEConfig
+    processor: ViTImageProcessorPil
+    plan: Plan
+    schedule: Schedule
+    workers: int
+    max_unreadable_share: float
+    args: PretrainTrainingArguments
+
+
+def load_data(accelerator: Accelerator, args: PretrainDataArguments, split: str) -> Pictures | Stream:
+    columns = (args.image_column_name, args.label_column_name)
+    with accelerator.main_process_first():  # the others find the main process' cache
+        if args.streaming:
+            return load_stream(args.dataset_name, args.dataset_config_name, split, args.image_column_name)
+        return load_pictures(args.dataset_name, args.dataset_config_name, split, *columns)
+
+
+def load_watched(
+    accelerator: Accelerator, args: PretrainDataArguments, pictures: Pictures | Stream
+) -> Pictures | Stream:
+    """The pictures to look at: held-out ones where there are any, if possible with labels, else those of training."""
+    try:
+        splits = held_out_splits(args.dataset_name, args.dataset_config_name, args.train_split)
+        if not pictures.has_labels:
+            splits = splits[:1]
+        load = partial(load_data, accelerator, args)
+        watched = load_first_labelled(load, splits, accelerator.print) if splits else pictures
+        watched.check_readable()
+        return watched
+    except (ValueError, OSError) as error:  # they are worth a look, not a refusal
+        accelerator.print(f"held-out pictures cannot be loaded, so those of training are looked at: {error}")
+        return pictures
+
+
+def make_model(accelerator: Accelerator, args: PretrainModelArguments) -> UMAEForPreTraining:
+    """A fresh model, or one that starts from weights; what is not said stays as the configuration has it."""
+    names = ("image_size", "patch_size", "mask_ratio", "norm_pix_loss", "uniformity_weight", "pooling")
+    said = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    fields = [field.name for field in dataclasses.fields(UMAEConfig)]
+    overrides = {**parse_overrides(args.config_overrides, fields, "config_overrides"), **said}
+    attention = fast_attention(accelerator)
+    if args.model_name_or_path is None:
+        model = UMAEForPreTraining._from_config(UMAEConfig(**overrides), attn_implementation=attention)
+    else:
+        model = load_weights(accelerator, args.model_name_or_path, attention, overrides)
+    if model.config.num_hidden_patches == 0:
+        raise ValueError(f"mask_ratio {model.config.mask_ratio:g} hides no patch; raise it, 0.75 is usual")
+    return model
+
+
+def load_weights(
+    accelerator: Accelerator, name_or_path: str, attention: str, overrides: dict[str, Any]
+) -> UMAEForPreTraining:
+    """Start from a run folder or any published MAE; only a decoder may be missing, and that is said.
+
+    Images may have another size than the weights were made for; their position tables are then resized.
+    """
+    config, tensors = read_model(name_or_path)
+    grid, patch = config.grid, config.patch_height_width
+    config.uniformity_weight = config.uniformity_weight or UMAEConfig().uniformity_weight  # plain MAE has none
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    if config.patch_height_width != patch:
+        found = patch[0] if patch[0] == patch[1] else patch
+        raise ValueError(f"patch_size {config.patch_size} is not that of the weights, {found}; leave it out")
+    config.name_or_path = name_or_path
+    model = UMAEForPreTraining._from_config(config, attn_implementation=attention, dtype=torch.float32)
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("classifier.")}
+    tensors = resize_positions(tensors, grid, config, accelerator.print)
+    fresh = [key for key in model.state_dict() if key not in tensors]
+    load_exactly(model, tensors, name_or_path, may_be_fresh=("decoder.", "vit.fc_norm."))
+    if fresh:
+        accelerator.print(f"{name_or_path} lacks {len(fresh)} tensors, such as {min(fresh)}; they start fresh")
+    return model
+
+
+def num_workers(accelerator: Accelerator, pictures: Pictures | Stream, asked: int | None) -> int:
+    """Loader processes beside each of training; a stream must have a shard for each of them."""
+    usual = usual_workers(accelerator.device)
+    if not isinstance(pictures, Stream):
+        return usual if asked is None else asked
+    processes, shards = accelerator.num_processes, pictures.num_shards
+    workers = min(usual, shards // processes) if asked is None else asked
+    if shards < processes * max(1, workers):
+        raise ValueError(
+            f"{pictures.description} comes in {shards} shards, fewer than {processes} processes x {max(1, workers)} "
+            f"readers; lower dataloader_num_workers or the number of processes, or leave out streaming"
+        )
+    return workers
+
+
+def make_plan(accelerator: Accelerator, pictures: Pictures | Stream, args: PretrainTrainingArguments) -> Plan:
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    if pictures.num_pictures is None and args.max_train_steps is None:
+        raise ValueError(f"{pictures.description} does not say how many pictures it holds; give max_train_steps")
+    plan = Plan(
+        pictures=pictures.num_pictures or args.max_train_steps * per_step,  # then the whole run is one epoch
+        batch_size=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        processes=accelerator.num_processes,
+        seed=args.seed,
+    )
+    check_fills_a_step(plan, pictures.description)
+    return plan
+
+
+def settings_of(job: Job) -> Settings:
+    args = job.args
+    return Settings(
+        folder=job.folder,
+        processor=job.processor,
+        plan=job.plan,
+        schedule=job.schedule,
+        min_learning_rate=0.0,
+        logging_steps=logging_steps(job),
+        checkpointing_steps=args.checkpointing_steps,
+        checkpoints_total_limit=args.checkpoints_total_limit,
+        max_unreadable_share=job.max_unreadable_share,
+        gradient_checkpointing=args.gradient_checkpointing,
+        torch_compile=args.torch_compile,
+    )
+
+
+def identity_of(job: Job, initial_weights: str | None) -> dict[str, Any]:
+    """What makes this run this run, whatever machine goes on with it."""
+    fields, streaming = job.config.to_dict(), isinstance(job.pictures, Stream)
+    identity = {
+        "dataset": job.pictures.description,
+        "pictures": job.pictures.num_pictures,
+        "streaming": streaming,
+        "dataset_fingerprint": job.pictures.fingerprint(),
+        "initial_weights": initial_weights,
+        "config": {name: fields[name] for name in UMAEConfig.__annotations__ if name in fields},
+        "seed": job.args.seed,
+        "pictures_per_step": job.plan.pictures_per_step,
+        "gradient_accumulation_steps": job.plan.accumulation,
+        "exact_uniformity": job.args.exact_uniformity,
+        **dataclasses.asdict(job.schedule),
+        "optimizer": "AdamW",
+        "betas": BETAS,
+        "weight_decay": job.args.weight_decay,
+        "mixed_precision": job.accelerator.mixed_precision,
+    }
+    if streaming:  # there, what a process reads depends on how many readers there are
+        identity |= {
+            "shards": job.pictures.num_shards,
+            "processes": job.accelerator.num_processes,
+            "dataloader_num_workers": job.workers,
+        }
+    return identity
+
+
+def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> None:
+    """Print what is about to be done, before it is done."""
+    identity, config, plan = record["identity"], job.config, job.plan
+    (height, width), patches = config.image_height_width, config.grid[0] * config.grid[1]
+    exact = identity["exact_uniformity"]
+    features, parts = (plan.pictures_per_step, 1) if exact else (plan.batch_size * plan.processes, plan.accumulation)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    lines = {
+        "pictures": (f"{identity['pictures']:,} from " if identity["pictures"] else "")
+        + identity["dataset"]
+        + (f", streamed from {identity['shards']} shards" if identity["streaming"] else ""),
+        "input": f"{height} x {width} pixels, {patches} patches, {patches - config.num_hidden_patches} of them visible",
+        "model": f"{millions:.1f} million parameters with decoder, from {config.name_or_path or 'scratch'}",
+        "steps": f"{identity['total_steps']:,} ({identity['total_steps'] / plan.steps_per_epoch:.4g} epochs), "
+        f"{identity['warmup_steps']:,.0f} of them warm-up",
+        "effective batch": f"{plan.pictures_per_step} = {plan.batch_size} per device x {plan.processes} "
+        f"process{'es' if plan.processes > 1 else ''} x {plan.accumulation} accumulated",
+        "learning rate": f"{identity['learning_rate']:.3g} at its peak",
+        "uniformity": f"weight {config.uniformity_weight:g}, mean over the {config.pooling} features of {features} "
+        f"pictures" + (f", then over {parts} micro-batches" if parts > 1 else ""),
+        "precision": f"{identity['mixed_precision']} on {record['hardware']}",
+    }
+    lines["labels"] = job.pictures.label_summary
+    if job.pictures.not_read:
+        lines["not read"] = job.pictures.not_read
+    if job.watched is not None:
+        if job.pictures.has_labels and classes_of(job.pictures, job.watched) is None:
+            lines["labels"] += f"; without online accuracies: {job.watched.description} has no such labels"
+        lines["looked at"] = f"{job.watched.description}, every {eval_steps(job):,} steps"
+    for name, text in lines.items():
+        job.accelerator.print(f"  {name:<16} {text}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The task
+
+
+def make_task(job: Job, model: UMAEForPreTraining, log: MetricsLog) -> Task:
+    """What is trained: the two losses, on crops of the images; the monitor evaluates what is learned."""
+    accelerator, args, config = job.accelerator, job.args, job.config
+    monitor = make_monitor(job)
+    cursors = [START] * max(1, job.workers)  # where this process' readers of a stream stand
+
+    def observe(features: torch.Tensor, index: torch.Tensor) -> None:
+        with log.evaluating():
+            monitor.observe(features, index)
+
+    def losses(model: nn.Module, micro_batches: Sequence[dict], step: int) -> Losses:
+        return pretraining_losses(
+            accelerator, model, micro_batches, step, num_patches=config.grid[0] * config.grid[1], seed=args.seed,
+            mean=job.processor.image_mean, std=job.processor.image_std, exact_uniformity=args.exact_uniformity,
+            observe=observe if monitor and step % OBSERVED_STEPS == 0 else None,
+        )  # fmt: skip
+
+    def saved_beside() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        tensors = monitor.tensors() if monitor else {}
+        return tensors, {"cursors": gather_object([cursors]) if isinstance(job.pictures, Stream) else []}
+
+    def restore(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        if monitor and tensors:
+            monitor.restore(tensors)
+        if state.get("cursors"):
+            cursors[:] = [Cursor(*cursor) for cursor in state["cursors"][accelerator.process_index]]
+
+    return Task(
+        model=model,
+        parameter_groups=decay_groups(model, args.weight_decay),
+        betas=BETAS,
+        values=VALUES,
+        own_values=("reconstruction_loss", "feature_norm"),
+        flops=training_flops(config),
+        losses=losses,
+        batches=lambda steps: make_loader(job, steps, cursors),
+        line=partial(line_of, accelerator),
+        evaluate=lambda state, micro_batch: look(job, monitor, state, micro_batch),
+        evaluates=lambda step: monitor is not None and evaluates(job, step),
+        saved_beside=saved_beside,
+        restore=restore,
+        image_name=job.pictures.place,
+        description=job.pictures.description,
+    )
+
+
+def make_monitor(job: Job) -> Monitor | None:
+    if job.watched is None:
+        return None
+    classes, size = classes_of(job.pictures, job.watched), job.config.image_height_width
+    shown = watch(
+        job.accelerator, job.watched, job.processor, size, job.plan.batch_size, classes is not None, job.args.seed,
+        trained_on=job.watched is job.pictures,
+    )  # fmt: skip
+    labels = None if classes is None else job.pictures.labels()
+    return Monitor(job.accelerator, job.config, shown, labels, classes, job.processor, job.args.seed)
+
+
+def eval_steps(job: Job) -> int:
+    """Steps between evaluations: as asked, or so that they take 1 % of the time, but ten in a short run."""
+    pictures = min(MOST_PICTURES, job.watched.num_pictures or MOST_PICTURES)
+    usual = min(usual_steps(job.config, job.plan, pictures), max(1, job.schedule.total_steps // EVALUATIONS))
+    return job.args.eval_steps or usual
+
+
+def logging_steps(job: Job) -> int:
+    """Steps between lines of `metrics.jsonl`: as asked, or 50, but in a short run one for each evaluation."""
+    if job.args.logging_steps is not None or job.watched is None:
+        return job.args.logging_steps or USUAL_LOGGING
+    return min(USUAL_LOGGING, eval_steps(job))
+
+
+def evaluates(job: Job, step: int) -> bool:
+    """Whether the line of `metrics.jsonl` at a step comes with an evaluation; the first one does by default."""
+    is_first = job.args.eval_steps is None and step <= logging_steps(job)
+    return is_first or looks(step, job.schedule.total_steps, logging_steps(job), eval_steps(job))
+
+
+def look(job: Job, monitor: Monitor, state: State, batch: dict) -> dict[str, float]:
+    """Measure the features, and show it: a line on the terminal, pictures in the run folder and in the trackers."""
+    values, shown = monitor.look(state.model, batch, state.step)
+    if job.accelerator.is_main_process:
+        most = min(monitor.watched.count, job.config.hidden_size)
+        tqdm.write(f"step {state.step:,}: {in_words(values, most)}")
+        tile = gallery.save_tile(job.folder, state.step, shown)
+        track_picture(job.accelerator, "reconstructions", tile, state.step)
+    return values
+
+
+def in_words(values: dict[str, float], most: int) -> str:
+    """Diagnostics on one line; `most` is what the rank of the probe images' features can be."""
+    if "effective_rank_cls" not in values:
+        return "nothing that is looked at can be measured: no picture can be read, or no feature is finite"
+    ranks = " and ".join(f"{values[f'effective_rank_{pooling}']:.1f} ({pooling})" for pooling in ("cls", "mean"))
+    text = f"effective rank {ranks} of at most {most}"
+    for name, title in {"online_top1": "linear classifier", "online_knn_top1": "nearest neighbours"}.items():
+        text += f", {title} {values[name]:.1%}" if name in values else ""
+    pulls = [values[f"grad_norm_{term}"] for term in ("reconstruction", "uniformity")]
+    return text + (f", gradient of the terms {pulls[0]:.3g} and {pulls[1]:.2g}" if None not in pulls else "")
+
+
+def make_loader(job: Job, steps: range, cursors: list[Cursor]) -> Iterable[dict]:
+    """This process' micro-batches of some steps; of a stream from `cursors` on, which follow what is taken."""
+    rank, on_gpu = job.accelerator.process_index, job.accelerator.device.type == "cuda"
+    size = job.config.image_height_width
+    if isinstance(job.pictures, Stream):
+        return streaming_loader(job.pictures, size, job.plan, rank, steps, cursors, job.workers, pin_memory=on_gpu)
+    pixels = decode_all(job.pictures, show_progress=job.accelerator.is_main_process)
+    cropped = TrainingPictures(job.pictures, size, job.plan.seed, pixels)
+    return training_loader(cropped, job.plan, rank, steps.start, steps.stop, job.workers, pin_memory=on_gpu)
+
+
+def line_of(accelerator: Accelerator, means: dict[str, float | None]) -> tuple[dict[str, float | None], str]:
+    """The means since the last line, with the dimensions that the features fill by their uniformity; and in words."""
+    if means["feature_norm"] < 1e-6:  # the uniformity of nothing is 0, the best value there is
+        accelerator.print("\nwarning: the features are zero, so the encoder is dead and their uniformity means nothing")
+    uniformity = means["uniformity_loss"]
+    line = {**means, "participation_ratio": 1 / uniformity if uniformity else 0.0}
+    return line, f"loss {line['reconstruction_loss']:.3f}, features fill {line['participation_ratio']:.1f} dimensions"
+
+
+def published_checkpoint(folder: Path, step: int) -> dict[str, Path | bytes]:
+    """What of a checkpoint others can use, with a card."""
+    checkpoint = folder / f"step-{step}"
+    shared = {path.name: path for path in checkpoint.iterdir() if path.name not in checkpoints.ONLY_FOR_TRAINING}
+    return {**shared, "README.md": cards.model_card(folder, checkpoint).encode()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What stands at the end
+
+
+def finish(job: Job, record: dict[str, Any]) -> None:
+    """Put the last checkpoint's model at the top of the run folder, with pictures of what it learned and a card."""
+    folder = job.folder
+    for file in (folder / f"step-{job.schedule.total_steps}").iterdir():
+        if file.name not in checkpoints.ONLY_FOR_TRAINING:
+            files.copy_file(file, folder / file.name)
+    shown = job.pictures if job.watched is None else job.watched
+    sample = list(shown.sample(job.args.seed, MOST_PICTURES))
+    gallery.draw(folder, sample, shown.description, job.accelerator.device)
+    files.write_text(folder / "README.md", cards.model_card(folder))
+    record["finished"] = True
+    write_run(folder, record)
+    lines, unreadable = cards.read_metrics(folder), record["unreadable"]
+    columns = {name: [line[name] for line in lines if name in line] for name in SPEED}
+    speed = {name: statistics.median(column) for name, column in columns.items() if column}
+    last, diagnostics = lines[-1], sum(columns["diagnostics_seconds"])
+    mfu = f", {speed['mfu']:.0%} of its peak (MFU)" if "mfu" in speed else ""
+    print(
+        f"finished in {cards.duration(record['seconds'])}: reconstruction loss {last['reconstruction_loss']:.4f}, "
+        f"uniformity {last['uniformity_loss']:.4f} (features fill {last['participation_ratio']:.1f} of at most "
+        f"{cards.most_dimensions(record['identity'])} dimensions)\n"
+        f"{speed['pictures_per_second']:,.0f} pictures/s, {speed['matmul_share']:.0%} of the device's rate at plain "
+        f"matrix products{mfu}, {speed['data_wait']:.0%} of the time spent waiting for pictures, "
+        f"{diagnostics / record['seconds']:.1%} on diagnostics\n"
+        + (f"pictures left out because they cannot be read: {len(unreadable)}\n" if unreadable else "")
+        + f"weights and card in {folder}, pictures in {folder / 'reconstructions.png'}"
+    )

@@ -1,0 +1,379 @@
+"""Evaluate a frozen encoder: linear heads, nearest neighbours and an attentive probe."""
+
+import copy
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import BaseImageProcessor
+from transformers.utils.logging import disable_progress_bar
+
+from arguments_umae import PROBE, ProbeArguments, arguments_of, check_launch
+from modeling_umae import UMAEForImageClassification, UMAEModel
+from umae.convert import encoder_from_pretrained, set_pooling
+from umae.data.batches import CROP_SCALE
+from umae.data.classes import load_labelled
+from umae.data.images import Pictures
+from umae.data.inputs import load_processor
+from umae.evaluation.accuracy import percent, topk_accuracy
+from umae.evaluation.attentive import ATTENTIVE_PROTOCOL, AttentiveHead, train_attentive_head
+from umae.evaluation.collapse import effective_rank, uniformity
+from umae.evaluation.features import extract_features
+from umae.evaluation.linear import LINEAR_PROTOCOL, LinearHead, knn_classify, low_shot, rank_classes, train_linear_heads
+from umae.evaluation.mae import PROTOCOL as MAE_PROTOCOL
+from umae.evaluation.mae import ProbeSchedule, train_mae_probe
+from umae.files import write_text
+from umae.programs.keywords import keywords
+from umae.sharing.cards import base_model, probe_card
+from umae.training.hardware import close
+
+NEIGHBOURS, TEMPERATURE = (10, 20), 0.07  # of k-NN, as DINO evaluates
+REPORT = "linear_probe.json"
+STATE = "unfinished-seed-{seed}.safetensors"  # of protocol mae, until the report is there
+
+
+@keywords("probe")
+def probe(**given: Any) -> dict[str, Any]:
+    """Evaluate a frozen encoder by linear heads and k-NN: `umae probe` from Python, with the same names as keywords.
+
+    Returns:
+        The report, as in `linear_probe.json`: accuracies in percent by feature, and the whole protocol.
+
+    Raises:
+        ValueError: an argument, the images, the weights or the folder are not as they should be.
+    """
+    return run(*arguments_of(PROBE, given))
+
+
+def run(args: ProbeArguments) -> dict[str, Any]:
+    accelerator = Accelerator()
+    check_launch(os.environ, accelerator.num_processes)
+    disable_progress_bar()  # transformers' own; extracting has one
+    output = Path(args.output_dir)
+    check_output(output)
+
+    encoder = encoder_from_pretrained(args.model_name_or_path)
+    pooling = args.pooling or encoder.config.pooling
+    processor = load_processor(args.model_name_or_path, encoder.config.image_height_width)
+    with accelerator.main_process_first():  # the others find the main process' cache
+        train, test, names = load_labelled(
+            args.dataset_name, args.dataset_config_name, args.train_split, args.test_split, args.image_column_name,
+            args.label_column_name, accelerator.print,
+        )  # fmt: skip
+
+    accelerator.print(f"labels: {train.label_summary}")
+    if train.not_read:
+        accelerator.print(f"not read: {train.not_read}")
+    seeds, layers = parse_seeds(args.seeds), parse_layers(args.layers, encoder.config.num_hidden_layers)
+    shares = [share.strip() for share in (args.low_shot or "").split(",") if share.strip()]
+    for share in shares:
+        low_shot(train.labels(), share, seed=0)  # refused now rather than after the pictures have been encoded
+    if args.protocol == "mae" and (layers or shares or args.augmented_passes):
+        raise ValueError("layers, low_shot and augmented_passes are of protocol cached; leave out protocol mae")
+
+    set_pooling(encoder, "mean")  # one pass then gives both features
+    extract = partial(
+        extract_features, encoder, processor=processor, batch_size=args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers, accelerator=accelerator, layers=layers,
+    )  # fmt: skip
+    trained, records = [], {}
+    if args.protocol == "mae":
+        trained, records = mae_heads(args, output, encoder, train, processor, len(names), seeds, accelerator)
+    tokens_in = output if args.attentive else None
+    train_set = Judged.of(
+        extract(train, tokens_in=tokens_in),
+        *(extract(train, view=view) for view in range(args.augmented_passes)),
+        labels=train.labels(),
+    )
+    test_set = Judged.of(extract(test, tokens_in=tokens_in), labels=test.labels())
+    if accelerator.is_main_process:
+        train_set, test_set = train_set.on(accelerator.device), test_set.on(accelerator.device)
+        if not trained:
+            print(f"training linear heads on {len(train_set.features)} kinds of features")
+            trained = [train_linear_heads(train_set.views, train_set.labels, len(names), seed) for seed in seeds]
+        report = judge(train_set, test_set, trained, len(names))
+        if args.attentive:
+            report["attentive"] = judge_attentive(
+                train_set, test_set, seeds, len(names), encoder.config.num_attention_heads, accelerator.device
+            )
+        if shares:
+            report["low_shot"] = {share: judge_part(train_set, test_set, share, seeds, len(names)) for share in shares}
+        report["protocol"] = protocol(args, train, test, names, pooling, processor, seeds, records)
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / REPORT, json.dumps(report, indent=2) + "\n")
+        save_classifier(output, set_pooling(encoder, pooling), trained[0][pooling], names, processor)
+        write_text(output / "README.md", probe_card(output))
+        for seed in seeds:
+            (output / STATE.format(seed=seed)).unlink(missing_ok=True)
+        print_table(report, output)
+    accelerator.wait_for_everyone()
+    close(accelerator)
+    return json.loads((output / REPORT).read_text())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What will be judged
+
+
+def check_output(output: Path) -> None:
+    """Raise `ValueError` unless the folder is new, empty, or an earlier probe's, which is finished or overwritten."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; give a folder as output_dir")
+    marks = (REPORT, STATE.format(seed="*"))
+    if output.is_dir() and any(output.iterdir()) and not any(any(output.glob(mark)) for mark in marks):
+        raise ValueError(f"{output} is not empty and holds no {REPORT}; give a new or empty output_dir")
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0,1,2` -> [0, 1, 2]."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
+        raise ValueError(f"seeds {text}: expected different whole numbers, separated by commas, such as 0,1,2")
+    return [int(word) for word in words]
+
+
+def parse_layers(text: str, count: int) -> list[int]:
+    """`3,6` -> [3, 6]; `all` -> all but the last, which is always judged; `last` -> none."""
+    if text in ("last", "all"):
+        return list(range(1, count)) if text == "all" else []
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and 1 <= int(word) < count for word in words):
+        raise ValueError(
+            f"layers {text}: expected `last`, `all`, or numbers from 1 to {count - 1} separated by commas; the "
+            f"encoder has {count} layers and its last is always judged"
+        )
+    return sorted({int(word) for word in words})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Judging
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is known of a set of pictures.
+
+    Args:
+        views: kinds of features by their names, (V, N, D) each: of the pictures, and of augmentations of them.
+        labels: int64 (N,).
+        tokens: float16 (N, T, D), on the CPU, if there is to be an attentive probe.
+    """
+
+    views: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    tokens: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, features: dict[str, torch.Tensor], *augmented: dict[str, torch.Tensor], labels: torch.Tensor):
+        tokens = features.pop("tokens", None)
+        views = {
+            name: torch.stack([kind, *(one[name] for one in augmented)]) if augmented else kind[None]
+            for name, kind in features.items()
+        }
+        return cls(views, labels, tokens)
+
+    @property
+    def features(self) -> dict[str, torch.Tensor]:
+        """Those of the pictures themselves, (N, D) each."""
+        return {name: views[0] for name, views in self.views.items()}
+
+    def on(self, device: torch.device) -> "Judged":
+        views = {name: values.to(device) for name, values in self.views.items()}
+        return Judged(views, self.labels.to(device), self.tokens)
+
+    def part(self, rows: torch.Tensor) -> "Judged":
+        return Judged({name: values[:, rows] for name, values in self.views.items()}, self.labels[rows])
+
+
+def mae_heads(
+    args: ProbeArguments,
+    output: Path,
+    encoder: UMAEModel,
+    pictures: Pictures,
+    processor: BaseImageProcessor,
+    num_classes: int,
+    seeds: Sequence[int],
+    accelerator: Accelerator,
+) -> tuple[list[dict[str, LinearHead]], dict[int, dict[str, Any]]]:
+    """For each seed heads on both poolings, by MAE's protocol, and a record of how; every process takes part."""
+    output.mkdir(parents=True, exist_ok=True)
+    schedule = ProbeSchedule(args.num_train_epochs, args.warmup_epochs, args.base_learning_rate)
+    trained, records = [], {}
+    for seed in seeds:
+        heads, records[seed] = train_mae_probe(
+            encoder, pictures, processor, num_classes, schedule, args.per_device_train_batch_size, seed,
+            args.dataloader_num_workers, accelerator, output / STATE.format(seed=seed), args.torch_compile,
+        )  # fmt: skip
+        trained.append(heads)
+    return trained, records
+
+
+def judge(
+    train: Judged, test: Judged, trained: Sequence[dict[str, LinearHead]], num_classes: int
+) -> dict[str, dict[str, Any]]:
+    """What every kind of feature is worth, accuracies in percent.
+
+    Args:
+        trained: heads for every kind, for each seed.
+    """
+    results = {}
+    for name, features in test.features.items():
+        results[name] = over_seeds([judge_head(heads[name], features, test.labels) for heads in trained])
+        for k in NEIGHBOURS:
+            votes = knn_classify(
+                train.features[name], train.labels, features, num_classes, k, TEMPERATURE, show_progress=True
+            )
+            results[name][f"knn{k}_top1"] = percent(topk_accuracy(rank_classes(votes, 1), test.labels)["top1"])
+        results[name]["effective_rank"] = round(effective_rank(features), 2)
+        results[name]["uniformity"] = round(uniformity(features), 6)
+    return results
+
+
+def judge_part(
+    train: Judged, test: Judged, share: str, seeds: Sequence[int], num_classes: int
+) -> dict[str, dict[str, Any]]:
+    """Linear heads trained on a part of every class, another one for each seed."""
+    found: dict[str, list] = {name: [] for name in train.views}
+    for seed in seeds:
+        part = train.part(low_shot(train.labels, share, seed).to(train.labels.device))
+        for name, head in train_linear_heads(part.views, part.labels, num_classes, seed).items():
+            found[name].append(judge_head(head, test.features[name], test.labels))
+    return {name: {"pictures": len(part.labels), **over_seeds(results)} for name, results in found.items()}
+
+
+def judge_attentive(
+    train: Judged, test: Judged, seeds: Sequence[int], num_classes: int, num_attention_heads: int, device: torch.device
+) -> dict[str, Any]:
+    """An attentive head on the patch tokens, for each seed."""
+    heads = (
+        train_attentive_head(train.tokens, train.labels, num_classes, num_attention_heads, seed, device)
+        for seed in seeds
+    )
+    return over_seeds([judge_head(head, test.tokens, test.labels) for head in heads])
+
+
+def judge_head(
+    head: LinearHead | AttentiveHead, features: torch.Tensor, labels: torch.Tensor
+) -> dict[str, float | None]:
+    scores = head(features)
+    found = topk_accuracy(rank_classes(scores, 5 if scores.shape[1] > 5 else 1), labels)
+    chosen = {name: percent(value) if name.endswith("top1") else value for name, value in head.chosen.items()}
+    return {"top1": percent(found["top1"]), "top5": percent(found.get("top5")), **chosen}
+
+
+def over_seeds(results: Sequence[dict[str, float | None]]) -> dict[str, Any]:
+    """The results of one seed; or the means of several seeds' accuracies, their deviations, and all of them."""
+    if len(results) == 1:
+        return dict(results[0])
+    columns = {name: [result[name] for result in results] for name in results[0] if name in ("top1", "top5")}
+    columns = {name: values for name, values in columns.items() if None not in values}
+    return {
+        **{name: round(statistics.mean(values), 2) for name, values in columns.items()},
+        "deviation": {name: round(statistics.stdev(values), 2) for name, values in columns.items()},
+        "of_each_seed": list(results),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is left behind
+
+
+def protocol(
+    args: ProbeArguments,
+    train: Pictures,
+    test: Pictures,
+    names: list[str],
+    pooling: str,
+    processor: BaseImageProcessor,
+    seeds: Sequence[int],
+    record: dict[int, dict[str, Any]],
+) -> dict[str, Any]:
+    """Everything needed to repeat the numbers and to judge them."""
+    model = Path(args.model_name_or_path)
+    return {
+        "model": model.resolve().name if model.exists() else args.model_name_or_path,
+        "base_model": base_model(args.model_name_or_path),
+        "train": {"data": train.description, "pictures": len(train)},
+        "test": {"data": test.description, "pictures": len(test)},
+        "classes": len(names),
+        "features": {
+            "cls": "class token after the encoder's norm, unmasked picture, frozen encoder",
+            "mean": "fc_norm of the mean of the patch tokens (no learned scale unless pre-trained with it), likewise",
+        },
+        "precision": precision(record),
+        "linear_protocol": args.protocol,
+        "linear": cached_protocol(args) if args.protocol == "cached" else mae_protocol(args, record),
+        **({"attentive": ATTENTIVE_PROTOCOL} if args.attentive else {}),
+        "knn": {"k": list(NEIGHBOURS), "temperature": TEMPERATURE, "vote": "exp(cosine / temperature)"},
+        "effective_rank_and_uniformity": "of the test features",
+        "classifier_pooling": pooling,
+        "seeds": list(seeds),
+        "deviation": "of the sample (n - 1), over the seeds",
+        "evaluation_transform": json.loads(processor.to_json_string()),
+        "versions": {name: version(name) for name in ("torch", "transformers", "datasets", "pillow")},
+    }
+
+
+def precision(record: dict[int, dict[str, Any]]) -> dict[str, str]:
+    """Of the encoder: the accelerator's where protocol mae trains through it, float32 elsewhere."""
+    mixed = {one["mixed_precision"] for one in record.values()} - {"no"}
+    trained = f"encoder in {mixed.pop()} autocast, heads in float32" if mixed else "float32"
+    return {"training": trained, "evaluation": "float32"}
+
+
+def cached_protocol(args: ProbeArguments) -> dict[str, Any]:
+    augmentation = "none"
+    if args.augmented_passes:
+        augmentation = (
+            f"every picture as it is and as {args.augmented_passes} random resized crops of {CROP_SCALE:.0%} to 100 % "
+            "of its area, half of them flipped, in turns from epoch to epoch; features are computed once"
+        )
+    return LINEAR_PROTOCOL | {"augmentation": augmentation, "augmented_passes": args.augmented_passes}
+
+
+def mae_protocol(args: ProbeArguments, record: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    return {
+        **MAE_PROTOCOL,
+        "epochs": args.num_train_epochs,
+        "warmup_epochs": args.warmup_epochs,
+        "base_learning_rate": args.base_learning_rate,
+        "of_each_seed": list(record.values()),
+    }
+
+
+def save_classifier(
+    folder: Path, encoder: UMAEModel, head: LinearHead, names: list[str], processor: BaseImageProcessor
+) -> None:
+    """The encoder and the head as one model, with the processor that prepared the head's features."""
+    config = copy.deepcopy(encoder.config)
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: label for label, name in enumerate(names)}
+    model = UMAEForImageClassification(config)
+    model.vit = encoder.cpu()
+    model.classifier.load_state_dict({"weight": head.weight.cpu(), "bias": head.bias.cpu()})
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def print_table(report: dict[str, Any], output: Path) -> None:
+    shown = ("top1", "top5", *(f"knn{k}_top1" for k in NEIGHBOURS), "effective_rank", "uniformity")
+    print("".join(f"{title:>16}" for title in ("", *shown)))
+    kinds = {name: result for name, result in report.items() if name not in ("protocol", "low_shot")}
+    parts = report.get("low_shot", {})
+    kinds |= {f"{name}, {share}": result for share, results in parts.items() for name, result in results.items()}
+    for name, result in kinds.items():
+        cells = [name]
+        for title in shown:
+            value = "" if title not in result else "-" if result[title] is None else f"{result[title]:g}"
+            deviation = result.get("deviation", {}).get(title)
+            cells.append(value if deviation is None else f"{value} +-{deviation:g}")
+        print("".join(f"{cell:>16}" for cell in cells))
+    print(f"{output / REPORT}, and a classifier beside it (pooling {report['protocol']['classifier_pooling']})")
