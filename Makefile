@@ -21,7 +21,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 pretrain: $(VENV)/installed
 	$(BIN)/python run_pretrain.py --output_dir runs/digits
 	$(BIN)/python run_linear_probe.py --model_name_or_path runs/digits --output_dir runs/digits_probe
-	@echo "weights and card: runs/digits; pictures: runs/digits/reconstructions.png; accuracy: the table above"
+	@echo "weights and card: runs/digits; images: runs/digits/reconstructions.png; accuracy: the table above"
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --durations 25

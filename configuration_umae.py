@@ -47,9 +47,9 @@ class UMAEConfig(PreTrainedConfig):
         attention_probs_dropout_prob (float, defaults to 0.0): dropout of the attention weights, in [0, 1).
         initializer_range (float, defaults to 0.02): standard deviation of the fresh class and mask tokens.
         layer_norm_eps (float, defaults to 1e-6): epsilon of every layer norm.
-        image_size (int or (height, width), defaults to 224): pixels of the pictures.
+        image_size (int or (height, width), defaults to 224): pixels of the images.
         patch_size (int or (height, width), defaults to 16): pixels of a patch; divides `image_size`.
-        num_channels (int, defaults to 3): channels of the pictures.
+        num_channels (int, defaults to 3): channels of the images.
         qkv_bias (bool, defaults to True): whether queries, keys and values have a bias.
         decoder_hidden_size (int, defaults to 512): width of the decoder; a multiple of 4 and of its heads.
         decoder_num_hidden_layers (int, defaults to 8): transformer layers of the decoder.
@@ -58,11 +58,11 @@ class UMAEConfig(PreTrainedConfig):
         mask_ratio (float, defaults to 0.75): share of the patches hidden from the encoder, in [0, 1); 0 hides none.
         norm_pix_loss (bool, defaults to True): reconstruct pixels normalised within each patch.
         uniformity_weight (float, defaults to 0.01): lambda, the weight of the uniformity term; 0 gives plain MAE.
-        pooling ("cls" or "mean", defaults to "cls"): the feature of a picture is its class token, or the
+        pooling ("cls" or "mean", defaults to "cls"): the feature of an image is its class token, or the
             layer-normalised mean of its patch tokens.
         final_layernorm (bool, defaults to True): whether the encoder normalises its tokens. facebookresearch/mae
             fine-tunes without, and normalises their mean alone.
-        drop_path_rate (float, defaults to 0.0): share of the pictures that skip a branch (attention or feed-forward)
+        drop_path_rate (float, defaults to 0.0): share of the images that skip a branch (attention or feed-forward)
             of the encoder's last layer in training, in [0, 1); it grows linearly from 0 at the first layer.
 
     Raises:
@@ -118,7 +118,7 @@ class UMAEConfig(PreTrainedConfig):
 
     @property
     def image_height_width(self) -> tuple[int, int]:
-        """Pixels of a picture, (height, width)."""
+        """Pixels of an image, (height, width)."""
         return _pair(self.image_size)
 
     @property
@@ -128,7 +128,7 @@ class UMAEConfig(PreTrainedConfig):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches of a picture, (rows, columns)."""
+        """Patches of an image, (rows, columns)."""
         (height, width), (patch_height, patch_width) = self.image_height_width, self.patch_height_width
         return height // patch_height, width // patch_width
 

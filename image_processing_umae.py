@@ -1,6 +1,6 @@
 """The image processor that travels with every saved model: it reads images by the rule that training reads them by.
 
-Left to itself Pillow clips 16-bit greys to white, turns float pictures black and ignores the camera's orientation.
+Left to itself Pillow clips 16-bit greys to white, turns float images black and ignores the camera's orientation.
 """
 
 import io
@@ -18,26 +18,26 @@ BACKGROUND = (255, 255, 255)  # what is behind a transparent pixel
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 
-class UnreadablePicture(ValueError):
-    """A picture that cannot be shown as it was meant: truncated, malformed, too large, or no picture at all."""
+class UnreadableImage(ValueError):
+    """An image that cannot be shown as it was meant: truncated, malformed, too large, or no image at all."""
 
 
 def open_image(
-    source: bytes | str | os.PathLike | Image.Image, name: str = "picture", min_side: int | None = None
+    source: bytes | str | os.PathLike | Image.Image, name: str = "image", min_side: int | None = None
 ) -> Image.Image:
-    """Read one picture as RGB: upright, 8 bits per channel, on a white background, the first frame if it is animated.
+    """Read one image as RGB: upright, 8 bits per channel, on a white background, the first frame if it is animated.
 
-    16-bit greys are scaled from 0..65535. Float pictures are scaled from 0..1 if all values lie there, otherwise from
+    16-bit greys are scaled from 0..65535. Float images are scaled from 0..1 if all values lie there, otherwise from
     their own minimum and maximum.
 
     Args:
         source: an encoded file's bytes, its path, or a Pillow image, which is not changed.
-        name: what the refusal calls the picture.
+        name: what the refusal calls the image.
         min_side: if given, a JPEG may come out at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps so
             many pixels: its decoder then leaves out the finest frequencies, which saves most of the work.
 
     Raises:
-        UnreadablePicture: "name: what was found; what was expected". A picture with more than MAX_PIXELS pixels is
+        UnreadableImage: "name: what was found; what was expected". An image with more than MAX_PIXELS pixels is
             refused by its header, a truncated one as long as Pillow's LOAD_TRUNCATED_IMAGES is left off.
     """
     try:
@@ -52,8 +52,8 @@ def open_image(
     except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         unidentified = isinstance(error, UnidentifiedImageError)  # its text shows a memory address
         found = f"{len(source)} bytes that begin with {source[:16]!r}" if unidentified else str(error)
-        expected = f"a whole picture ({', '.join(FORMATS)}) of at most {MAX_PIXELS} pixels"
-        raise UnreadablePicture(f"{name}: {found}; expected {expected}") from error
+        expected = f"a whole image ({', '.join(FORMATS)}) of at most {MAX_PIXELS} pixels"
+        raise UnreadableImage(f"{name}: {found}; expected {expected}") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -115,7 +115,7 @@ class UMAEImageProcessor(ViTImageProcessorPil):
         return super().fetch_images(image_url_or_urls)
 
     def process_image(self, image, *args, **kwargs) -> np.ndarray:
-        """One image, (channels, height, width). Raises `UnreadablePicture` where `open_image` does."""
+        """One image, (channels, height, width). Raises `UnreadableImage` where `open_image` does."""
         if isinstance(image, Image.Image):
             image = open_image(image, "image")
         return super().process_image(image, *args, **kwargs)
@@ -126,4 +126,4 @@ class UMAEImageProcessor(ViTImageProcessorPil):
         return {**super().to_dict(), "image_processor_type": "ViTImageProcessor", "auto_map": code}
 
 
-__all__ = ["UMAEImageProcessor", "UnreadablePicture", "open_image"]
+__all__ = ["UMAEImageProcessor", "UnreadableImage", "open_image"]

@@ -68,12 +68,12 @@ def uniformity_loss(
 ) -> torch.Tensor:
     r"""Mean squared cosine of all pairs of features (the U-MAE term of Zhang, Wang & Wang, 2022).
 
-    With the rows of `features` L2-normalised, `S = F F^T` over the global batch of N pictures, it is the mean of
+    With the rows of `features` L2-normalised, `S = F F^T` over the global batch of N images, it is the mean of
     `S**2` over all N * N entries, the diagonal included. It lies between max(1/N, 1/D) (spread evenly) and 1 (all on
     one line), and is one over the participation ratio of the features: 0.25 says that they fill 4 dimensions.
 
     `||F F^T||^2 = ||F^T F||^2`, so that processes need to add up their D x D matrices only, once, whatever N is. The
-    result is that of one process with all pictures, also when processes hold different numbers of them. So is the
+    result is that of one process with all images, also when processes hold different numbers of them. So is the
     gradient, after the engine (DDP, FSDP) has averaged it over the processes: the backward pass multiplies by their
     number to undo that average. (The original back-propagates through one process' features only, so its gradient is
     this one divided by the number of processes.)
@@ -211,7 +211,7 @@ def resize_position_table(table: torch.Tensor, old: tuple[int, int], new: tuple[
 
 
 def random_masking(noise: torch.Tensor, mask_ratio: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Which patches are hidden: the `int(patches * (1 - mask_ratio))` smallest noises of a picture stay visible.
+    """Which patches are hidden: the `int(patches * (1 - mask_ratio))` smallest noises of an image stay visible.
 
     Args:
         noise: (batch, patches), any numbers; of equal ones the first counts as smaller.
@@ -240,7 +240,7 @@ def gather_patches(patches: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 class UMAEEmbeddings(nn.Module):
-    """Pictures to tokens: patches are projected, get their position, and the hidden ones are left out."""
+    """Images to tokens: patches are projected, get their position, and the hidden ones are left out."""
 
     def __init__(self, config: UMAEConfig):
         super().__init__()
@@ -371,9 +371,9 @@ class UMAELayer(GradientCheckpointingLayer):
 
 
 def drop_path_scales(rate: float, num_layers: int, batch: int, device: torch.device) -> torch.Tensor:
-    """Which pictures skip which branch (stochastic depth; Huang et al., "Deep Networks with Stochastic Depth", 2016).
+    """Which images skip which branch (stochastic depth; Huang et al., "Deep Networks with Stochastic Depth", 2016).
 
-    The share of the pictures that do grows linearly from 0 in the first layer to `rate` in the last, and is drawn for
+    The share of the images that do grows linearly from 0 in the first layer to `rate` in the last, and is drawn for
     attention and feed-forward apart. What is kept is scaled up, so that the branch stays the same on average.
 
     Returns:
@@ -395,7 +395,7 @@ class UMAEModelOutput(ModelOutput):
 
     Args:
         last_hidden_state: (batch, 1 + visible patches, hidden_size), layer-normalised, the class token first.
-        pooler_output: (batch, hidden_size), the feature of the picture: the class token, or `fc_norm` of the mean of
+        pooler_output: (batch, hidden_size), the feature of the image: the class token, or `fc_norm` of the mean of
             the patch tokens (`config.pooling`).
         mask: (batch, patches), 1 where the patch was hidden, 0 where the encoder saw it; None if nothing was masked.
         ids_restore: (batch, patches), the place of every patch among those sorted by noise; None without masking.
@@ -505,9 +505,9 @@ class UMAEPreTrainedModel(PreTrainedModel):
 
 
 class UMAEModel(UMAEPreTrainedModel):
-    """The encoder: a ViT that sees all patches of a picture, or only the visible ones.
+    """The encoder: a ViT that sees all patches of an image, or only the visible ones.
 
-    Without `noise` or `mask_ratio` nothing is masked and the same picture always gives the same tensors.
+    Without `noise` or `mask_ratio` nothing is masked and the same image always gives the same tensors.
     """
 
     _auto_class = "AutoModel"
@@ -534,17 +534,17 @@ class UMAEModel(UMAEPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UMAEModelOutput:
-        """Encode pictures.
+        """Encode images.
 
         Args:
             pixel_values: (batch, channels, height, width), normalised as the image processor does.
             noise: (batch, patches), optional; masks the patches with the largest numbers. Without `mask_ratio` the
                 configuration's share is masked.
             mask_ratio: share of patches to mask, in [0, 1), optional; without `noise` they are drawn at random.
-            interpolate_pos_encoding: accept pictures of another size than `config.image_size`.
+            interpolate_pos_encoding: accept images of another size than `config.image_size`.
 
         Raises:
-            ValueError: the pictures or the noise do not have the expected shape.
+            ValueError: the images or the noise do not have the expected shape.
         """
         grid = self.grid_of(pixel_values, interpolate_pos_encoding)
         ids_keep = mask = ids_restore = None
@@ -567,19 +567,19 @@ class UMAEModel(UMAEPreTrainedModel):
     def feature_maps(
         self, pixel_values: torch.Tensor, layers: tuple[int, ...] | None = None, interpolate_pos_encoding: bool = False
     ) -> tuple[torch.Tensor, ...]:
-        """The patches' features as maps, for dense tasks: segmentation, detection, retrieval of parts of pictures.
+        """The patches' features as maps, for dense tasks: segmentation, detection, retrieval of parts of images.
 
         Args:
             pixel_values: (batch, channels, height, width), normalised as the image processor does.
             layers: after which layers, counted from 1; the last one alone by default.
-            interpolate_pos_encoding: accept pictures of another size than `config.image_size`.
+            interpolate_pos_encoding: accept images of another size than `config.image_size`.
 
         Returns:
             (batch, hidden_size, rows, columns) for each layer, normalised by the encoder's last norm: after the last
             layer they are the patches of `last_hidden_state`.
 
         Raises:
-            ValueError: there is no such layer, or the pictures do not have the expected shape.
+            ValueError: there is no such layer, or the images do not have the expected shape.
         """
         count = self.config.num_hidden_layers
         layers = (count,) if layers is None else layers
@@ -606,7 +606,7 @@ class UMAEModel(UMAEPreTrainedModel):
         return self.fc_norm(last_hidden_state[:, 1:].mean(dim=1))
 
     def grid_of(self, pixel_values: torch.Tensor, any_size: bool) -> tuple[int, int]:
-        """The (rows, columns) of patches in a batch of pictures; refuses pictures that the model is not made for."""
+        """The (rows, columns) of patches in a batch of images; refuses images that the model is not made for."""
         expected = (self.config.num_channels, *self.config.image_height_width)
         found = tuple(pixel_values.shape[1:])
         (height, width), patch = found[-2:], self.config.patch_height_width
@@ -616,7 +616,7 @@ class UMAEModel(UMAEPreTrainedModel):
         if not fits:
             raise ValueError(
                 f"pixel_values is (batch, {', '.join(map(str, found))}), expected (batch, channels, height, width) "
-                f"with {expected}; resize the pictures, or pass interpolate_pos_encoding=True for other sizes that "
+                f"with {expected}; resize the images, or pass interpolate_pos_encoding=True for other sizes that "
                 f"the patch size {patch} divides"
             )
         return height // patch[0], width // patch[1]
@@ -713,18 +713,18 @@ class UMAEForPreTraining(UMAEPreTrainedModel):
             pixel_values: (batch, channels, height, width), normalised as the image processor does.
             noise: (batch, patches), optional; the patches with the largest numbers are hidden. Random by default.
             mask_ratio: share of patches to hide, optional; the configuration's by default.
-            interpolate_pos_encoding: accept pictures of another size than `config.image_size`.
+            interpolate_pos_encoding: accept images of another size than `config.image_size`.
             output_logits: whether to return `logits` and `ids_restore`; by default in evaluation mode only.
             second_moment: (hidden_size, hidden_size), optional, for an exact uniformity term under gradient
                 accumulation, see `uniformity_loss`: the mean of `feature_second_moment` over all micro-batches.
             features_only: return `features` and `last_hidden_state` alone, without decoding. With a `mask_ratio` of 0
-                they are those of the whole picture.
+                they are those of the whole image.
 
         In training mode the uniformity term is that of the batch of all processes, and every one must take part; in
         evaluation mode it is that of the local batch.
 
         Raises:
-            ValueError: no patch would be hidden, or the pictures or the noise do not have the expected shape.
+            ValueError: no patch would be hidden, or the images or the noise do not have the expected shape.
         """
         output_logits = not self.training if output_logits is None else output_logits
         mask_ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
@@ -849,7 +849,7 @@ class UMAEForImageClassification(UMAEPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
-        """Classify pictures.
+        """Classify images.
 
         Args:
             pixel_values: (batch, channels, height, width), normalised as the image processor does.
@@ -857,10 +857,10 @@ class UMAEForImageClassification(UMAEPreTrainedModel):
                 transformers: "regression" with one label, "single_label_classification" for integers, else
                 "multi_label_classification". Adds the mean squared error, the cross entropy or the binary cross
                 entropy as `loss`.
-            interpolate_pos_encoding: accept pictures of another size than `config.image_size`.
+            interpolate_pos_encoding: accept images of another size than `config.image_size`.
 
         Raises:
-            ValueError: the labels do not fit the problem type, or the pictures do not have the expected shape.
+            ValueError: the labels do not fit the problem type, or the images do not have the expected shape.
         """
         encoded = self.vit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs)
         logits = self.classifier(encoded.pooler_output)

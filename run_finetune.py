@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Fine-tune a pre-trained encoder on labelled pictures, as a whole, by MAE's recipe.
+"""Fine-tune a pre-trained encoder on labelled images, as a whole, by MAE's recipe.
 
     python run_finetune.py --model_name_or_path runs/digits --output_dir runs/digits_finetuned
-    accelerate launch run_finetune.py --model_name_or_path runs/mine --dataset_name labelled_pictures \
+    accelerate launch run_finetune.py --model_name_or_path runs/mine --dataset_name labelled_images \
         --output_dir runs/mine_finetuned
 
 Run the same command again after an interruption and it continues from its newest checkpoint. The output folder gets

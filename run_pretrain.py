@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Pre-train U-MAE on pictures, without labels.
+"""Pre-train U-MAE on images, without labels.
 
     python run_pretrain.py                                    # the bundled digits, two minutes on a laptop
-    accelerate launch run_pretrain.py --dataset_name my_pictures --output_dir runs/mine
+    accelerate launch run_pretrain.py --dataset_name my_images --output_dir runs/mine
 
 Run the same command again after an interruption and it continues from its newest checkpoint.
 """

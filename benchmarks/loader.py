@@ -1,7 +1,7 @@
-"""From encoded pictures to batches of random crops: ours beside a worker that crops and resizes with Pillow.
+"""From encoded images to batches of random crops: ours beside a worker that crops and resizes with Pillow.
 
-    python -m benchmarks.loader my_pictures                         # photographs: 224 x 224 crops, one worker
-    python -m benchmarks.loader my_pictures --small_set cifar10     # and a small set, 32 x 32, in the main process
+    python -m benchmarks.loader my_images                         # photographs: 224 x 224 crops, one worker
+    python -m benchmarks.loader my_images --small_set cifar10     # and a small set, 32 x 32, in the main process
 
 Every contender makes the same crops (the same boxes) into uint8 batches, through a whole DataLoader.
 """
@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 from benchmarks import measure
 from umae import seeding
 from umae.data import decoding
-from umae.data.batches import Plan, TrainingPictures, decode_all, training_loader
+from umae.data.batches import Plan, TrainingImages, decode_all, training_loader
 from umae.data.crops import CROP_NUMBERS, crop_box
-from umae.data.images import Pictures, load_pictures
+from umae.data.images import Images, load_images
 from umae.data.inputs import IMAGENET_MEAN, IMAGENET_STD, normalize
 
 SEED = 0
@@ -30,12 +30,12 @@ SEED = 0
 class PillowCrops(torch.utils.data.Dataset):
     """What most people's worker does: open, convert, `resize(box=)`, to a tensor; normalised there if asked to."""
 
-    def __init__(self, pictures: Pictures, size: tuple[int, int], in_float: bool):
-        self.pictures, self.size, self.in_float = pictures, size, in_float
+    def __init__(self, images: Images, size: tuple[int, int], in_float: bool):
+        self.images, self.size, self.in_float = images, size, in_float
 
     def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
         epoch, index = key
-        encoded = self.pictures.dataset[index][self.pictures.image_column]
+        encoded = self.images.dataset[index][self.images.image_column]
         image = Image.open(io.BytesIO(encoded["bytes"]) if encoded["bytes"] else encoded["path"]).convert("RGB")
         (numbers,) = seeding.uniform(SEED, seeding.CROP, epoch, torch.tensor([index]), CROP_NUMBERS)
         top, left, height, width = crop_box(numbers, image.height, image.width)
@@ -45,18 +45,18 @@ class PillowCrops(torch.utils.data.Dataset):
         return normalize(crop[None], IMAGENET_MEAN, IMAGENET_STD)[0] if self.in_float else crop.contiguous()
 
 
-def pillow_loader(pictures: Pictures, plan: Plan, size: tuple[int, int], in_float: bool, workers: int) -> DataLoader:
+def pillow_loader(images: Images, plan: Plan, size: tuple[int, int], in_float: bool, workers: int) -> DataLoader:
     batches = ([(epoch, index) for index in indices.tolist()] for epoch, indices in plan.micro_batches(0, 0, 10**6))
-    return DataLoader(PillowCrops(pictures, size, in_float), batch_sampler=batches, num_workers=workers)
+    return DataLoader(PillowCrops(images, size, in_float), batch_sampler=batches, num_workers=workers)
 
 
 def our_loader(
-    pictures: Pictures, plan: Plan, size: tuple[int, int], workers: int, pixels: torch.Tensor | None = None
+    images: Images, plan: Plan, size: tuple[int, int], workers: int, pixels: torch.Tensor | None = None
 ) -> DataLoader:
-    return training_loader(TrainingPictures(pictures, size, SEED, pixels), plan, 0, 0, 10**6, workers)
+    return training_loader(TrainingImages(images, size, SEED, pixels), plan, 0, 0, 10**6, workers)
 
 
-def pictures_per_second(loader: Iterable, plan: Plan, batches: int) -> float:
+def images_per_second(loader: Iterable, plan: Plan, batches: int) -> float:
     """After the first batch, so that the start of workers does not count."""
     iterator = iter(loader)
     next(iterator)
@@ -76,7 +76,7 @@ def without_simplejpeg(run: Callable[[], float]) -> float:
 
 
 def compare(contenders: dict[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
-    """Pictures per second of every contender, all of them in turn in every repetition."""
+    """Images per second of every contender, all of them in turn in every repetition."""
     rates = {name: [] for name in contenders}
     for _ in range(repetitions):
         for name, run in contenders.items():
@@ -96,59 +96,59 @@ def section(title: str, rates: dict[str, list[float]], yardstick: str) -> str:
         ]
         for name, median in medians.items()
     ]
-    return f"## {title}\n\n" + measure.table(("contender", "pictures/s", "ratio", "range"), rows)
+    return f"## {title}\n\n" + measure.table(("contender", "images/s", "ratio", "range"), rows)
 
 
 def photographs(folder: str, repetitions: int) -> str:
-    pictures, size, workers = load_pictures(folder), (224, 224), 1
-    plan = Plan(len(pictures), batch_size=min(20, len(pictures)), accumulation=1, processes=1, seed=SEED)
+    images, size, workers = load_images(folder), (224, 224), 1
+    plan = Plan(len(images), batch_size=min(20, len(images)), accumulation=1, processes=1, seed=SEED)
 
     def rate(loader: DataLoader) -> float:
-        return pictures_per_second(loader, plan, batches=30)
+        return images_per_second(loader, plan, batches=30)
 
     pillow = "Pillow, resize(box=)"
     contenders = {
-        "ours": lambda: without_simplejpeg(lambda: rate(our_loader(pictures, plan, size, workers))),
-        "ours with simplejpeg": lambda: rate(our_loader(pictures, plan, size, workers)),
-        pillow: lambda: rate(pillow_loader(pictures, plan, size, False, workers)),
-        f"{pillow}, normalised in the worker": lambda: rate(pillow_loader(pictures, plan, size, True, workers)),
+        "ours": lambda: without_simplejpeg(lambda: rate(our_loader(images, plan, size, workers))),
+        "ours with simplejpeg": lambda: rate(our_loader(images, plan, size, workers)),
+        pillow: lambda: rate(pillow_loader(images, plan, size, False, workers)),
+        f"{pillow}, normalised in the worker": lambda: rate(pillow_loader(images, plan, size, True, workers)),
     }
     if decoding.simplejpeg is None:
         del contenders["ours with simplejpeg"]
-    title = f"{len(pictures)} photographs, crops of 224 x 224, one worker"
+    title = f"{len(images)} photographs, crops of 224 x 224, one worker"
     return section(title, compare(contenders, repetitions), pillow)
 
 
 def small_set(name: str, repetitions: int) -> str:
-    pictures, workers = load_pictures(name), 0
-    pixels = decode_all(pictures)
+    images, workers = load_images(name), 0
+    pixels = decode_all(images)
     if pixels is None:
-        raise SystemExit(f"{name} is no small set: its pictures differ in size or do not fit into memory")
+        raise SystemExit(f"{name} is no small set: its images differ in size or do not fit into memory")
     size = tuple(pixels.shape[2:])
-    plan = Plan(len(pictures), batch_size=256, accumulation=1, processes=1, seed=SEED)
+    plan = Plan(len(images), batch_size=256, accumulation=1, processes=1, seed=SEED)
 
     def rate(loader: DataLoader) -> float:
-        return pictures_per_second(loader, plan, batches=20)
+        return images_per_second(loader, plan, batches=20)
 
     pillow = "Pillow, resize(box=)"
     contenders = {
-        "ours, in memory": lambda: rate(our_loader(pictures, plan, size, workers, pixels)),
-        "ours, from the encoded pictures": lambda: rate(our_loader(pictures, plan, size, workers)),
-        pillow: lambda: rate(pillow_loader(pictures, plan, size, False, workers)),
+        "ours, in memory": lambda: rate(our_loader(images, plan, size, workers, pixels)),
+        "ours, from the encoded images": lambda: rate(our_loader(images, plan, size, workers)),
+        pillow: lambda: rate(pillow_loader(images, plan, size, False, workers)),
     }
-    title = f"{pictures.description}, {len(pictures):,} pictures of {size[0]} x {size[1]}, no worker"
+    title = f"{images.description}, {len(images):,} images of {size[0]} x {size[1]}, no worker"
     return section(title, compare(contenders, repetitions), pillow)
 
 
 def main() -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("folder", help="folder of photographs (JPEG)")
-    parser.add_argument("--small_set", help="a data set of small pictures of one size")
+    parser.add_argument("--small_set", help="a data set of small images of one size")
     args = measure.start(parser)
     sections = [photographs(args.folder, args.repetitions)]
     if args.small_set:
         sections.append(small_set(args.small_set, args.repetitions))
-    measure.report("loader", "From encoded pictures to crops", "cpu", *sections, repetitions=args.repetitions)
+    measure.report("loader", "From encoded images to crops", "cpu", *sections, repetitions=args.repetitions)
 
 
 if __name__ == "__main__":

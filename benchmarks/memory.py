@@ -30,7 +30,7 @@ MODELS = {
 STATE = 16  # bytes a parameter: weight, gradient and two moments of AdamW in float32
 CARDS = (24e9, 141e9)
 USABLE = 0.9  # share of a card; the rest is for the driver, a kernel's workspace and fragments
-BATCHES = (256, 512)  # between these the peak grows by what a picture costs; in small batches gradients decide
+BATCHES = (256, 512)  # between these the peak grows by what an image costs; in small batches gradients decide
 
 
 def make_model(fields: dict) -> UMAEForPreTraining:
@@ -55,7 +55,7 @@ def peak(model: UMAEForPreTraining, batch_size: int) -> int:
 
 
 def slope(count, model: UMAEForPreTraining, batches: tuple[int, int]) -> float:
-    """By how many bytes a count grows with a picture."""
+    """By how many bytes a count grows with an image."""
     few, many = batches
     return (count(model, many) - count(model, few)) / (many - few)
 
@@ -98,7 +98,7 @@ def main() -> None:
 
     columns = ("kept", "peak", "checkpointed kept", "checkpointed peak")
     counted = measure.table(
-        ("model", "million parameters", "cast weights, GB", *(f"{name}, MB/picture" for name in columns)),
+        ("model", "million parameters", "cast weights, GB", *(f"{name}, MB/image" for name in columns)),
         [
             [
                 name, f"{n['parameters'] / 1e6:.1f}", f"{n['cast'] / 1e9:.2f}",
@@ -122,7 +122,7 @@ def main() -> None:
 - Cast weights: bf16 copies that autocast makes and keeps until the backward pass, whatever the batch.
 - Kept and peak for ViT-B/16 at batch 8: with real tensors {real}, without contents {fake}.
 - Arithmetic: {STATE} bytes a parameter; batch = ({USABLE:.0%} of the card - weights, gradients, AdamW - cast weights) /
-  peak of a picture. The operations are those of a CPU; a GPU's kernels may hold a little more or less."""
+  peak of an image. The operations are those of a CPU; a GPU's kernels may hold a little more or less."""
     measure.report("memory", "Memory of training", "cpu", f"## Counted\n\n{counted}", f"## Arithmetic\n\n{held}", notes)
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.probe
 
-One pass of the tiny encoder over synthetic pictures is measured, and so are `train_linear_heads` (100 epochs, every
+One pass of the tiny encoder over synthetic images is measured, and so are `train_linear_heads` (100 epochs, every
 learning rate and weight decay) and `knn_classify` on its features. The usual protocol, a head trained for 90 epochs
-with the encoder run in each, is taken as 90 such passes and nothing else: loading pictures and training the head come
+with the encoder run in each, is taken as 90 such passes and nothing else: loading images and training the head come
 for free.
 """
 
@@ -30,15 +30,15 @@ def encode(encoder: UMAEModel, pixel_values: torch.Tensor) -> torch.Tensor:
 
 def main() -> None:
     parser = measure.parser(__doc__)
-    parser.add_argument("--pictures", type=int, default=2048, help="synthetic training pictures (default 2048)")
+    parser.add_argument("--images", type=int, default=2048, help="synthetic training images (default 2048)")
     args = measure.start(parser)
     config = UMAEConfig(**SIZES["tiny"][0])
     encoder = UMAEModel._from_config(config, attn_implementation="sdpa").to(args.device).eval()
-    size = (args.pictures, config.num_channels, *config.image_height_width)
+    size = (args.images, config.num_channels, *config.image_height_width)
     pixel_values = torch.randn(size, device=args.device)
-    labels = torch.randint(CLASSES, (args.pictures,), device=args.device)
+    labels = torch.randint(CLASSES, (args.images,), device=args.device)
     features = encode(encoder, pixel_values)
-    judged = features[: args.pictures // 5]
+    judged = features[: args.images // 5]
 
     seconds = measure.interleave(
         {
@@ -57,7 +57,7 @@ def main() -> None:
             "measured",
             f"{seconds['heads']:.3f}",
         ],
-        [f"k-NN of {len(judged):,} pictures", "measured", f"{seconds['k-NN']:.3f}"],
+        [f"k-NN of {len(judged):,} images", "measured", f"{seconds['k-NN']:.3f}"],
         ["all of these", "sum", f"{ours:.3f}"],
         [f"{EPOCHS} epochs through the encoder, 1 learning rate", "arithmetic", f"{usual:.1f}"],
         [f"the same, {HEADS} settings", "arithmetic", f"{HEADS * usual:.1f}"],
@@ -67,7 +67,7 @@ def main() -> None:
         "Judging a frozen encoder",
         args.device,
         measure.table(("", "", "seconds"), rows),
-        f"{args.pictures:,} synthetic pictures of 32 x 32, {CLASSES} classes, tiny encoder (192 x 12), float32, one of "
+        f"{args.images:,} synthetic images of 32 x 32, {CLASSES} classes, tiny encoder (192 x 12), float32, one of "
         f"the two poolings.\nFeatures once: **{usual / ours:.0f} times cheaper** than {EPOCHS} epochs with one "
         f"learning rate, {HEADS * usual / ours:.0f} times than with as many as are tried here.",
         repetitions=args.repetitions,

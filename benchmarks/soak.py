@@ -2,7 +2,7 @@
 
     make soak                                  # 200 kills, twenty minutes or more
 
-Every run is a short one on the bundled digits; half of them read their pictures with two workers. SIGKILL comes at a
+Every run is a short one on the bundled digits; half of them read their images with two workers. SIGKILL comes at a
 random moment after a run has taken its folder: while it resumes, trains, logs or writes a checkpoint. What has to be as
 if nothing had happened: `model.safetensors`, and `metrics.jsonl` but for what depends on the clock.
 """

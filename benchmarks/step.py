@@ -4,7 +4,7 @@
     python -m benchmarks.step --size vit_base --batch_size 128      # on a GPU
 
 ViTMAE gets our weights and position tables, since a fresh one starts with position tables of zeros. All contenders see
-the same pictures and the same noise. Loading, flipping and logging are not part of the step.
+the same images and the same noise. Loading, flipping and logging are not part of the step.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from umae import UMAEConfig
 from umae.convert import rename
 from umae.speed import compile_layers
 
-# Fields that differ from the defaults of both configurations (ViT-B/16 on 224 x 224), and pictures of a batch.
+# Fields that differ from the defaults of both configurations (ViT-B/16 on 224 x 224), and images of a batch.
 SIZES = {
     "vit_base": ({}, 8),
     "tiny": (
@@ -179,15 +179,15 @@ def section(size: str, args: argparse.Namespace) -> str:
             ]
         )  # fmt: skip
     header = (
-        "contender", "ms", "pictures/s", "time / ours bf16", "GFLOP/picture", "share of matmul rate",
-        "kept for backward, MB/picture", "peak memory, GB",
+        "contender", "ms", "images/s", "time / ours bf16", "GFLOP/image", "share of matmul rate",
+        "kept for backward, MB/image", "peak memory, GB",
     )  # fmt: skip
     measured = ", ".join(f"{DTYPE_NAMES[dtype]} {rates[dtype] / 1e9:,.0f} GFLOP/s" for dtype in rates)
     return f"## {size}, batch {batch_size}\n\n{measure.table(header, rows)}\n\nMatmul rate: {measured}."
 
 
 NOTES = """\
-- GFLOP/picture: matrix products of one forward and backward pass, counted (FlopCounterMode) for each contender itself;
+- GFLOP/image: matrix products of one forward and backward pass, counted (FlopCounterMode) for each contender itself;
   attention as plain products, whatever kernel computes it.
 - Share of matmul rate: the contender's own FLOPs over its time, against the feed-forward products of the same model and
   batch in the same precision, timed in the same repetitions with nothing around them.
@@ -200,7 +200,7 @@ NOTES = """\
 def main() -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("--size", choices=SIZES, help="default: both")
-    parser.add_argument("--batch_size", type=int, help="pictures of a step (default: 8 for vit_base, 256 for tiny)")
+    parser.add_argument("--batch_size", type=int, help="images of a step (default: 8 for vit_base, 256 for tiny)")
     args = measure.start(parser)
     sections = [section(size, args) for size in ([args.size] if args.size else SIZES)]
     measure.report("step", "One training step", args.device, *sections, NOTES, repetitions=args.repetitions)

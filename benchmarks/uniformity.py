@@ -21,12 +21,12 @@ from benchmarks import measure, step
 from modeling_umae import uniformity_loss
 
 WIDTH = 768
-# Processes and the pictures of all of them together
+# Processes and the images of all of them together
 CASES = (
     (1, 256), (1, 4096), (1, 65536), (2, 256), (4, 512), (8, 1024), (32, 4096), (128, 16384), (512, 65536),
 )  # fmt: skip
 LARGEST_SQUARE = 16384  # N x N of more takes minutes and 87 GB
-STEP_BATCH = 8  # pictures of the ViT-B step that is timed
+STEP_BATCH = 8  # images of the ViT-B step that is timed
 WIRE_RUNS = 20
 
 
@@ -58,7 +58,7 @@ def measured(args) -> dict[tuple[str, int], tuple[float, int]]:
 
 
 def vit_base_step(args) -> tuple[float, float]:
-    """FLOPs and seconds of a picture in a ViT-B step in bf16."""
+    """FLOPs and seconds of an image in a ViT-B step in bf16."""
     contender = step.ours("vit_base", torch.bfloat16, args.device)
     two = step.random_batch("vit_base", 2, args.device)
     flops = measure.flops(lambda: contender.loss(*two).backward()) / 2
@@ -72,12 +72,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.2g} %" if share < 1 else f"{share:.0%}".replace("%", " %")
 
 
-def share_of_flops(picture_flops: float) -> str:
+def share_of_flops(image_flops: float) -> str:
     """Two products of 2 N D^2 each, against three of 2 N^2 D (either factor has a gradient)."""
     rows = []
     for world, total in CASES:
         local = total // world
-        whole = local * picture_flops
+        whole = local * image_flops
         rows.append([world, f"{total:,}", percent(4 * local * WIDTH**2 / whole), percent(6 * total**2 * WIDTH / whole)])
     return measure.table(("processes", "N", "D x D", "N x N"), rows)
 
@@ -131,7 +131,7 @@ def count_bytes(local: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def costs(found, wire: dict[int, tuple[float, float]], picture_seconds: float) -> str:
+def costs(found, wire: dict[int, tuple[float, float]], image_seconds: float) -> str:
     """One row for each of CASES; what was not measured in italics."""
     rows = []
     for world, total in CASES:
@@ -139,7 +139,7 @@ def costs(found, wire: dict[int, tuple[float, float]], picture_seconds: float) -
         ours, square = found["D x D", local], found["N x N", min(total, LARGEST_SQUARE)]
         mark = "*" if factor > 1 else ""
         bytes_mark = "" if world in wire or world == 1 else "*"
-        of_step = (seconds / (local * picture_seconds) for seconds in (ours[0], square[0] * factor))
+        of_step = (seconds / (local * image_seconds) for seconds in (ours[0], square[0] * factor))
         rows.append([
             world, f"{total:,}",
             f"{1000 * ours[0]:,.1f}", f"{mark}{1000 * square[0] * factor:,.1f}{mark}",
@@ -153,23 +153,23 @@ def costs(found, wire: dict[int, tuple[float, float]], picture_seconds: float) -
 
 def main() -> None:
     args = measure.start(measure.parser(__doc__))
-    picture_flops, picture_seconds = vit_base_step(args)
+    image_flops, image_seconds = vit_base_step(args)
     wire = {world: received_here(world, total) for world, total in CASES if world in (2, 4)}
     measure.report(
         "uniformity",
         "The uniformity term",
         args.device,
-        f"{costs(measured(args), wire, picture_seconds)}\n\n"
+        f"{costs(measured(args), wire, image_seconds)}\n\n"
         f"Features of width {WIDTH}, float32. Measured in one process: forward and backward pass of D x D on its own "
         "rows, of N x N on all\nN; peak: what they allocate on top of the features. Received: by each process, counted "
         "at the loopback device on 2 and 4 processes\n(with what TCP adds), for 1 there is nothing; the backward pass "
         "of D x D sends nothing. In italics, by arithmetic: N x N beyond\n"
         f"{LARGEST_SQUARE:,} grows with its square; bytes of ring algorithms; shares of a ViT-B step of "
-        f"{1000 * picture_seconds:.1f} ms a picture, measured at\nbatch {STEP_BATCH} in bf16 and scaled by pictures "
+        f"{1000 * image_seconds:.1f} ms an image, measured at\nbatch {STEP_BATCH} in bf16 and scaled by images "
         "of a process. Time on the wire is left out.",
         "## Arithmetic: share of a ViT-B step's FLOPs\n\n"
-        f"{share_of_flops(picture_flops)}\n\n"
-        f"The step: {picture_flops / 1e9:.1f} GFLOP a picture, counted. D x D: 4 x n x D^2 on a process' n pictures,\n"
+        f"{share_of_flops(image_flops)}\n\n"
+        f"The step: {image_flops / 1e9:.1f} GFLOP an image, counted. D x D: 4 x n x D^2 on a process' n images,\n"
         "N x N, every process computing the whole matrix: 6 x N^2 x D.",
         repetitions=args.repetitions,
     )

@@ -1,10 +1,10 @@
-"""Where is the same thing in other pictures? Retrieval of a part of a picture, with frozen features and no training.
+"""Where is the same thing in other images? Retrieval of a part of an image, with frozen features and no training.
 
-    python examples/dense_retrieval.py runs/mine my_pictures query.jpg --at 0.4 0.6 --output found.png
+    python examples/dense_retrieval.py runs/mine my_images query.jpg --at 0.4 0.6 --output found.png
 
-The patch at a place of the query is compared with every patch of every picture, by the cosine of their features. The
-result shows the query, its place marked, and the pictures with the most similar patches, brighter where they are more
-similar. `--size` reads the pictures at a size of one's own, for finer maps than those of training.
+The patch at a place of the query is compared with every patch of every image, by the cosine of their features. The
+result shows the query, its place marked, and the images with the most similar patches, brighter where they are more
+similar. `--size` reads the images at a size of one's own, for finer maps than those of training.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from PIL import Image
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
-from image_processing_umae import UnreadablePicture, open_image
+from image_processing_umae import UnreadableImage, open_image
 from umae.convert import encoder_from_pretrained
-from umae.data.images import load_pictures
+from umae.data.images import load_images
 from umae.data.inputs import load_processor
 
 SHOWN = 5
@@ -28,17 +28,17 @@ SHOWN = 5
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="run folder, or name on the Hub")
-    parser.add_argument("pictures", help="folder of pictures to search in, or another data set")
-    parser.add_argument("query", help="picture file")
+    parser.add_argument("images", help="folder of images to search in, or another data set")
+    parser.add_argument("query", help="image file")
     parser.add_argument(
         "--at", nargs=2, type=float, default=(0.5, 0.5), help="place in the query: right, down, in 0..1"
     )
-    parser.add_argument("--size", type=int, help="side in pixels at which pictures are read (default: the model's)")
+    parser.add_argument("--size", type=int, help="side in pixels at which images are read (default: the model's)")
     parser.add_argument("--layer", type=int, help="after which layer (default: the last)")
-    parser.add_argument("--output", default="found.png", help="picture to write (default found.png)")
+    parser.add_argument("--output", default="found.png", help="image to write (default found.png)")
     args = parser.parse_args(argv)
     try:
-        figure = search(args.model, args.pictures, args.query, args.at, args.size, args.layer)
+        figure = search(args.model, args.images, args.query, args.at, args.size, args.layer)
     except ValueError as error:
         raise SystemExit(f"dense_retrieval: {error}") from error
     figure.savefig(args.output, dpi=100)
@@ -49,30 +49,30 @@ def main(argv: list[str]) -> None:
 def search(
     model: str, dataset: str, query: str, at: tuple[float, float], size: int | None = None, layer: int | None = None
 ) -> Figure:
-    """The query and the SHOWN pictures whose most similar patch is most similar to the one at `at`."""
+    """The query and the SHOWN images whose most similar patch is most similar to the one at `at`."""
     if not all(0 <= place < 1 for place in at):
-        raise ValueError(f"--at {at[0]:g} {at[1]:g} lies outside of the picture; expected two numbers from 0 up to 1")
+        raise ValueError(f"--at {at[0]:g} {at[1]:g} lies outside of the image; expected two numbers from 0 up to 1")
     encoder = encoder_from_pretrained(model)
     processor = load_processor(model, encoder.config.image_height_width)
     size = size or min(encoder.config.image_height_width)
     prepared = {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}}
     layers = None if layer is None else (layer,)
 
-    def maps(picture: Image.Image) -> tuple[np.ndarray, torch.Tensor]:
+    def maps(image: Image.Image) -> tuple[np.ndarray, torch.Tensor]:
         """The pixels that the encoder sees, and its features, (D, rows, columns), of length 1."""
-        pixels = processor(picture, do_rescale=False, do_normalize=False, **prepared)["pixel_values"][0]
-        pixel_values = processor(picture, return_tensors="pt", **prepared)["pixel_values"]
+        pixels = processor(image, do_rescale=False, do_normalize=False, **prepared)["pixel_values"][0]
+        pixel_values = processor(image, return_tensors="pt", **prepared)["pixel_values"]
         (found,) = encoder.feature_maps(pixel_values, layers, interpolate_pos_encoding=True)
         return np.asarray(pixels).transpose(1, 2, 0).astype(np.uint8), normalize(found[0], dim=0)
 
     shown, features = maps(open_image(query, query))
     rows, columns = features.shape[1:]
     part = features[:, int(at[1] * rows), int(at[0] * columns)]
-    pictures, found = load_pictures(dataset), []
-    for index in tqdm(range(len(pictures)), desc=pictures.description, unit="picture"):
+    images, found = load_images(dataset), []
+    for index in tqdm(range(len(images)), desc=images.description, unit="image"):
         try:
-            pixels, features = maps(pictures.read(index))
-        except UnreadablePicture as error:
+            pixels, features = maps(images.read(index))
+        except UnreadableImage as error:
             tqdm.write(f"skipped: {error}")
             continue
         similar = torch.einsum("d,drc->rc", part, features)
@@ -87,7 +87,7 @@ def search(
     for axis, (cosine, index, pixels, similar) in zip(axes[1:], found, strict=True):
         axis.imshow(pixels)
         axis.imshow(similar, cmap="cividis", alpha=0.6, extent=(0, size, size, 0), interpolation="nearest")
-        axis.set_title(f"{pictures.name_of(index)[-18:]}, {cosine:.2f}", fontsize=8)
+        axis.set_title(f"{images.name_of(index)[-18:]}, {cosine:.2f}", fontsize=8)
     for axis in axes:
         axis.set(xticks=[], yticks=[])
     return figure

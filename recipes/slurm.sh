@@ -1,6 +1,6 @@
 #!/bin/bash
 # Two machines of eight GPUs under SLURM, back in the queue until the run is finished. From the top of the repository:
-#     sbatch recipes/slurm.sh --dataset_name my_pictures --output_dir runs/mine
+#     sbatch recipes/slurm.sh --dataset_name my_images --output_dir runs/mine
 #SBATCH --job-name=umae
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

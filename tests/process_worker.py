@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_umae import UMAEForPreTraining, UMAELayer, UMAEModel, feature_second_moment, uniformity_loss
-from umae.data.images import load_pictures
+from umae.data.images import load_images
 from umae.data.inputs import evaluation_processor
 from umae.evaluation.monitor import Monitor, watch
 from umae.training import checkpoints
@@ -23,7 +23,7 @@ from umae.training.loop import optimizer_step
 from umae.training.pretraining import VALUES, pretraining_losses
 
 COUNT = 12
-PARTS = {  # pictures of every process
+PARTS = {  # images of every process
     1: {"even": [12]},
     2: {"even": [6, 6], "uneven": [9, 3]},
     4: {"even": [3, 3, 3, 3], "uneven": [1, 5, 2, 4]},
@@ -126,9 +126,9 @@ def weights_after_three_steps(wrap) -> torch.Tensor:
     torch.manual_seed(0)
     accelerator, failed = Accelerator(cpu=True), no_failure(torch.device("cpu"), len(VALUES))
     model = wrap(UMAEForPreTraining(fresh_config(uniformity_weight=0.5)))
-    pictures = torch.arange(8 * 3 * 16 * 16).view(8, 3, 16, 16).to(torch.uint8)
+    images = torch.arange(8 * 3 * 16 * 16).view(8, 3, 16, 16).to(torch.uint8)
     index = torch.arange(8)[4 * dist.get_rank() :][:4]
-    batch = {"pixel_values": pictures[index], "index": index, "epoch": 0}
+    batch = {"pixel_values": images[index], "index": index, "epoch": 0}
     optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True))
     for step in range(3):
         if step == 2:
@@ -150,8 +150,8 @@ def measures_of_a_look(wrap) -> torch.Tensor:
     torch.manual_seed(0)
     accelerator, processor = Accelerator(cpu=True), evaluation_processor((16, 16))
     model = UMAEForPreTraining(fresh_config(uniformity_weight=0.5))
-    watched = watch(accelerator, load_pictures("digits", split="test"), processor, (16, 16), 50, True, seed=0)
-    monitor = Monitor(accelerator, model.config, watched, load_pictures("digits").labels(), 10, processor, seed=0)
+    watched = watch(accelerator, load_images("digits", split="test"), processor, (16, 16), 50, True, seed=0)
+    monitor = Monitor(accelerator, model.config, watched, load_images("digits").labels(), 10, processor, seed=0)
     model = wrap(model).train()
     index = torch.arange(8)[4 * dist.get_rank() :][:4]
     pixels = torch.randint(256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()

@@ -22,7 +22,7 @@ def test_two_processes_see_in_the_features_what_one_sees(finished, tmp_path):
     for mine, expected in zip(metrics(tmp_path / "run"), metrics(folder), strict=True):
         assert mine.keys() == expected.keys()
         for name in expected:
-            accuracy = name.startswith("online")  # in which one picture more or less counts 1 / 359
+            accuracy = name.startswith("online")  # in which one image more or less counts 1 / 359
             assert mine[name] == pytest.approx(expected[name], rel=1e-3, abs=0.01 if accuracy else 1e-9), name
 
 
@@ -138,10 +138,10 @@ def test_a_process_that_dies_or_stops_ends_the_others_and_spoils_nothing(tmp_pat
 def test_accumulated_exactly_a_batch_trains_as_it_does_at_once(twenty_steps, tmp_path):
     batch = ("--per_device_train_batch_size", "32", "--gradient_accumulation_steps", "4")
     exact = run("run_pretrain.py", "--output_dir", tmp_path / "run", *TWENTY, *batch, "--exact_uniformity")
-    assert "mean over the cls features of 128 pictures\n" in exact.stdout
+    assert "mean over the cls features of 128 images\n" in exact.stdout
     assert_same_curve(metrics(tmp_path / "run"), twenty_steps)
     default = run("run_pretrain.py", "--output_dir", tmp_path / "default", *TWENTY, *batch)
-    assert "mean over the cls features of 32 pictures, then over 4 micro-batches" in default.stdout
+    assert "mean over the cls features of 32 images, then over 4 micro-batches" in default.stdout
     assert_same_curve(metrics(tmp_path / "default"), twenty_steps, ["reconstruction_loss"])
     with pytest.raises(AssertionError):
         assert_same_curve(metrics(tmp_path / "default"), twenty_steps, ["uniformity_loss"])

@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, ViTImageProcessorPil, pipeline
 import umae
 from image_processing_umae import open_image
 from umae.convert import encoder_from_pretrained
-from umae.data.images import load_pictures
+from umae.data.images import load_images
 from umae.data.inputs import evaluation_processor, load_processor
 from umae.evaluation.features import extract_features
 from umae.sharing import cards
@@ -70,10 +70,10 @@ SNIPPETS = {
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_documented_code_gives_the_features_that_the_package_gives(folder, tmp_path, monkeypatch, snippet, kind):
     (tmp_path / "images").mkdir()
-    for name in (tmp_path / "images" / "a.png", tmp_path / "picture.png", folder / "picture.jpg"):
+    for name in (tmp_path / "images" / "a.png", tmp_path / "image.png", folder / "image.jpg"):
         name.write_bytes(encoded(kind))  # what it is, the bytes say
     encoder = encoder_from_pretrained(folder, pooling="mean")
-    expected = extract_features(encoder, load_pictures(str(tmp_path / "images")), load_processor(str(folder)), 1)
+    expected = extract_features(encoder, load_images(str(tmp_path / "images")), load_processor(str(folder)), 1)
     monkeypatch.chdir(folder if snippet == "card" else tmp_path)
     found = {}
     exec(SNIPPETS[snippet], found)
@@ -143,10 +143,10 @@ def test_code_on_a_classifiers_card_reads_the_image_as_training_does(tmp_path, m
     torch.manual_seed(0)
     umae.UMAEForImageClassification(fresh_config(num_labels=5)).save_pretrained(tmp_path)
     evaluation_processor((16, 16)).save_pretrained(tmp_path)
-    (tmp_path / "picture.jpg").write_bytes(encoded("16 bits, TIFF"))
+    (tmp_path / "image.jpg").write_bytes(encoded("16 bits, TIFF"))
     monkeypatch.chdir(tmp_path)
     exec(python_block(cards._CLASSIFY), found := {})
-    pixel_values = evaluation_processor((16, 16))(open_image("picture.jpg"), return_tensors="pt").pixel_values
+    pixel_values = evaluation_processor((16, 16))(open_image("image.jpg"), return_tensors="pt").pixel_values
     logits = umae.UMAEForImageClassification.from_pretrained(tmp_path)(pixel_values).logits
     scores = sorted((one["score"] for one in found["classify"](found["image"])), reverse=True)
     assert scores == pytest.approx(logits.softmax(-1).sort(descending=True).values[0].tolist(), abs=1e-5)

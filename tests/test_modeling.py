@@ -28,7 +28,7 @@ from modeling_umae import (
 from umae.speed import compile_layers
 
 
-def pictures_for(config: UMAEConfig, count: int = 4) -> torch.Tensor:
+def images_for(config: UMAEConfig, count: int = 4) -> torch.Tensor:
     return torch.randn(count, config.num_channels, *config.image_height_width)
 
 
@@ -38,7 +38,7 @@ def pictures_for(config: UMAEConfig, count: int = 4) -> torch.Tensor:
 def test_fresh_model_predicts_something_else_at_every_hidden_place():
     torch.manual_seed(0)
     model = UMAEForPreTraining(fresh_config()).eval()
-    output = model(pictures_for(model.config, 2))
+    output = model(images_for(model.config, 2))
     for logits, mask in zip(output.logits, output.mask, strict=True):
         assert logits[mask.bool()].std(dim=0).mean() > 0.05
 
@@ -119,7 +119,7 @@ def test_layers_on_frozen_embeddings_learn_under_checkpointing_once_inputs_requi
     model.get_input_embeddings().requires_grad_(False)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     model.enable_input_require_grads()
-    model(pictures_for(model.config))[0].sum().backward()
+    model(images_for(model.config))[0].sum().backward()
     layer = getattr(model, "vit", model).encoder["layer"][0]
     assert all(parameter.grad is not None for parameter in layer.parameters())
     assert all(parameter.grad is None for parameter in model.get_input_embeddings().parameters())
@@ -139,9 +139,9 @@ def test_layers_on_frozen_embeddings_learn_under_checkpointing_once_inputs_requi
     ],
     ids=str,
 )
-def test_unusual_pictures_run_forward_and_backward(changes):
+def test_unusual_images_run_forward_and_backward(changes):
     model = UMAEForPreTraining(fresh_config(**changes)).train()
-    output = model(pictures_for(model.config))
+    output = model(images_for(model.config))
     output.loss.backward()
     assert output.loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
@@ -149,7 +149,7 @@ def test_unusual_pictures_run_forward_and_backward(changes):
 
 def test_vit_base_at_224_runs_forward_and_backward():
     model = UMAEForPreTraining(UMAEConfig()).train()
-    model(pictures_for(model.config, 1)).loss.backward()
+    model(images_for(model.config, 1)).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
@@ -158,13 +158,13 @@ def test_vit_base_at_224_runs_forward_and_backward():
 def test_every_parameter_has_a_gradient(pooling, weight):
     """DistributedDataParallel waits for each of them."""
     model = UMAEForPreTraining(fresh_config(pooling=pooling, uniformity_weight=weight)).train()
-    model(pictures_for(model.config)).loss.backward()
+    model(images_for(model.config)).loss.backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 def test_encoder_sees_everything_and_is_deterministic_unless_asked_to_mask():
     model = UMAEModel(fresh_config(pooling="mean")).train()
-    pixel_values = pictures_for(model.config)
+    pixel_values = images_for(model.config)
     first, second = model(pixel_values), model(pixel_values)
     assert first.last_hidden_state.shape == (4, 17, 32)
     assert torch.equal(first.last_hidden_state, second.last_hidden_state)
@@ -175,7 +175,7 @@ def test_encoder_sees_everything_and_is_deterministic_unless_asked_to_mask():
 
 
 def test_pooler_output_is_the_class_token_or_the_normalised_mean():
-    pixel_values = pictures_for(fresh_config())
+    pixel_values = images_for(fresh_config())
     by_class = UMAEModel(fresh_config())(pixel_values)
     assert torch.equal(by_class.pooler_output, by_class.last_hidden_state[:, 0])
     model = UMAEModel(fresh_config(pooling="mean"))
@@ -199,7 +199,7 @@ def test_fc_norm_exists_with_mean_pooling_only():
 def test_what_training_leaves_out_changes_no_loss_and_no_gradient(changes):
     """In training only the hidden patches are predicted; float64, because the same sums run in another order."""
     model = UMAEForPreTraining(fresh_config(**changes)).double().train()
-    pixel_values = pictures_for(model.config).double()
+    pixel_values = images_for(model.config).double()
     noise = torch.rand(4, model.config.grid[0] * model.config.grid[1])
     gradients = []
     for training in (True, False):
@@ -234,7 +234,7 @@ def test_the_patches_of_the_smallest_noise_are_seen_and_all_others_hidden(batch,
     assert torch.equal(gather_patches(noise[..., None], ids_keep)[..., 0], noise.sort(dim=1).values[:, :visible])
 
 
-def test_patches_and_pictures_are_inverse():
+def test_patches_and_images_are_inverse():
     pixel_values = torch.randn(2, 5, 8, 24)
     patches = patchify(pixel_values, (4, 8))
     assert patches.shape == (2, 6, 160)
@@ -263,7 +263,7 @@ def test_other_sizes_run_when_asked_for():
 
 def test_hidden_states_and_attentions_are_the_encoders():
     model = UMAEForPreTraining._from_config(fresh_config(), attn_implementation="eager")
-    output = model(pictures_for(model.config), output_hidden_states=True, output_attentions=True)
+    output = model(images_for(model.config), output_hidden_states=True, output_attentions=True)
     assert [state.shape for state in output.hidden_states] == [(4, 5, 32)] * 3
     assert [weights.shape for weights in output.attentions] == [(4, 4, 5, 5)] * 2
     assert torch.allclose(output.attentions[0].sum(-1), torch.ones(4, 4, 5))
@@ -271,7 +271,7 @@ def test_hidden_states_and_attentions_are_the_encoders():
 
 def test_tuple_outputs_start_with_the_loss():
     model = UMAEForPreTraining(fresh_config())
-    pixel_values, noise = pictures_for(model.config), torch.rand(4, 16)
+    pixel_values, noise = images_for(model.config), torch.rand(4, 16)
     assert torch.equal(model(pixel_values, noise=noise, return_dict=False)[0], model(pixel_values, noise=noise).loss)
 
 
@@ -279,7 +279,7 @@ def test_gradient_checkpointing_changes_no_gradient():
     plain = UMAEForPreTraining(fresh_config()).train()
     thrifty = copy.deepcopy(plain)
     thrifty.gradient_checkpointing_enable()
-    pixel_values, noise = pictures_for(plain.config), torch.rand(4, 16)
+    pixel_values, noise = images_for(plain.config), torch.rand(4, 16)
     for model in (plain, thrifty):
         model(pixel_values, noise=noise).loss.backward()
     for one, other in zip(plain.parameters(), thrifty.parameters(), strict=True):
@@ -295,7 +295,7 @@ def test_compiled_layers_give_the_losses_and_gradients_of_eager_ones(checkpointi
         compiled.gradient_checkpointing_enable()
     compile_layers(compiled)
     for _ in range(2):
-        pixel_values, noise = pictures_for(eager.config), torch.rand(4, 16)
+        pixel_values, noise = images_for(eager.config), torch.rand(4, 16)
         losses = [model(pixel_values, noise=noise).loss for model in (eager, compiled)]
         assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-6)
     for loss in losses:
@@ -309,7 +309,7 @@ def test_drop_path_leaves_evaluation_and_a_rate_of_zero_as_they_are_and_draws_no
     dropping = UMAEModel(fresh_config(drop_path_rate=0.5))
     assert plain.state_dict().keys() == dropping.state_dict().keys()
     dropping.load_state_dict(plain.state_dict())
-    pixel_values = pictures_for(plain.config)
+    pixel_values = images_for(plain.config)
     state = torch.get_rng_state()
     expected = plain.train()(pixel_values).last_hidden_state
     assert torch.equal(dropping.eval()(pixel_values).last_hidden_state, expected)
@@ -342,14 +342,14 @@ def test_the_decoder_drops_no_path(monkeypatch):
     decoder.register_forward_pre_hook(
         lambda module, inputs, named: given.append(named.get("branch_scales")), with_kwargs=True
     )
-    model(pictures_for(model.config), noise=torch.rand(4, 16))
+    model(images_for(model.config), noise=torch.rand(4, 16))
     assert given == [None]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_drop_path_is_one_graph_and_the_same_for_the_same_seed(checkpointing):
     model = UMAEForImageClassification(fresh_config(drop_path_rate=0.5, pooling="mean", final_layernorm=False)).train()
-    pixel_values, labels = pictures_for(model.config), torch.tensor([0, 1, 0, 1])
+    pixel_values, labels = images_for(model.config), torch.tensor([0, 1, 0, 1])
 
     def gradients(forward):
         torch.manual_seed(1)
@@ -374,7 +374,7 @@ def test_drop_path_is_one_graph_and_the_same_for_the_same_seed(checkpointing):
 @pytest.mark.parametrize("training", [False, True])
 def test_the_forward_pass_is_one_graph(pooling, training):
     model = UMAEForPreTraining(fresh_config(pooling=pooling)).train(training)
-    pixel_values, noise = pictures_for(model.config), torch.rand(4, 16)
+    pixel_values, noise = images_for(model.config), torch.rand(4, 16)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)  # a graph break is an error
     compiled(pixel_values, noise=noise).loss.backward()
@@ -481,7 +481,7 @@ def test_uniformity_gradient_is_right():
 def test_inputs_that_do_not_fit_are_refused(call, message):
     model = UMAEForPreTraining(fresh_config())
     with pytest.raises(ValueError, match=message):
-        call(model, pictures_for(model.config))
+        call(model, images_for(model.config))
 
 
 def test_a_configuration_spoilt_after_construction_is_refused_by_the_model():
@@ -502,7 +502,7 @@ def test_classifier_takes_over_a_pretrained_encoder(tmp_path):
     assert not loading["unexpected_keys"]
     for name, tensor in pretrained.vit.state_dict().items():
         assert torch.equal(tensor, model.vit.state_dict()[name])
-    output = model(pictures_for(model.config), labels=torch.tensor([0, 1, 2, 4]))
+    output = model(images_for(model.config), labels=torch.tensor([0, 1, 2, 4]))
     assert output.logits.shape == (4, 5)
     assert output.loss.item() == pytest.approx(torch.tensor(5.0).log().item(), abs=1e-2)  # a head that knows nothing
 
@@ -530,14 +530,14 @@ def test_the_loss_of_a_classifier_is_torchs_own_for_the_problem_type_said_or_inf
     num_labels, labels, problem_type, loss, said
 ):
     model = classifier_for(num_labels, problem_type if said else None)
-    output = model(pictures_for(model.config), labels=labels)
+    output = model(images_for(model.config), labels=labels)
     assert torch.equal(output.loss, loss(output.logits, labels))
     assert model.config.problem_type == (problem_type if said else None), "the configuration belongs to the caller"
 
 
 def test_several_numbers_are_regressed_where_the_problem_type_says_so():
     model = classifier_for(3, "regression")
-    output = model(pictures_for(model.config), labels=NUMBERS)
+    output = model(images_for(model.config), labels=NUMBERS)
     assert torch.equal(output.loss, F.mse_loss(output.logits, NUMBERS))
 
 
@@ -545,7 +545,7 @@ def test_the_loss_of_a_classifier_is_part_of_one_graph():
     model = classifier_for(3)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)  # a graph break is an error
-    pixel_values = pictures_for(model.config)
+    pixel_values = images_for(model.config)
     for labels in (CLASSES, SHARES):
         assert torch.equal(compiled(pixel_values, labels=labels).loss, model(pixel_values, labels=labels).loss)
 
@@ -571,7 +571,7 @@ def test_the_loss_of_a_classifier_is_part_of_one_graph():
 def test_labels_that_do_not_fit_the_problem_type_are_refused(num_labels, problem_type, labels, message):
     model = classifier_for(num_labels, problem_type)
     with pytest.raises(ValueError, match=message):
-        model(pictures_for(model.config), labels=labels)
+        model(images_for(model.config), labels=labels)
 
 
 # ----------------------------------------------------------------------------------------------------------- weights
@@ -617,11 +617,11 @@ def test_feature_maps_are_the_patches_at_their_places():
     torch.testing.assert_close(first[:, :, 0, 1], model.layernorm(output.hidden_states[1])[:, 2])
 
 
-def test_feature_maps_have_the_shape_of_larger_pictures():
+def test_feature_maps_have_the_shape_of_larger_images():
     model = UMAEModel(fresh_config()).eval()
     (maps,) = model.feature_maps(torch.randn(1, 3, 32, 48), interpolate_pos_encoding=True)
     assert maps.shape == (1, model.config.hidden_size, 8, 12)
-    with pytest.raises(ValueError, match=r"expected .*; resize the pictures"):
+    with pytest.raises(ValueError, match=r"expected .*; resize the images"):
         model.feature_maps(torch.randn(1, 3, 32, 48))
     for layers in ((0,), (3,), ()):
         with pytest.raises(ValueError, match="are not some of 1 to 2"):

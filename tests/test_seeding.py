@@ -17,7 +17,7 @@ def test_mixing_is_splitmix64():
     assert np.array_equal((bits >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1.0, expected)
 
 
-def test_a_pictures_numbers_do_not_depend_on_its_batch():
+def test_an_images_numbers_do_not_depend_on_its_batch():
     whole = seeding.uniform(1, seeding.CROP, 2, torch.arange(10), 5)
     assert torch.equal(whole[[7, 3]], seeding.uniform(1, seeding.CROP, 2, torch.tensor([7, 3]), 5))
 

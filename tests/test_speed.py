@@ -82,7 +82,7 @@ def test_a_line_of_metrics_says_how_fast_training_is_and_how_long_it_waits(tmp_p
         is_main_process=True, log=lambda values, step: None, device=torch.device("cpu"), mixed_precision="no",
         num_processes=1,
     )  # fmt: skip
-    log = MetricsLog(accelerator, tmp_path, pictures_per_step=8)
+    log = MetricsLog(accelerator, tmp_path, images_per_step=8)
     log.begin(step=0, flops=1)
 
     def slow_batches():

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 from modeling_umae import UMAEForPreTraining
 
 
-class Pictures(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset):
     def __init__(self, labels: bool):
         self.pixel_values, self.labels = torch.randn(32, 3, 16, 16), labels
 
@@ -27,7 +27,7 @@ def trainer(folder, labels=False, steps=4, accumulation=1):
         report_to=[], disable_tqdm=True, use_cpu=True, remove_unused_columns=False, seed=0, logging_steps=1,
         lr_scheduler_type="constant", max_grad_norm=0.0,
     )  # fmt: skip
-    return Trainer(UMAEForPreTraining(fresh_config()), arguments, train_dataset=Pictures(labels))
+    return Trainer(UMAEForPreTraining(fresh_config()), arguments, train_dataset=Images(labels))
 
 
 def test_save_and_resume_restore_every_tensor(tmp_path):

@@ -25,8 +25,8 @@ def assert_same_curve(mine, expected, names=("reconstruction_loss", "uniformity_
             assert one[name] == pytest.approx(other[name], rel=1e-4), (one["step"], name)
 
 
-def folder_with_bad_pictures(folder, count: int, bad: int) -> str:
-    """Small pictures, the first ones cut short; the flags to train on them."""
+def folder_with_bad_images(folder, count: int, bad: int) -> str:
+    """Small images, the first ones cut short; the flags to train on them."""
     folder.mkdir()
     for i in range(count):
         Image.new("RGB", (9, 9), (i, 2 * i, 255 - i)).save(folder / f"{i:03}.jpg")

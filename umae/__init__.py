@@ -20,7 +20,7 @@ from modeling_umae import (
 
 if TYPE_CHECKING:
     from umae.convert import encoder_from_pretrained
-    from umae.data.images import Pictures, load_pictures
+    from umae.data.images import Images, load_images
     from umae.data.inputs import load_processor
     from umae.evaluation.diagnosis import diagnose
     from umae.evaluation.features import extract_features
@@ -38,13 +38,13 @@ AutoModelForPreTraining.register(UMAEConfig, UMAEForPreTraining, exist_ok=True)
 AutoModelForImageClassification.register(UMAEConfig, UMAEForImageClassification, exist_ok=True)
 
 _LAZY = {
-    "Pictures": "umae.data.images",
+    "Images": "umae.data.images",
     "Run": "umae.training.folder",
     "diagnose": "umae.evaluation.diagnosis",
     "encoder_from_pretrained": "umae.convert",
     "extract_features": "umae.evaluation.features",
     "finetune": "umae.programs.finetune",
-    "load_pictures": "umae.data.images",
+    "load_images": "umae.data.images",
     "load_processor": "umae.data.inputs",
     "pretrain": "umae.programs.pretrain",
     "probe": "umae.programs.probe",
@@ -52,7 +52,7 @@ _LAZY = {
 }
 
 __all__ = [
-    "Pictures",
+    "Images",
     "Run",
     "UMAEConfig",
     "UMAEForImageClassification",
@@ -63,7 +63,7 @@ __all__ = [
     "encoder_from_pretrained",
     "extract_features",
     "finetune",
-    "load_pictures",
+    "load_images",
     "load_processor",
     "open_image",
     "pretrain",

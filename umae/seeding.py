@@ -2,7 +2,7 @@
 micro-batch, rank) for torch's own.
 
 Nothing here has a state, so a resumed run, another number of workers or another number of processes draws the same
-crops, flips and masks for the same picture in the same epoch.
+crops, flips and masks for the same image in the same epoch.
 """
 
 import torch
@@ -29,12 +29,12 @@ def _key(*parts: int | torch.Tensor) -> torch.Tensor:
 
 
 def uniform(seed: int, purpose: int, epoch: int | torch.Tensor, index: torch.Tensor, count: int) -> torch.Tensor:
-    """Uniform numbers that belong to pictures, the same bits on every device.
+    """Uniform numbers that belong to images, the same bits on every device.
 
     Args:
         epoch: one for all, or int64 (batch,).
-        index: int64 (batch,), the pictures' positions in the data set.
-        count: how many numbers each picture needs.
+        index: int64 (batch,), the images' positions in the data set.
+        count: how many numbers each image needs.
 
     Returns:
         float32 (batch, count) in [0, 1), multiples of 2**-24.

@@ -11,7 +11,7 @@ from modeling_umae import UMAELayer
 
 
 def training_flops(config: UMAEConfig) -> int:
-    """Floating-point operations of the matrix products that train on one picture, forward and backward.
+    """Floating-point operations of the matrix products that train on one image, forward and backward.
 
     A multiply-add counts 2. The count is of what `UMAEForPreTraining` does in training mode: only visible patches are
     projected, and in the decoder's last layer and head only hidden patches are computed.
@@ -33,7 +33,7 @@ def training_flops(config: UMAEConfig) -> int:
 
 
 def encoder_flops(config: UMAEConfig, patches: int) -> int:
-    """Floating-point operations of the encoder's matrix products on one picture in evaluation mode.
+    """Floating-point operations of the encoder's matrix products on one image in evaluation mode.
 
     Args:
         patches: how many of them it sees; all are projected.

@@ -27,7 +27,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.15)
 FILL = (128, 102, 76)
 
 
-def pictures(count: int, size: int = 16) -> list[torch.Tensor]:
+def images(count: int, size: int = 16) -> list[torch.Tensor]:
     numbers = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0))
     return list((256 * numbers).to(torch.uint8))
 
@@ -40,8 +40,8 @@ def changed(crops, epoch, index, **settings):
     return augment(crops, epoch, index, seed=3, strengths=Strengths(**settings), mean=MEAN, std=STD)
 
 
-def test_a_picture_changes_the_same_in_any_batch_and_otherwise_in_every_epoch():
-    crops, index = pictures(24), torch.arange(100, 124)
+def test_an_image_changes_the_same_in_any_batch_and_otherwise_in_every_epoch():
+    crops, index = images(24), torch.arange(100, 124)
     whole = changed(crops, 1, index)
     parts = changed(crops[:7], 1, index[:7]) + changed(crops[7:], 1, index[7:])
     assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
@@ -51,7 +51,7 @@ def test_a_picture_changes_the_same_in_any_batch_and_otherwise_in_every_epoch():
 
 
 def test_everything_turned_off_changes_nothing_and_nothing_is_changed_in_place():
-    crops = pictures(32)
+    crops = images(32)
     before = [crop.clone() for crop in crops]
     off = changed(crops, 0, torch.arange(32), horizontal_flip=0, rand_augment=0, random_erasing=0)
     assert all(torch.equal(one, other) for one, other in zip(off, crops, strict=True))
@@ -59,14 +59,14 @@ def test_everything_turned_off_changes_nothing_and_nothing_is_changed_in_place()
     assert all(torch.equal(one, other) for one, other in zip(before, crops, strict=True))
 
 
-def test_each_augmentation_changes_its_share_of_the_pictures():
-    index, crops = torch.arange(2000), pictures(1) * 2000
+def test_each_augmentation_changes_its_share_of_the_images():
+    index, crops = torch.arange(2000), images(1) * 2000
     shares = {"horizontal_flip": 0.5, "random_erasing": 0.25, "rand_augment": 9.0}
     for name, share in shares.items():
         off = dict.fromkeys(shares, 0.0)
         after = changed(crops, 0, index, **{**off, name: share})
         found = sum(not torch.equal(one, crops[0]) for one in after) / len(after)
-        # Of two operations each is left out half of the time; some leave a picture of noise as it is (autocontrast)
+        # Of two operations each is left out half of the time; some leave an image of noise as it is (autocontrast)
         expected = share if name != "rand_augment" else 0.72
         assert abs(found - expected) < 0.04, name
 
@@ -111,8 +111,8 @@ def test_a_translation_moves_by_its_share_of_the_width_either_way():
 
 
 @pytest.mark.parametrize("name", sorted(AUGMENTATIONS))
-def test_every_operation_gives_an_rgb_picture_of_the_same_size_at_any_strength(name):
-    source = Image.fromarray(pictures(1)[0].permute(1, 2, 0).contiguous().numpy())
+def test_every_operation_gives_an_rgb_image_of_the_same_size_at_any_strength(name):
+    source = Image.fromarray(images(1)[0].permute(1, 2, 0).contiguous().numpy())
     for strength in (-1.0, -0.3, 0.0, 0.3, 1.0):
         image = AUGMENTATIONS[name](source, strength, FILL)
         assert image.size == (16, 16) and image.mode == "RGB"
@@ -122,14 +122,14 @@ def test_operations_and_magnitudes_are_drawn_as_the_policy_says(monkeypatch):
     drawn = []
 
     def note(name):
-        return lambda picture, strength, fill: drawn.append((name, strength)) or picture
+        return lambda image, strength, fill: drawn.append((name, strength)) or image
 
     assert len(AUGMENTATIONS) == 15
     for name in AUGMENTATIONS:
         monkeypatch.setitem(AUGMENTATIONS, name, note(name))
-    picture = pictures(1)[0]
+    image = images(1)[0]
     for numbers in uniform(3000, AUGMENT_NUMBERS):
-        assert torch.equal(rand_augment(picture, numbers, 9.0, FILL), picture)
+        assert torch.equal(rand_augment(image, numbers, 9.0, FILL), image)
     assert abs(len(drawn) - 3000) < 120, "two operations, each half of the time"
     counts = [sum(name == one for one, _ in drawn) for name in AUGMENTATIONS]
     assert stats.chisquare(counts).pvalue > 0.001
@@ -155,11 +155,11 @@ def test_erased_boxes_lie_inside_and_have_the_areas_and_shapes_of_the_paper():
 
 
 def test_erased_pixels_are_normal_noise_and_all_others_stay():
-    picture = pictures(1, 200)[0]
-    erased = random_erasing(picture, (20, 30, 100, 150), uniform(1, 3 * 100 * 150)[0], MEAN, STD)
+    image = images(1, 200)[0]
+    erased = random_erasing(image, (20, 30, 100, 150), uniform(1, 3 * 100 * 150)[0], MEAN, STD)
     inside = torch.zeros(200, 200, dtype=torch.bool)
     inside[20:120, 30:180] = True
-    assert torch.equal(erased[:, ~inside], picture[:, ~inside])
+    assert torch.equal(erased[:, ~inside], image[:, ~inside])
     for channel in range(3):
         values = erased[channel][inside] / 255
         assert abs(values.median() - MEAN[channel]) < 0.01
@@ -177,14 +177,14 @@ def test_lambda_has_the_beta_distribution(alpha):
 
 
 def mixed(mixup: float, cutmix: float, pairs: int = 200):
-    """Pairs of a black and a white picture, of the classes 0 and 1."""
+    """Pairs of a black and a white image, of the classes 0 and 1."""
     pixel_values = torch.tensor([0.0, 1.0]).repeat(pairs)[:, None, None, None].expand(-1, 3, 8, 8)
     targets = soft_targets(torch.tensor([0, 1]).repeat(pairs), 3, 0.0)
     return mix_pairs(pixel_values, targets, uniform(pairs, MIX_NUMBERS), mixup, cutmix)
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
-def test_the_target_has_every_class_in_the_share_that_its_picture_has_of_the_pixels(mixup, cutmix):
+def test_the_target_has_every_class_in_the_share_that_its_image_has_of_the_pixels(mixup, cutmix):
     pixel_values, targets = mixed(mixup, cutmix)
     white = pixel_values.mean(dim=(1, 2, 3))
     assert torch.allclose(targets[:, 1], white, atol=1e-6) and torch.allclose(targets.sum(dim=1), torch.ones(400))
@@ -194,7 +194,7 @@ def test_the_target_has_every_class_in_the_share_that_its_picture_has_of_the_pix
     assert abs(cut - expected) < 0.1 * (0 < expected < 1) + 1e-6
 
 
-def test_pictures_are_mixed_with_their_neighbour_only_and_the_mean_of_a_pair_stays():
+def test_images_are_mixed_with_their_neighbour_only_and_the_mean_of_a_pair_stays():
     pixel_values = torch.arange(8.0)[:, None, None, None].expand(-1, 3, 4, 4)
     targets = soft_targets(torch.arange(8), 8, 0.1)
     after, mixed_targets = mix_pairs(pixel_values, targets, uniform(4, MIX_NUMBERS), 0.8, 1.0)
@@ -204,7 +204,7 @@ def test_pictures_are_mixed_with_their_neighbour_only_and_the_mean_of_a_pair_sta
     assert torch.allclose(mixed_targets.sum(dim=1), torch.ones(8))
 
 
-def test_cut_boxes_have_their_share_where_the_picture_does_not_end():
+def test_cut_boxes_have_their_share_where_the_image_does_not_end():
     share = torch.tensor([0.25, 0.25, 1.0, 0.0])
     centre = torch.tensor([[0.5, 0.5], [0.0, 0.0], [0.5, 0.5], [0.5, 0.5]])
     assert cut_boxes(share, centre, 16, 16).sum(dim=(1, 2)).tolist() == [64, 16, 256, 0]

@@ -24,7 +24,7 @@ def numbers_for(*first: float, top: float = 0.0, left: float = 0.0) -> torch.Ten
     return torch.tensor([*first, *later[len(first) :], top, left])
 
 
-def picture_of(height: int, width: int) -> torch.Tensor:
+def image_of(height: int, width: int) -> torch.Tensor:
     return torch.arange(3 * height * width).remainder(251).to(torch.uint8).view(3, height, width)
 
 
@@ -38,7 +38,7 @@ unit = st.floats(0, ALMOST_ONE, width=32)
     scale=st.sampled_from([(0.2, 1.0), (0.08, 1.0), (1e-9, 1e-8), (1.0, 1.0)]),
     ratio=st.sampled_from([(3 / 4, 4 / 3), (1.0, 1.0), (3.0, 4.0), (0.1, 0.2)]),
 )
-def test_the_box_lies_inside_the_picture_and_is_never_empty(numbers, height, width, scale, ratio):
+def test_the_box_lies_inside_the_image_and_is_never_empty(numbers, height, width, scale, ratio):
     top, left, box_height, box_width = crop_box(torch.tensor(numbers), height, width, scale, ratio)
     assert 0 <= top <= top + box_height - 1 < height
     assert 0 <= left <= left + box_width - 1 < width
@@ -94,28 +94,28 @@ def test_a_wrong_count_of_numbers_is_refused(count):
 
 
 def test_a_box_of_the_wanted_size_keeps_its_pixels_in_memory_of_its_own():
-    picture = picture_of(100, 100)
-    crop = random_resized_crop(picture, numbers_for(0.5, 0.5, top=0.25, left=0.75), (77, 77))
-    assert torch.equal(crop, picture[:, 6:83, 18:95])
-    whole = random_resized_crop(picture, numbers_for(ALMOST_ONE, 0.5), (100, 100))
-    assert torch.equal(whole, picture) and whole.data_ptr() != picture.data_ptr()
+    image = image_of(100, 100)
+    crop = random_resized_crop(image, numbers_for(0.5, 0.5, top=0.25, left=0.75), (77, 77))
+    assert torch.equal(crop, image[:, 6:83, 18:95])
+    whole = random_resized_crop(image, numbers_for(ALMOST_ONE, 0.5), (100, 100))
+    assert torch.equal(whole, image) and whole.data_ptr() != image.data_ptr()
 
 
 @pytest.mark.parametrize("size", [(8, 12), (300, 5), (2, 1)])
-def test_every_picture_becomes_a_contiguous_uint8_crop_of_the_size(size):
+def test_every_image_becomes_a_contiguous_uint8_crop_of_the_size(size):
     for shape in ((1, 1), (3, 500), (500, 3), (40, 30)):
-        picture = picture_of(*shape)
-        crop = random_resized_crop(picture, numbers_for(), size)
+        image = image_of(*shape)
+        crop = random_resized_crop(image, numbers_for(), size)
         assert crop.dtype == torch.uint8 and crop.shape == (3, *size) and crop.is_contiguous()
-        channels_last = picture.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        channels_last = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
         channels_last_crop = random_resized_crop(channels_last, numbers_for(), size)
         assert channels_last_crop.is_contiguous() and torch.equal(channels_last_crop, crop)
 
 
 def test_the_scale_bounds_the_share_of_the_area():
-    picture = picture_of(100, 100)
-    crop = random_resized_crop(picture, numbers_for(0.0, 0.5), (28, 28), scale=(0.08, 1.0))  # 800 pixels: 28 x 28
-    assert torch.equal(crop, picture[:, :28, :28])
+    image = image_of(100, 100)
+    crop = random_resized_crop(image, numbers_for(0.0, 0.5), (28, 28), scale=(0.08, 1.0))  # 800 pixels: 28 x 28
+    assert torch.equal(crop, image[:, :28, :28])
 
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="no ImageNet sample in ../shared/data")
@@ -123,12 +123,12 @@ def test_crops_agree_with_pillows_bicubic():
     generator = torch.Generator().manual_seed(0)
     for path in sorted(SAMPLE.glob("*.JPEG"))[::20]:
         for contrast in (0.5, 1.0):
-            picture = open_image(path).point(lambda value, c=contrast: round(128 + c * (value - 128)))
+            image = open_image(path).point(lambda value, c=contrast: round(128 + c * (value - 128)))
             numbers = torch.rand(CROP_NUMBERS, generator=generator)
-            top, left, height, width = crop_box(numbers, picture.height, picture.width)
-            box = picture.crop((left, top, left + width, top + height))
+            top, left, height, width = crop_box(numbers, image.height, image.width)
+            box = image.crop((left, top, left + width, top + height))
             expected = np.asarray(box.resize((192, 224), Image.Resampling.BICUBIC)).astype(int)
-            crop = random_resized_crop(to_tensor(picture), numbers, (224, 192)).permute(1, 2, 0).numpy()
+            crop = random_resized_crop(to_tensor(image), numbers, (224, 192)).permute(1, 2, 0).numpy()
             difference = np.abs(crop - expected)
             # Where a hard edge overshoots 0 or 255, Pillow clips between its two passes; at half contrast none does.
             assert difference.max() <= (2 if contrast == 0.5 else 16)
@@ -157,7 +157,7 @@ def test_crops_of_reduced_jpegs_differ_by_less_than_a_level():
     assert len(differences) > 40 and np.mean(differences) < 1
 
 
-def test_only_the_chosen_pictures_are_mirrored():
+def test_only_the_chosen_images_are_mirrored():
     pixel_values = torch.arange(2 * 2 * 2 * 3).view(2, 2, 2, 3)
     flipped = horizontal_flip(pixel_values, torch.tensor([True, False]))
     assert flipped[0, 0].tolist() == [[2, 1, 0], [5, 4, 3]]

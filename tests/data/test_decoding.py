@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from image_processing_umae import MAX_PIXELS, UnreadablePicture, open_image
+from image_processing_umae import MAX_PIXELS, UnreadableImage, open_image
 from umae.data import decoding
 from umae.data.decoding import read_pixels, to_tensor
 
@@ -40,13 +40,13 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def pixels(source) -> np.ndarray:
-    picture = open_image(source)
-    assert picture.mode == "RGB"
-    return np.asarray(picture)
+    image = open_image(source)
+    assert image.mode == "RGB"
+    return np.asarray(image)
 
 
 def refusal(source) -> str:
-    with pytest.raises(UnreadablePicture, match=r"^holiday\.jpg: .+; expected a whole picture \(JPEG, ") as caught:
+    with pytest.raises(UnreadableImage, match=r"^holiday\.jpg: .+; expected a whole image \(JPEG, ") as caught:
         open_image(source, "holiday.jpg")
     return str(caught.value)
 
@@ -75,13 +75,13 @@ def test_damaged_bytes_are_read_or_refused_but_nothing_else_escapes(format, data
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     try:
-        picture = open_image(bytes(content))
-    except UnreadablePicture:
+        image = open_image(bytes(content))
+    except UnreadableImage:
         return
-    assert picture.mode == "RGB"
+    assert image.mode == "RGB"
 
 
-def test_bytes_a_path_and_an_image_give_the_same_picture(tmp_path):
+def test_bytes_a_path_and_an_image_give_the_same_image(tmp_path):
     image = Image.fromarray(COLOURS)
     image.save(tmp_path / "a.png")
     for source in (tmp_path / "a.png", str(tmp_path / "a.png"), (tmp_path / "a.png").read_bytes(), image):
@@ -97,7 +97,7 @@ def test_the_given_image_stays_as_it_was():
     assert image.mode == "P" and image.info == information and image.convert("RGBA").tobytes() == before
 
 
-# Where the top left pixel is in the stored picture, and whether rows and columns change places (EXIF 2.32, 4.6.4).
+# Where the top left pixel is in the stored image, and whether rows and columns change places (EXIF 2.32, 4.6.4).
 @pytest.mark.parametrize(
     ("orientation", "corner", "swapped"),
     [
@@ -112,7 +112,7 @@ def test_the_given_image_stays_as_it_was():
     ],
 )
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_the_picture_stands_upright_whatever_its_exif_orientation(orientation, corner, swapped, format):
+def test_the_image_stands_upright_whatever_its_exif_orientation(orientation, corner, swapped, format):
     stored = np.kron(np.arange(6).reshape(2, 3) * 40, np.ones((8, 8))).astype(np.uint8)  # 16 x 24, six flat squares
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
@@ -124,7 +124,7 @@ def test_the_picture_stands_upright_whatever_its_exif_orientation(orientation, c
 # ImageWidth as text, Make as a rational, XResolution as text: Pillow 13 reads them all but can rewrite none.
 @pytest.mark.parametrize(("tag", "kind"), [(0x100, 2), (0x10F, 5), (0x11A, 2)])
 @pytest.mark.parametrize("container", ["eXIf", "zTXt"])
-def test_a_picture_is_turned_although_another_exif_entry_is_malformed(tag, kind, container):
+def test_an_image_is_turned_although_another_exif_entry_is_malformed(tag, kind, container):
     entries = sorted([(tag, kind, 1, 8), (0x112, 3, 1, 6)])
     exif = b"II*\0\x08\0\0\0\x02\0" + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
     text = f"\nexif\n{len(exif) + 6:8}\n{(b'Exif' + bytes(2) + exif).hex()}\n".encode()  # as ImageMagick writes it
@@ -225,7 +225,7 @@ def test_a_grey_or_colour_declared_transparent_shows_white(image, transparency):
     assert pixels(encode(image, "PNG")).tolist() != [[[255] * 3] * 2]
 
 
-def test_one_bit_pictures_are_black_and_white():
+def test_one_bit_images_are_black_and_white():
     content = encode(Image.fromarray(np.array([[True, False]])), "PNG")
     assert pixels(content).tolist() == [[[255] * 3, [0] * 3]]
 
@@ -239,7 +239,7 @@ def test_cmyk_jpeg_has_the_colours_of_the_ink():
 
 
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "TIFF"])
-def test_an_animated_picture_is_its_first_frame(format):
+def test_an_animated_image_is_its_first_frame(format):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ((255, 0, 0), (0, 0, 255))]
     options = {"lossless": True} if format == "WEBP" else {}
     content = encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
@@ -297,7 +297,7 @@ def test_too_many_pixels_are_refused_by_the_header(width, height):
     assert f"{width} x {height} pixels" in found or f"({width * height} pixels)" in found
 
 
-def test_the_largest_allowed_picture_is_not_refused_for_its_size():
+def test_the_largest_allowed_image_is_not_refused_for_its_size():
     found = refusal(png(MAX_PIXELS, 1, 1, 0, png_chunk(b"IDAT", b"")))
     assert "truncated" in found
 
@@ -310,7 +310,7 @@ def test_a_refusal_by_size_does_not_warn_as_well():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fresh = runpy.run_path(decoding.__file__)  # pytest has undone the filter that the first import set
-        with pytest.raises(UnreadablePicture, match="12000 x 10000 pixels"):
+        with pytest.raises(UnreadableImage, match="12000 x 10000 pixels"):
             fresh["open_image"](png(12_000, 10_000, 1, 0, png_chunk(b"IDAT", b"")))
     assert caught == []
 
@@ -328,13 +328,13 @@ def test_reading_leaves_the_warning_filters_alone():
 @pytest.mark.filterwarnings("error")  # torch only warns of memory that must not be written to
 @pytest.mark.parametrize("size", [(1, 1), (3, 1), (1, 5), (6, 4)])
 def test_tensor_holds_the_pixels_in_memory_of_its_own(size):
-    picture = Image.fromarray(np.arange(size[0] * size[1] * 3, dtype=np.uint8).reshape(size[1], size[0], 3))
-    tensor = to_tensor(picture)
+    image = Image.fromarray(np.arange(size[0] * size[1] * 3, dtype=np.uint8).reshape(size[1], size[0], 3))
+    tensor = to_tensor(image)
     assert tensor.dtype == torch.uint8
-    np.testing.assert_array_equal(tensor.numpy(), np.asarray(picture).transpose(2, 0, 1))
-    before = np.asarray(picture).copy()
+    np.testing.assert_array_equal(tensor.numpy(), np.asarray(image).transpose(2, 0, 1))
+    before = np.asarray(image).copy()
     tensor.zero_()
-    np.testing.assert_array_equal(np.asarray(picture), before)
+    np.testing.assert_array_equal(np.asarray(image), before)
 
 
 @pytest.mark.skipif(not SAMPLE.is_dir(), reason="no ImageNet sample in ../shared/data")
@@ -389,7 +389,7 @@ FILES = {
 def outcome(read, *arguments) -> torch.Tensor | str:
     try:
         return read(*arguments)
-    except UnreadablePicture as error:
+    except UnreadableImage as error:
         return str(error)
 
 
@@ -414,8 +414,8 @@ def test_pixels_and_refusals_do_not_depend_on_the_decoder(decoder):
 def test_plain_jpegs_take_the_fast_way(kind, tmp_path):
     if decoding.simplejpeg is None:
         pytest.skip("needs simplejpeg")
-    (tmp_path / "picture.jpg").write_bytes(FILES[kind])
-    for source in (FILES[kind], tmp_path / "picture.jpg"):
+    (tmp_path / "image.jpg").write_bytes(FILES[kind])
+    for source in (FILES[kind], tmp_path / "image.jpg"):
         assert decoding._plain_jpeg(source, None).shape == (3, 70, 90)
 
 
@@ -432,6 +432,6 @@ def test_a_huge_jpeg_is_refused_by_its_header_whatever_decodes(decoder, width, h
     ("min_side", "shape"), [(None, (300, 401)), (151, (300, 401)), (150, (150, 201)), (75, (75, 101)), (1, (38, 51))]
 )
 def test_a_jpeg_comes_out_at_the_smallest_scale_that_keeps_its_shorter_side(decoder, min_side, shape):
-    picture = photograph("RGB", 300, 401)
-    assert read_pixels(encode(picture, "JPEG"), "picture", min_side).shape == (3, *shape)
-    assert read_pixels(encode(picture, "PNG"), "picture", min_side).shape == (3, 300, 401)
+    image = photograph("RGB", 300, 401)
+    assert read_pixels(encode(image, "JPEG"), "image", min_side).shape == (3, *shape)
+    assert read_pixels(encode(image, "PNG"), "image", min_side).shape == (3, 300, 401)

@@ -29,7 +29,7 @@ def png(number: int) -> bytes:
 
 @pytest.fixture
 def shards(tmp_path):
-    """A folder of parquet, one file a shard; every picture has a colour of its own."""
+    """A folder of parquet, one file a shard; every image has a colour of its own."""
     folder, first = tmp_path / "shards", 0
     folder.mkdir()
     features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
@@ -48,7 +48,7 @@ def stream(shards, monkeypatch):
 
 
 def numbers(rows) -> list[int]:
-    """Which pictures these are, by their colour."""
+    """Which images these are, by their colour."""
     return [Image.open(io.BytesIO(row.source)).getpixel((0, 0))[0] for row in rows]
 
 
@@ -59,12 +59,12 @@ def epoch_of(stream, epoch: int, reader: int = 0, readers: int = 1, seed: int = 
 
 def test_a_stream_knows_its_column_shards_and_name(stream):
     assert (stream.image_column, stream.num_shards, stream.description) == ("img", 6, "shards (train)")
-    assert stream.num_pictures is None, "parquet files alone do not say"
+    assert stream.num_images is None, "parquet files alone do not say"
     stream.check_readable()
 
 
 @pytest.mark.parametrize("readers", [1, 2, 4, 6])
-def test_every_epoch_shows_every_picture_once_whatever_reads(stream, readers):
+def test_every_epoch_shows_every_image_once_whatever_reads(stream, readers):
     for epoch in (0, 1):
         rows = list(chain(*(epoch_of(stream, epoch, reader, readers) for reader in range(readers))))
         if readers == 1:
@@ -88,7 +88,7 @@ def test_orders_differ_by_epoch_and_seed_and_leave_shards_and_blocks_together(st
 
 
 @pytest.mark.parametrize("readers", [1, 3])
-def test_every_cursor_leads_to_the_very_next_picture(stream, readers):
+def test_every_cursor_leads_to_the_very_next_image(stream, readers):
     rows = list(islice(stream.walk(0, readers - 1, readers), 60))  # across epochs
     for place in range(len(rows) - 3):
         following = islice(stream.walk(0, readers - 1, readers, rows[place].behind), 3)
@@ -96,7 +96,7 @@ def test_every_cursor_leads_to_the_very_next_picture(stream, readers):
 
 
 def plan(batch_size: int = 4, processes: int = 1, accumulation: int = 1) -> Plan:
-    return Plan(pictures=40, batch_size=batch_size, accumulation=accumulation, processes=processes, seed=3)
+    return Plan(images=40, batch_size=batch_size, accumulation=accumulation, processes=processes, seed=3)
 
 
 def taken(stream, steps: range, workers: int, cursors: list[Cursor], rank: int = 0, **changes) -> list[dict]:
@@ -120,17 +120,17 @@ def test_a_run_goes_on_from_any_step_as_if_it_had_not_been_interrupted(stream, w
         assert torch.equal(one["pixel_values"], other["pixel_values"])
 
 
-def parquet(folder, pictures: list[bytes], shards: int = 1) -> str:
+def parquet(folder, images: list[bytes], shards: int = 1) -> str:
     folder.mkdir()
     features = datasets.Features({"img": datasets.Image()})
     for shard in range(shards):
-        rows = {"img": [{"bytes": picture, "path": None} for picture in pictures]}
+        rows = {"img": [{"bytes": image, "path": None} for image in images]}
         file = folder / f"train-{shard:05}-of-{shards:05}.parquet"
         datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
     return str(folder)
 
 
-def test_unreadable_pictures_are_left_out_and_named(tmp_path):
+def test_unreadable_images_are_left_out_and_named(tmp_path):
     folder = parquet(tmp_path / "set", [png(i)[: 20 if i == 2 else None] for i in range(6)])
     batches = taken(load_stream(folder, None, "train", None), range(3), 0, [START], batch_size=5)
     assert {len(batch["index"]) for batch in batches} == {5}
@@ -141,14 +141,14 @@ def test_unreadable_pictures_are_left_out_and_named(tmp_path):
 
 def test_nothing_readable_is_refused(tmp_path):
     stream = load_stream(parquet(tmp_path / "set", [b"<html>"] * 4, shards=2), None, "train", None)
-    with pytest.raises(ValueError, match=r"none of the first 4 pictures of .* can be read: .*row 0 .*row 1 .*row 2"):
+    with pytest.raises(ValueError, match=r"none of the first 4 images of .* can be read: .*row 0 .*row 1 .*row 2"):
         stream.check_readable()
     with pytest.raises(ValueError, match=r"row . of shard ."):
         taken(stream, range(1), 0, [START])
 
 
 def tar_shards(folder) -> None:
-    """As `webdataset` keeps pictures: one tar a shard, one picture a key."""
+    """As `webdataset` keeps images: one tar a shard, one image a key."""
     folder.mkdir()
     for shard in range(3):
         with tarfile.open(folder / f"train-{shard}.tar", "w") as archive:
@@ -166,7 +166,7 @@ def test_tar_files_are_streamed_too(tmp_path):
     assert sorted(numbers(islice(stream.walk(0), 30))) == list(range(30))
 
 
-def test_the_fingerprint_is_of_pictures_and_shards(shards, tmp_path):
+def test_the_fingerprint_is_of_images_and_shards(shards, tmp_path):
     first = load_stream(str(shards), None, "train", None).fingerprint()
     assert first == load_stream(str(shards), None, "train", None).fingerprint()
     (shards / "train-00005-of-00006.parquet").unlink()
@@ -189,10 +189,10 @@ FROM_HUB = """
 from umae.data.batches import Plan
 from umae.data.streaming import START, load_stream, streaming_loader
 stream = load_stream("tester/set", None, "train", None)
-plan = Plan(pictures=40, batch_size=5, accumulation=1, processes=1, seed=0)
+plan = Plan(images=40, batch_size=5, accumulation=1, processes=1, seed=0)
 batches = list(streaming_loader(stream, (8, 8), plan, 0, range(8), [START, START], num_workers=2))
 print(stream.num_shards, len(batches), len(set().union(*(batch["index"].tolist() for batch in batches))) > 30)
-print(stream.description, stream.num_pictures)
+print(stream.description, stream.num_images)
 """
 CARD = b"""---
 dataset_info:
@@ -245,11 +245,11 @@ def test_what_cannot_be_streamed_is_refused(shards, tmp_path):
     assert "shards (train) comes in 6 shards, fewer than 1 processes x 7 readers; lower --dataloader" in many.stderr
     words = ("run_pretrain.py", "--dataset_name", shards, "--streaming", "--output_dir", tmp_path / "run")
     unknown = run(*words, *SMALL, check=False)
-    assert "shards (train) does not say how many pictures it holds; give --max_train_steps" in unknown.stderr
+    assert "shards (train) does not say how many images it holds; give --max_train_steps" in unknown.stderr
     assert not (tmp_path / "run").exists()
-    (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (9, 9)).save(tmp_path / "pictures" / "a.png")
-    for name in ("digits", str(tmp_path / "pictures")):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "images" / "a.png")
+    for name in ("digits", str(tmp_path / "images")):
         with pytest.raises(ValueError, match="does not come in shards; leave out streaming"):
             load_stream(name, None, "train", None)
     with pytest.raises(ValueError, match=r"there is no folder \./nowhere"):

@@ -43,7 +43,7 @@ def test_the_head_is_that_of_the_paper_with_its_gradients():
 
 
 def marked(count, generator):
-    """One token of each picture is marked, and says its class; all others say any class, so that their mean tells
+    """One token of each image is marked, and says its class; all others say any class, so that their mean tells
     little."""
     labels = torch.randint(CLASSES, (count,), generator=generator)
     said = torch.randint(CLASSES, (count, TOKENS), generator=generator)
@@ -90,7 +90,7 @@ def test_heads_side_by_side_are_those_trained_one_by_one():
             assert (alone[name] - head[name]).norm() < 1e-6 * alone[name].norm(), (rate, name)
 
 
-def test_the_learning_rate_is_chosen_on_pictures_that_the_heads_did_not_see(monkeypatch):
+def test_the_learning_rate_is_chosen_on_images_that_the_heads_did_not_see(monkeypatch):
     tokens, labels = marked(200, torch.Generator().manual_seed(1))
     labels[::3] = torch.randint(CLASSES, (67,), generator=torch.Generator().manual_seed(2))  # something to get wrong
     calls, train = [], attentive._train
@@ -115,7 +115,7 @@ def test_tokens_wait_in_a_file_that_nothing_can_leave_behind(tmp_path):
     tokens[1:3] = torch.arange(12.0).view(2, 3, 2)
     assert tokens.dtype == torch.float16 and tokens.sum() == 66
     assert list((tmp_path / "out").iterdir()) == []
-    with pytest.raises(ValueError, match=r"tokens of 1,000,000,000 pictures take .* GB, and .*out has no room"):
+    with pytest.raises(ValueError, match=r"tokens of 1,000,000,000 images take .* GB, and .*out has no room"):
         scratch_tensor(tmp_path / "out", (10**9, 196, 768))
     assert list((tmp_path / "out").iterdir()) == []
 

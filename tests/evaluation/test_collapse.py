@@ -26,8 +26,8 @@ OF_ONE_MATRIX = [
 ]  # fmt: skip
 
 
-def random_features(pictures: int, dimensions: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(pictures, dimensions, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def random_features(images: int, dimensions: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(images, dimensions, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def cosines(features: torch.Tensor) -> np.ndarray:

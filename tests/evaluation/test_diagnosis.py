@@ -1,4 +1,4 @@
-"""From a model and pictures to the measures of collapse."""
+"""From a model and images to the measures of collapse."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from processes import run, together
 from modeling_umae import UMAEForPreTraining
 from umae import seeding
 from umae.convert import encoder_from_pretrained
-from umae.data.images import load_pictures
+from umae.data.images import load_images
 from umae.data.inputs import evaluation_processor, load_processor
 from umae.evaluation import diagnosis
 from umae.evaluation.collapse import MEASURES, alignment, effective_rank
@@ -26,40 +26,40 @@ def save_model(folder, **fields) -> UMAEForPreTraining:
     return model
 
 
-def test_the_diagnosis_measures_the_features_of_the_pictures_that_can_be_read(tmp_path, capsys):
-    model, folder = tmp_path / "model", tmp_path / "pictures"
+def test_the_diagnosis_measures_the_features_of_the_images_that_can_be_read(tmp_path, capsys):
+    model, folder = tmp_path / "model", tmp_path / "images"
     save_model(model)
     folder.mkdir()
     numbers = np.random.default_rng(0)
     for i in range(12):
         Image.fromarray(numbers.integers(0, 256, (16, 20, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
     (folder / "00.png").write_bytes(b"<html>")
-    pictures = load_pictures(str(folder))
+    images = load_images(str(folder))
     found = diagnose(str(model), str(folder))
     assert "skipped: 00.png" in capsys.readouterr().out
     encoder = encoder_from_pretrained(model, pooling="mean")
-    features = extract_features(encoder, pictures, load_processor(model), 64, skip_unreadable=True)
+    features = extract_features(encoder, images, load_processor(model), 64, skip_unreadable=True)
     for name, values in features.items():
         assert set(found[name]) == {*MEASURES, "alignment"}
         assert found[name]["effective_rank"] == pytest.approx(effective_rank(values[1:]), rel=1e-9)
         assert found[name]["participation_ratio"] == pytest.approx(1 / found[name]["uniformity"])
-    assert diagnose(str(model), pictures, batch_size=5)["cls"]["rankme"] == pytest.approx(found["cls"]["rankme"], 1e-6)
-    assert diagnose(str(model), pictures, most_pictures=4)["cls"]["effective_rank"] <= 4
-    with pytest.raises(ValueError, match="none of the 1 pictures"):
-        diagnose(str(model), pictures, most_pictures=1)  # the first, which is no picture
+    assert diagnose(str(model), images, batch_size=5)["cls"]["rankme"] == pytest.approx(found["cls"]["rankme"], 1e-6)
+    assert diagnose(str(model), images, most_images=4)["cls"]["effective_rank"] <= 4
+    with pytest.raises(ValueError, match="none of the 1 images"):
+        diagnose(str(model), images, most_images=1)  # the first, which is no image
 
 
-def test_alignment_is_that_of_two_masks_of_each_picture(tmp_path):
+def test_alignment_is_that_of_two_masks_of_each_image(tmp_path):
     model = save_model(tmp_path / "model", pooling="mean")
-    pictures = load_pictures("digits", split="test")
-    index = torch.tensor(pictures.spread(20))
+    images = load_images("digits", split="test")
+    index = torch.tensor(images.spread(20))
     processor = load_processor(tmp_path / "model")
-    pixel_values = torch.cat([processor(pictures.read(i), return_tensors="pt")["pixel_values"] for i in index.tolist()])
+    pixel_values = torch.cat([processor(images.read(i), return_tensors="pt")["pixel_values"] for i in index.tolist()])
     views = [
         model.vit(pixel_values, noise=seeding.uniform(0, seeding.MASK, view, index, 16)).pooler_output.detach()
         for view in (1, 2)
     ]
-    found = diagnose(str(tmp_path / "model"), pictures, most_pictures=20)
+    found = diagnose(str(tmp_path / "model"), images, most_images=20)
     assert found["mean"]["alignment"] == pytest.approx(alignment(*views), rel=1e-5)
     assert found["mean"]["alignment"] > 1e-3, "the masks differ"
 
@@ -71,7 +71,7 @@ pathlib.Path("found_" + os.environ.get("RANK", "0")).write_text(str(diagnose("mo
 """
 
 
-def test_processes_share_the_pictures_and_find_the_same(tmp_path):
+def test_processes_share_the_images_and_find_the_same(tmp_path):
     save_model(tmp_path / "model")
     (tmp_path / "look.py").write_text(LOOK)
     run(tmp_path / "look.py", cwd=tmp_path)
@@ -81,10 +81,10 @@ def test_processes_share_the_pictures_and_find_the_same(tmp_path):
     assert "effective_rank" in alone
 
 
-def test_memory_does_not_grow_with_the_number_of_pictures():
-    def kept(pictures: int) -> int:
+def test_memory_does_not_grow_with_the_number_of_images():
+    def kept(images: int) -> int:
         found = diagnosis.Diagnosis()
-        for _ in range(pictures // 64):
+        for _ in range(images // 64):
             found.add(torch.randn(64, 6, 32))
         statistics = found.statistics["cls"]
         return sum(map(len, statistics.rows)) + len(statistics.moment)

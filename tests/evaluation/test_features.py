@@ -13,10 +13,10 @@ from golden_models import fresh_config
 from PIL import Image
 from processes import together
 
-from image_processing_umae import UnreadablePicture
+from image_processing_umae import UnreadableImage
 from modeling_umae import UMAEForPreTraining
 from umae.convert import encoder_from_pretrained
-from umae.data.images import load_pictures
+from umae.data.images import load_images
 from umae.data.inputs import evaluation_processor, load_processor
 from umae.evaluation.features import extract_features, main
 
@@ -34,21 +34,21 @@ def run(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """37 unlabelled pictures of different sizes, in two sub-folders of one class each."""
+    """37 unlabelled images of different sizes, in two sub-folders of one class each."""
     numbers = np.random.default_rng(0)
     for i in range(COUNT):
-        file = tmp_path / "pictures" / ("a" if i % 2 else "b") / f"{i:02}.png"
+        file = tmp_path / "images" / ("a" if i % 2 else "b") / f"{i:02}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(numbers.integers(0, 256, (16 + i % 3, 20, 3), dtype=np.uint8)).save(file)
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
 def extract(run, folder, batch_size=8, **options):
     encoder = encoder_from_pretrained(run, pooling="mean")
-    return extract_features(encoder, load_pictures(str(folder)), load_processor(run), batch_size, **options)
+    return extract_features(encoder, load_images(str(folder)), load_processor(run), batch_size, **options)
 
 
-def test_every_picture_has_its_own_features_in_order(run, folder):
+def test_every_image_has_its_own_features_in_order(run, folder):
     features = extract(run, folder)
     encoder, processor = encoder_from_pretrained(run, pooling="mean"), load_processor(run)
     files = sorted(folder.rglob("*.png"))
@@ -63,11 +63,11 @@ def test_every_picture_has_its_own_features_in_order(run, folder):
         assert (features["mean"][i] - output.pooler_output[0]).abs().max() < 1e-5
 
 
-def test_features_are_those_of_the_unmasked_picture_in_evaluation_mode(run, folder):
+def test_features_are_those_of_the_unmasked_image_in_evaluation_mode(run, folder):
     encoder = encoder_from_pretrained(run, pooling="mean").train()
     for layer in encoder.encoder["layer"]:
         layer.dropout.p = 0.5
-    features = extract_features(encoder, load_pictures(str(folder)), load_processor(run), 8)
+    features = extract_features(encoder, load_images(str(folder)), load_processor(run), 8)
     assert torch.equal(features["cls"], extract(run, folder)["cls"])
     assert not features["cls"].requires_grad
 
@@ -79,7 +79,7 @@ def test_workers_and_batch_sizes_change_nothing(run, folder):
         assert (features["mean"] - extract(run, folder, batch_size=batch_size)["mean"]).abs().max() < 1e-5
 
 
-SIZES = (8, 9, 20, 50)  # of batches of 37 pictures: at the end, or for 50 at once, the second process has nothing to do
+SIZES = (8, 9, 20, 50)  # of batches of 37 images: at the end, or for 50 at once, the second process has nothing to do
 
 
 def test_batches_are_dealt_out_to_two_processes_and_come_back_in_order_to_the_bit(run, folder, tmp_path):
@@ -91,29 +91,29 @@ def test_batches_are_dealt_out_to_two_processes_and_come_back_in_order_to_the_bi
             assert all(torch.equal(features[name], alone[name]) for name in ("cls", "mean")), (size, rank)
 
 
-def test_an_unreadable_picture_is_an_error_that_names_it(run, folder):
-    (folder / "a" / "03.png").write_bytes(b"not a picture")
+def test_an_unreadable_image_is_an_error_that_names_it(run, folder):
+    (folder / "a" / "03.png").write_bytes(b"not an image")
     for num_workers in (0, 1):
-        with pytest.raises(UnreadablePicture, match=r"^a/03\.png"):
+        with pytest.raises(UnreadableImage, match=r"^a/03\.png"):
             extract(run, folder, num_workers=num_workers)
 
 
 def test_features_that_are_not_finite_and_one_sided_encoders_are_refused(run, folder):
-    encoder, processor, pictures = encoder_from_pretrained(run), load_processor(run), load_pictures(str(folder))
+    encoder, processor, images = encoder_from_pretrained(run), load_processor(run), load_images(str(folder))
     with pytest.raises(ValueError, match='pooling="mean"'):
-        extract_features(encoder, pictures, processor, 8)
+        extract_features(encoder, images, processor, 8)
     encoder = encoder_from_pretrained(run, pooling="mean")
     encoder.layernorm.bias.data[3] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
-        extract_features(encoder, pictures, processor, 8)
+        extract_features(encoder, images, processor, 8)
 
 
 def test_the_command_leaves_out_and_names_what_it_cannot_read(run, folder, tmp_path, capsys):
-    (folder / "a" / "03.png").write_bytes(b"not a picture")
+    (folder / "a" / "03.png").write_bytes(b"not an image")
     out = tmp_path / "features.parquet"
     main([str(run), str(folder), str(out), "--batch_size", "8"])
     printed = capsys.readouterr().out
-    assert printed.count("a/03.png") == 1 and "36 pictures" in printed and "1 could not be read" in printed
+    assert printed.count("a/03.png") == 1 and "36 images" in printed and "1 could not be read" in printed
 
     table = pyarrow.parquet.read_table(out)
     files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.png"))
@@ -131,12 +131,12 @@ def test_the_command_leaves_out_and_names_what_it_cannot_read(run, folder, tmp_p
 def test_the_command_refuses_what_makes_no_sense_and_writes_nothing(run, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "only.png").write_bytes(b"not a picture")
+    (tmp_path / "broken" / "only.png").write_bytes(b"not an image")
     (tmp_path / "note.parquet").write_text("mine")
     out = tmp_path / "features.parquet"
     for words, message in (
         ((run, tmp_path / "empty", out), "empty"),
-        ((run, tmp_path / "broken", out), "none of the 1 pictures"),
+        ((run, tmp_path / "broken", out), "none of the 1 images"),
         ((run, tmp_path / "nowhere" / "at_all", out), "nowhere"),
         ((tmp_path / "empty", folder, out), "has no config.json"),
         ((run, folder, tmp_path / "features.csv"), "name a file that ends in .parquet"),
@@ -148,15 +148,15 @@ def test_the_command_refuses_what_makes_no_sense_and_writes_nothing(run, folder,
             main([str(word) for word in words])
     assert not out.exists() and (tmp_path / "note.parquet").read_text() == "mine"
     (run / "preprocessor_config.json").write_text('{"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0.9}')
-    with pytest.raises(SystemExit, match="prepares its pictures by ConvNextImageProcessor"):
+    with pytest.raises(SystemExit, match="prepares its images by ConvNextImageProcessor"):
         main([str(run), str(folder), str(out)])
     (run / "preprocessor_config.json").unlink()
-    with pytest.raises(SystemExit, match="does not say how its pictures are prepared"):
+    with pytest.raises(SystemExit, match="does not say how its images are prepared"):
         main([str(run), str(folder), str(out)])
 
 
 if __name__ == "__main__":  # what each of two processes does
-    run_folder, picture_folder, target = sys.argv[1:]
+    run_folder, image_folder, target = sys.argv[1:]
     for size in SIZES:
-        features = extract(run_folder, picture_folder, size, accelerator=Accelerator())
+        features = extract(run_folder, image_folder, size, accelerator=Accelerator())
         torch.save(features, f"{target}_{os.environ['RANK']}_{size}.pt")

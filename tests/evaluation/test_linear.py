@@ -59,7 +59,7 @@ def test_heads_do_not_depend_on_scale_and_offset_of_the_features():
 
 def test_folding_the_standardisation_into_the_head_is_exact():
     """A head trained on standardised features by torch's own autograd and SGD is the folded one; of two views of the
-    pictures, every other epoch is of the second."""
+    images, every other epoch is of the second."""
     features, labels = clusters(64)
     views = torch.stack([features, features * 1.1 + torch.linspace(-1, 1, 12)])
     (weight,), (bias,) = train_heads([views], labels, 4, [[(0.1, 1e-3)]], torch.Generator().manual_seed(0))
@@ -105,8 +105,8 @@ def test_the_best_learning_rate_wins_and_of_equal_ones_the_surest():
     assert linear.best_head(torch.stack([right, wrong]), labels) == (0, 1.0)
 
 
-def test_the_learning_rate_is_chosen_on_pictures_that_the_heads_did_not_see(monkeypatch):
-    """With labels that mean nothing and as many features as pictures, only seen pictures are classified rightly."""
+def test_the_learning_rate_is_chosen_on_images_that_the_heads_did_not_see(monkeypatch):
+    """With labels that mean nothing and as many features as images, only seen images are classified rightly."""
     generator = torch.Generator().manual_seed(0)
     features, labels = torch.randn(200, 300, generator=generator), torch.randint(10, (200,), generator=generator)
     trained_on = []
@@ -180,7 +180,7 @@ def test_knn_in_blocks_is_knn_at_once(monkeypatch):
     assert (knn_classify(features, labels, queries, 4, same=same) - at_once).abs().max() < 1e-3 * at_once.max()
 
 
-def test_what_takes_minutes_on_many_pictures_shows_how_far_it_is(capsys):
+def test_what_takes_minutes_on_many_images_shows_how_far_it_is(capsys):
     features, labels = clusters(64)
     one_head(features, labels, 4, seed=0)
     knn_classify(features, labels, features, 4, show_progress=True)
@@ -190,7 +190,7 @@ def test_what_takes_minutes_on_many_pictures_shows_how_far_it_is(capsys):
         assert text in printed
 
 
-def test_knn_of_fewer_pictures_than_neighbours_asks_them_all():
+def test_knn_of_fewer_images_than_neighbours_asks_them_all():
     features, labels = torch.eye(3), torch.tensor([0, 1, 1])
     scores = knn_classify(features, labels, torch.tensor([[2.0, 0, 0]]), 2, k=20, temperature=1.0)
     assert scores[0].tolist() == pytest.approx([math.e, 2.0])
@@ -202,7 +202,7 @@ def test_classes_are_ranked_best_first_and_of_equal_ones_the_first():
     assert rank_classes(scores, 5).tolist() == [[1, 2, 0], [0, 1, 2]]
 
 
-def test_a_picture_that_is_the_same_has_no_vote():
+def test_an_image_that_is_the_same_has_no_vote():
     features, labels = clusters(60)
     found = knn_classify(features, labels, features, 4, k=7, same=torch.eye(60, dtype=torch.bool))
     for i in range(60):

@@ -10,7 +10,7 @@ from umae import seeding
 from umae.convert import encoder_from_pretrained
 from umae.data.batches import Plan
 from umae.data.crops import random_resized_crop
-from umae.data.images import load_pictures
+from umae.data.images import load_images
 from umae.data.inputs import evaluation_processor, load_processor
 from umae.evaluation.mae import BatchNormHead, ProbeSchedule, train_mae_probe
 
@@ -50,20 +50,20 @@ def model(tmp_path):
 
 def test_every_epochs_loss_is_that_of_the_protocol_step_by_step(model, tmp_path):
     epochs, batch_size, seed = 4, 256, 3
-    pictures, processor = load_pictures("digits"), load_processor(model)
+    images, processor = load_images("digits"), load_processor(model)
     encoder, schedule = encoder_from_pretrained(model, pooling="mean"), ProbeSchedule(epochs, 1, 10.0)
     heads, record = train_mae_probe(
-        encoder, pictures, processor, 10, schedule, batch_size, seed, 0, Accelerator(cpu=True), tmp_path / "state"
+        encoder, images, processor, 10, schedule, batch_size, seed, 0, Accelerator(cpu=True), tmp_path / "state"
     )
 
     encoder = encoder_from_pretrained(model, pooling="mean").double()
     mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-    labels, per_epoch = pictures.labels(), len(pictures) // batch_size
+    labels, per_epoch = images.labels(), len(images) // batch_size
     for place, name in enumerate(("cls", "mean")):
         head = restated(seed, encoder.config.hidden_size)
         optimizer = Lars(head.parameters(), lr=0.0)
         for epoch in range(epochs):
-            losses, order = [], seeding.permutation(seed, epoch, len(pictures))
+            losses, order = [], seeding.permutation(seed, epoch, len(images))
             for step in range(per_epoch):
                 passed = epoch + step / per_epoch  # the peak is 10 * 256 / 256
                 rate = 10 * passed if passed < 1 else 5 * (1 + torch.cos(torch.tensor((passed - 1) / 3 * torch.pi)))
@@ -73,7 +73,7 @@ def test_every_epochs_loss_is_that_of_the_protocol_step_by_step(model, tmp_path)
                 flips = seeding.uniform(seed, seeding.FLIP, epoch, index, 1)[:, 0] < 0.5
                 crops = [
                     random_resized_crop(pixels, some, (8, 8), (0.08, 1.0))
-                    for pixels, some in zip(pictures.read_pixels(index.tolist()), numbers, strict=True)
+                    for pixels, some in zip(images.read_pixels(index.tolist()), numbers, strict=True)
                 ]
                 crops = [crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips, strict=True)]
                 with torch.no_grad():
@@ -106,7 +106,7 @@ def test_a_head_steps_as_the_restatement_does_in_float64():
 
 
 def test_the_learning_rate_is_that_of_the_published_probe():
-    plan = Plan(pictures=1_281_167, batch_size=512, accumulation=1, processes=32, seed=0)
+    plan = Plan(images=1_281_167, batch_size=512, accumulation=1, processes=32, seed=0)
     schedule, per_epoch = ProbeSchedule(), plan.steps_per_epoch
     assert schedule.learning_rate(0, plan) == 0
     assert schedule.learning_rate(10 * per_epoch, plan) == pytest.approx(6.4, rel=1e-12)
@@ -119,7 +119,7 @@ def test_a_probe_that_was_interrupted_goes_on_to_the_same_bits(model, tmp_path, 
     def train(state, base_learning_rate=1.0):
         encoder, schedule = encoder_from_pretrained(model, pooling="mean"), ProbeSchedule(3, 1, base_learning_rate)
         rest = (10, schedule, 256, 0, 0, Accelerator(cpu=True), tmp_path / state)
-        return train_mae_probe(encoder, load_pictures("digits"), load_processor(model), *rest)
+        return train_mae_probe(encoder, load_images("digits"), load_processor(model), *rest)
 
     heads, record = train("whole")
     assert not (tmp_path / "whole.tmp").exists()
@@ -146,10 +146,10 @@ def test_a_probe_that_was_interrupted_goes_on_to_the_same_bits(model, tmp_path, 
         train("cut")
 
 
-def test_too_few_pictures_and_too_long_a_warm_up_are_refused(model, tmp_path):
-    encoder, pictures = encoder_from_pretrained(model, pooling="mean"), load_pictures("digits")
+def test_too_few_images_and_too_long_a_warm_up_are_refused(model, tmp_path):
+    encoder, images = encoder_from_pretrained(model, pooling="mean"), load_images("digits")
     first, rest = (load_processor(model), 10), (0, 0, Accelerator(cpu=True), tmp_path / "state")
-    with pytest.raises(ValueError, match=r"holds 1438 pictures, fewer than one step of 2000 .*; lower per_device"):
-        train_mae_probe(encoder, pictures, *first, ProbeSchedule(), 2000, *rest)
+    with pytest.raises(ValueError, match=r"holds 1438 images, fewer than one step of 2000 .*; lower per_device"):
+        train_mae_probe(encoder, images, *first, ProbeSchedule(), 2000, *rest)
     with pytest.raises(ValueError, match="warmup_epochs 10 is no less than num_train_epochs 5; lower it"):
-        train_mae_probe(encoder, pictures, *first, ProbeSchedule(epochs=5), 256, *rest)
+        train_mae_probe(encoder, images, *first, ProbeSchedule(epochs=5), 256, *rest)

@@ -62,7 +62,7 @@ def test_nothing_is_left_in_the_working_directory_and_no_data_in_the_cache(accur
 
 @pytest.mark.parametrize("predictions", [[[0.2, 0.7, 0.1]], [[0.0, float("nan"), 1.0]]])
 def test_scores_instead_of_ranks_are_refused(accuracy, predictions):
-    with pytest.raises(ValueError, match=r"expected class indices \(pictures, guesses\), best first"):
+    with pytest.raises(ValueError, match=r"expected class indices \(images, guesses\), best first"):
         accuracy.compute(predictions=predictions, references=[1])
 
 

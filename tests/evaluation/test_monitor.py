@@ -14,7 +14,7 @@ from modeling_umae import UMAEForPreTraining, uniformity_loss
 from umae import seeding
 from umae.convert import set_pooling
 from umae.data.batches import Plan
-from umae.data.images import Pictures, load_pictures
+from umae.data.images import Images, load_images
 from umae.data.inputs import evaluation_processor, normalize
 from umae.evaluation.collapse import effective_rank
 from umae.evaluation.diagnosis import VIEWS
@@ -28,9 +28,9 @@ from umae.speed import encoder_flops, training_flops
 def make_monitor(accelerator: Accelerator, batch_size: int = 50, **fields) -> tuple[Monitor, UMAEForPreTraining]:
     torch.manual_seed(0)
     model = UMAEForPreTraining._from_config(fresh_config(**fields), attn_implementation="eager").train()
-    pictures, processor = load_pictures("digits", split="test"), evaluation_processor((16, 16))
-    watched = watch(accelerator, pictures, processor, (16, 16), batch_size, with_labels=True, seed=0)
-    labels = load_pictures("digits").labels()
+    images, processor = load_images("digits", split="test"), evaluation_processor((16, 16))
+    watched = watch(accelerator, images, processor, (16, 16), batch_size, with_labels=True, seed=0)
+    labels = load_images("digits").labels()
     return Monitor(accelerator, model.config, watched, labels, 10, processor, seed=0), model
 
 
@@ -41,11 +41,11 @@ def micro_batch(count: int = 16) -> dict:
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_a_look_measures_the_features_of_the_whole_pictures(pooling):
+def test_a_look_measures_the_features_of_the_whole_images(pooling):
     monitor, model = make_monitor(Accelerator(cpu=True), pooling=pooling)
     values, shown = monitor.look(model, micro_batch(), step=1)
-    pictures, processor = load_pictures("digits", split="test"), evaluation_processor((16, 16))
-    pixel_values = torch.cat([processor(pictures.read(i), return_tensors="pt")["pixel_values"] for i in range(359)])
+    images, processor = load_images("digits", split="test"), evaluation_processor((16, 16))
+    pixel_values = torch.cat([processor(images.read(i), return_tensors="pt")["pixel_values"] for i in range(359)])
     with torch.no_grad():
         features = frozen_features(set_pooling(model.vit.eval(), "mean"), pixel_values)
     for column, name in enumerate(("cls", "mean")):
@@ -158,7 +158,7 @@ def test_the_rank_that_is_printed_is_held_against_what_so_few_images_can_reach()
 
 def test_looking_takes_its_share_of_trainings_arithmetic():
     config = fresh_config()
-    plan = Plan(pictures=1000, batch_size=8, accumulation=2, processes=2, seed=0)
+    plan = Plan(images=1000, batch_size=8, accumulation=2, processes=2, seed=0)
     steps = usual_steps(config, plan, count=100)
     monitor, model = make_monitor(Accelerator(cpu=True), batch_size=60)
     with FlopCounterMode(display=False) as counter:
@@ -169,43 +169,43 @@ def test_looking_takes_its_share_of_trainings_arithmetic():
     assert look / (steps * 32 * training_flops(config)) == pytest.approx(SHARE, rel=0.02)
 
 
-def pictures_of(labels: list[int], names: list[str]) -> Pictures:
-    picture = {"bytes": b"", "path": None}
+def images_of(labels: list[int], names: list[str]) -> Images:
+    image = {"bytes": b"", "path": None}
     features = Features({"image": Image(decode=False), "label": ClassLabel(names=names)})
-    rows = Dataset.from_dict({"image": [picture] * len(labels), "label": labels}, features=features)
-    return Pictures(rows, "image", "label", "some")
+    rows = Dataset.from_dict({"image": [image] * len(labels), "label": labels}, features=features)
+    return Images(rows, "image", "label", "some")
 
 
 def test_labels_are_used_only_where_both_data_sets_agree_on_them():
-    some = pictures_of([0, 1, 1], ["a", "b"])
-    assert classes_of(some, pictures_of([1, 0], ["a", "b"])) == 2
-    assert classes_of(some, pictures_of([1, 0], ["b", "a"])) is None, "other classes"
-    assert classes_of(some, pictures_of([-1, -1], ["a", "b"])) is None, "hidden labels"
-    assert classes_of(pictures_of([0], ["a"]), pictures_of([0], ["a"])) is None, "one class"
+    some = images_of([0, 1, 1], ["a", "b"])
+    assert classes_of(some, images_of([1, 0], ["a", "b"])) == 2
+    assert classes_of(some, images_of([1, 0], ["b", "a"])) is None, "other classes"
+    assert classes_of(some, images_of([-1, -1], ["a", "b"])) is None, "hidden labels"
+    assert classes_of(images_of([0], ["a"]), images_of([0], ["a"])) is None, "one class"
 
 
-def test_every_process_has_as_many_batches_and_together_they_have_all_pictures():
+def test_every_process_has_as_many_batches_and_together_they_have_all_images():
     class Rank:
         num_processes = 3
 
-    pictures, found = load_pictures("digits", split="test"), []
+    images, found = load_images("digits", split="test"), []
     for Rank.process_index in range(3):
-        share = watch(Rank, pictures, evaluation_processor((8, 8)), (8, 8), 50, True, seed=4, trained_on=True)
+        share = watch(Rank, images, evaluation_processor((8, 8)), (8, 8), 50, True, seed=4, trained_on=True)
         assert share.index.shape == (3, 50) and share.readable.all() and share.count == 359
         found.append(share.index)
     order = torch.stack(found, dim=1).flatten()  # as gathered, batch by batch
     assert sorted(order[:359].tolist()) == list(range(359)) and torch.equal(order[359:], order[:91])
-    assert torch.equal(share.labels, pictures.labels()[order[:359]]) and torch.equal(share.trained_on, order[:359])
+    assert torch.equal(share.labels, images.labels()[order[:359]]) and torch.equal(share.trained_on, order[:359])
 
 
-def test_pictures_that_cannot_be_read_do_not_count(tmp_path):
+def test_images_that_cannot_be_read_do_not_count(tmp_path):
     from PIL import Image
 
     for i in range(6):
         Image.fromarray(np.full((8, 8, 3), 40 * i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
     (tmp_path / "2.png").write_bytes(b"<html>")
     accelerator = Accelerator(cpu=True)
-    watched = watch(accelerator, load_pictures(str(tmp_path)), evaluation_processor((16, 16)), (16, 16), 4, False, 0)
+    watched = watch(accelerator, load_images(str(tmp_path)), evaluation_processor((16, 16)), (16, 16), 4, False, 0)
     assert watched.count == 6 and (watched.index[~watched.readable] == 2).all()
     torch.manual_seed(0)
     model = UMAEForPreTraining(fresh_config()).train()
@@ -218,8 +218,8 @@ def test_pictures_that_cannot_be_read_do_not_count(tmp_path):
 def test_a_run_is_evaluated_at_least_eight_times_and_first_within_its_first_eighth(total):
     """1 % of the time would be steps 850 and 920 of 920, and one evaluation of 150 steps."""
     job = SimpleNamespace(
-        args=SimpleNamespace(eval_steps=None, logging_steps=None), watched=load_pictures("digits", split="test"),
-        config=fresh_config(), plan=Plan(pictures=1438, batch_size=8, accumulation=1, processes=1, seed=0),
+        args=SimpleNamespace(eval_steps=None, logging_steps=None), watched=load_images("digits", split="test"),
+        config=fresh_config(), plan=Plan(images=1438, batch_size=8, accumulation=1, processes=1, seed=0),
         schedule=SimpleNamespace(total_steps=total),
     )  # fmt: skip
     steps = range(1, total + 1)

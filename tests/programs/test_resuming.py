@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from processes import ROOT, TIMEOUT, environment, run, start
-from training_runs import SHORT, folder_with_bad_pictures, metrics
+from training_runs import SHORT, folder_with_bad_images, metrics
 
 import run_pretrain
 from umae.training import loop
@@ -239,7 +239,7 @@ def test_the_slurm_script_goes_back_into_the_queue_until_the_run_is_finished(tmp
     [
         (["--seed", "1"], "seed 0, not 1"),
         (["--uniformity_weight", "0.1"], "uniformity_weight 0.01, not 0.1"),
-        (["--per_device_train_batch_size", "64"], "pictures_per_step 128, not 64"),
+        (["--per_device_train_batch_size", "64"], "images_per_step 128, not 64"),
         (
             ["--per_device_train_batch_size", "64", "--gradient_accumulation_steps", "2"],
             "gradient_accumulation_steps 1, not 2",
@@ -265,11 +265,11 @@ def test_a_run_from_other_weights_is_another(finished):
         run_pretrain.main(["--output_dir", str(folder), *SHORT, "--model_name_or_path", str(folder)])
 
 
-def test_other_pictures_of_the_same_name_and_number_are_another_run(tmp_path):
-    settings = folder_with_bad_pictures(tmp_path / "pictures", 16, bad=0)
+def test_other_images_of_the_same_name_and_number_are_another_run(tmp_path):
+    settings = folder_with_bad_images(tmp_path / "images", 16, bad=0)
     command = f"{settings} --output_dir {tmp_path / 'run'} --per_device_train_batch_size 8 --max_train_steps 2".split()
     run_pretrain.main(command)
-    Image.new("RGB", (9, 9)).save(tmp_path / "pictures" / "000.jpg")
+    Image.new("RGB", (9, 9)).save(tmp_path / "images" / "000.jpg")
     with pytest.raises(ValueError, match="holds a run with dataset_fingerprint"):
         run_pretrain.main(command)
 

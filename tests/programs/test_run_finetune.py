@@ -1,4 +1,4 @@
-"""Fine-tuning as people start it: real pictures, real kills, several processes."""
+"""Fine-tuning as people start it: real images, real kills, several processes."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ import run_finetune
 from command_line_umae import given_flags
 from modeling_umae import UMAEForImageClassification, UMAEForPreTraining
 from umae.convert import read_model
-from umae.data.images import load_pictures
+from umae.data.images import load_images
 from umae.data.inputs import evaluation_processor, load_processor
 from umae.evaluation.accuracy import guess
 from umae.programs import finetune
@@ -125,8 +125,8 @@ def test_the_warm_up_is_maes_five_epochs_and_at_most_half_of_the_run(encoder, tm
 
 def test_the_folder_classifies_in_a_pipeline_under_the_names_of_the_classes(finished, tmp_path):
     folder, _ = finished
-    Image.new("L", (20, 10), 200).save(tmp_path / "picture.png")
-    guesses = pipeline("image-classification", model=str(folder), trust_remote_code=True)(str(tmp_path / "picture.png"))
+    Image.new("L", (20, 10), 200).save(tmp_path / "image.png")
+    guesses = pipeline("image-classification", model=str(folder), trust_remote_code=True)(str(tmp_path / "image.png"))
     assert {one["label"] for one in guesses} <= set("0123456789") and len(guesses) == 5
 
 
@@ -245,8 +245,8 @@ def test_a_finished_run_changes_nothing_and_another_ones_folder_is_refused(encod
 EVERY = ("--logging_steps", "1", "--checkpointing_steps", "12", "--drop_path_rate", "0", "--base_learning_rate", "0.01")
 
 
-def test_two_processes_train_as_one_does_with_mixup_and_count_every_test_picture_once(encoder, tmp_path):
-    """Drop path is off: what a picture skips is keyed by the process. The partners of mixup are not."""
+def test_two_processes_train_as_one_does_with_mixup_and_count_every_test_image_once(encoder, tmp_path):
+    """Drop path is off: what an image skips is keyed by the process. The partners of mixup are not."""
     run_finetune.main(command(encoder, tmp_path / "one", *EVERY))
     together(2, "run_finetune.py", *command(encoder, tmp_path / "two", *EVERY), "--per_device_train_batch_size", "16")
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
@@ -255,9 +255,9 @@ def test_two_processes_train_as_one_does_with_mixup_and_count_every_test_picture
         for name in ("loss", "grad_norm", "learning_rate"):
             assert mine[name] == pytest.approx(expected[name], rel=1e-4), (mine["step"], name)
     assert one[0]["loss"] != one[-1]["loss"]
-    # 359 pictures are shared as 180 and 180, so one is looked at twice and must not be counted twice
+    # 359 images are shared as 180 and 180, so one is looked at twice and must not be counted twice
     model = UMAEForImageClassification.from_pretrained(tmp_path / "two")
-    test = load_pictures("digits", split="test")
+    test = load_images("digits", split="test")
     guesses, unreadable = guess(model, test, load_processor(tmp_path / "two"), 100, 0, 10, Accelerator(cpu=True))
     top1 = (guesses[:, 0] == test.labels()).float().mean().item()
     assert guesses.shape == (359, 5) and unreadable == []
@@ -280,24 +280,24 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_weight(encoder, tm
         return values if next(steps) < 5 else values.index_fill(0, torch.tensor([3]), float("nan"))
 
     monkeypatch.setattr(finetuning, "normalize", spoil)
-    with pytest.raises(FloatingPointError, match=r"^loss was not finite at step 6, with the pictures .* of digits"):
+    with pytest.raises(FloatingPointError, match=r"^loss was not finite at step 6, with the images .* of digits"):
         run_finetune.main(command(encoder, tmp_path / "run", "--eval_steps", "0"))
     assert [entry.name for entry in (tmp_path / "run").glob("step-*")] == ["step-4"]
     model = UMAEForImageClassification.from_pretrained(tmp_path / "run" / "step-4")
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
-def write_pictures(folder, classes, count, split="train"):
+def write_images(folder, classes, count, split="train"):
     for number, name in enumerate(classes):
         (folder / split / name).mkdir(parents=True)
         for i in range(count):
             Image.new("RGB", (9, 9), (60 * number + i, 200 - i, 0)).save(folder / split / name / f"{i}.png")
 
 
-def test_unreadable_pictures_are_left_out_of_training_and_count_as_wrong_in_the_test(encoder, tmp_path, capsys):
-    folder = tmp_path / "pictures"
-    write_pictures(folder, ("cat", "dog"), 20)
-    write_pictures(folder, ("cat", "dog"), 4, "test")
+def test_unreadable_images_are_left_out_of_training_and_count_as_wrong_in_the_test(encoder, tmp_path, capsys):
+    folder = tmp_path / "images"
+    write_images(folder, ("cat", "dog"), 20)
+    write_images(folder, ("cat", "dog"), 4, "test")
     (folder / "train" / "cat" / "3.png").write_bytes(b"")
     (folder / "test" / "dog" / "1.png").write_text("<html>")
     words = ("--dataset_name", folder, "--max_unreadable_share", "0.1", "--per_device_train_batch_size", "8")
@@ -310,9 +310,9 @@ def test_unreadable_pictures_are_left_out_of_training_and_count_as_wrong_in_the_
 
 
 def test_data_that_cannot_be_learned_from_is_refused_with_what_to_do(encoder, tmp_path):
-    write_pictures(tmp_path / "differ", ("cat", "dog"), 4)
-    write_pictures(tmp_path / "differ", ("cat", "fox"), 4, "test")
-    write_pictures(tmp_path / "alone", ("cat", "dog"), 4)
+    write_images(tmp_path / "differ", ("cat", "dog"), 4)
+    write_images(tmp_path / "differ", ("cat", "fox"), 4, "test")
+    write_images(tmp_path / "alone", ("cat", "dog"), 4)
     (tmp_path / "bare").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "bare" / "0.png")
     for name, message in {
@@ -322,13 +322,13 @@ def test_data_that_cannot_be_learned_from_is_refused_with_what_to_do(encoder, tm
     }.items():
         with pytest.raises(ValueError, match=message):
             run_finetune.main(command(encoder, tmp_path / "run", "--dataset_name", tmp_path / name))
-    write_pictures(tmp_path / "alone", ("cat", "dog"), 4, "test")
+    write_images(tmp_path / "alone", ("cat", "dog"), 4, "test")
     for words, message in {
-        (): r"holds 8 pictures, fewer than one step of 32 \(32 per device x 1 processes x 1 accumulated\); lower",
+        (): r"holds 8 images, fewer than one step of 32 \(32 per device x 1 processes x 1 accumulated\); lower",
         (
             "--per_device_train_batch_size",
             "7",
-        ): "7 is odd, and mixup and cutmix take pictures in pairs; use 8, or mixup 0",
+        ): "7 is odd, and mixup and cutmix take images in pairs; use 8, or mixup 0",
         ("--per_device_train_batch_size", "4", "--test_split", "train"): "are both train; a classifier is judged",
         ("--per_device_train_batch_size", "4", "--min_crop_scale", "0"): "crops of nothing",
     }.items():

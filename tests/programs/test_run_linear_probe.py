@@ -15,7 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification, pipeline
 import run_linear_probe
 from modeling_umae import UMAEForImageClassification, UMAEForPreTraining
 from umae.convert import encoder_from_pretrained
-from umae.data.images import load_pictures
+from umae.data.images import load_images
 from umae.data.inputs import evaluation_processor, load_processor
 from umae.evaluation import features, mae
 from umae.evaluation.features import extract_features
@@ -34,7 +34,7 @@ def model(tmp_path_factory):
     return folder
 
 
-def picture(kind: str, numbers) -> Image.Image:
+def image(kind: str, numbers) -> Image.Image:
     pixels = numbers.integers(0, 60, (16, 20, 3), dtype=np.uint8)
     pixels += np.uint8({"dark": 0, "white": 190}.get(kind, 90))
     pixels[:, :, {"green": 1, "red": 0}.get(kind, slice(None))] += np.uint8(60 if kind in ("green", "red") else 0)
@@ -53,12 +53,12 @@ def write_split(folder: Path, seed: int, count: int, classes=CLASSES) -> None:
         if kind == "turned":
             exif[0x0112] = 6
         for i in range(count):
-            picture(kind, numbers).save(folder / kind / f"{i}.jpg", quality=95, exif=exif)
+            image(kind, numbers).save(folder / kind / f"{i}.jpg", quality=95, exif=exif)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "pictures"
+    folder = tmp_path_factory.mktemp("data") / "images"
     write_split(folder / "train", 0, 20)
     write_split(folder / "test", 1, 6)
     return folder
@@ -80,10 +80,10 @@ def report(output):
     return json.loads((output / "linear_probe.json").read_text())
 
 
-def own_predictions(model, output, pictures, feature):
+def own_predictions(model, output, images, feature):
     """What the probe's head says, from features and the saved head."""
     encoder = encoder_from_pretrained(model, pooling="mean")
-    features = extract_features(encoder, pictures, load_processor(model), 256)[feature]
+    features = extract_features(encoder, images, load_processor(model), 256)[feature]
     head = UMAEForImageClassification.from_pretrained(output).classifier
     return (features @ head.weight.T + head.bias).argmax(dim=1)
 
@@ -101,7 +101,7 @@ def test_the_report_holds_both_poolings_and_the_protocol(probed):
         assert numbers["top1"] == round(numbers["top1"], 2)
         assert 1 <= numbers["effective_rank"] <= 32 and 1 / 32 <= numbers["uniformity"] <= 1
     protocol = result["protocol"]
-    assert protocol["train"] == {"data": "folder pictures (train)", "pictures": 120}
+    assert protocol["train"] == {"data": "folder images (train)", "pictures": 120}
     assert protocol["test"]["pictures"] == 36 and protocol["classes"] == 6 and protocol["seeds"] == [0]
     assert protocol["evaluation_transform"]["crop_size"] == {"height": 16, "width": 16}
     assert protocol["linear"]["learning_rates"] and protocol["knn"]["k"] == [10, 20]
@@ -110,18 +110,18 @@ def test_the_report_holds_both_poolings_and_the_protocol(probed):
 
 
 def test_the_saved_classifier_repeats_the_reported_accuracy(model, folder, probed):
-    pictures = load_pictures(str(folder), split="test")
-    for_pooling = own_predictions(model, probed, pictures, "mean")
-    correct = (for_pooling == pictures.labels()).float().mean().item()
+    images = load_images(str(folder), split="test")
+    for_pooling = own_predictions(model, probed, images, "mean")
+    correct = (for_pooling == images.labels()).float().mean().item()
     assert round(100 * correct, 2) == report(probed)["mean"]["top1"]
 
 
 def test_a_pipeline_predicts_as_the_probe_does(model, folder, probed):
-    """Also for pictures that EXIF turns and for greyscale ones."""
-    pictures = load_pictures(str(folder), split="test")
-    expected = own_predictions(model, probed, pictures, "mean").tolist()
+    """Also for images that EXIF turns and for greyscale ones."""
+    images = load_images(str(folder), split="test")
+    expected = own_predictions(model, probed, images, "mean").tolist()
     classify = pipeline("image-classification", model=str(probed), trust_remote_code=True)
-    files = [str(folder / pictures.name_of(i)) for i in range(len(pictures))]
+    files = [str(folder / images.name_of(i)) for i in range(len(images))]
     assert [guesses[0]["label"] for guesses in classify(files)] == [CLASSES[label] for label in expected]
     assert set(classify.model.config.id2label.values()) == set(CLASSES)
 
@@ -133,7 +133,7 @@ def test_the_card_tells_the_results_and_its_code_runs(probed, tmp_path):
     assert "license" not in text.split("---")[1], "that of the encoder's weights is not ours to state"
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     shutil.copytree(probed, tmp_path / "probe")
-    picture("red", numbers()).save(tmp_path / "probe" / "picture.jpg")
+    image("red", numbers()).save(tmp_path / "probe" / "image.jpg")
     printed = run("-c", code, cwd=tmp_path / "probe", PYTHONPATH="").stdout
     assert "'label': 'red'" in printed
 
@@ -143,20 +143,20 @@ def test_the_classifier_has_the_pooling_asked_for_or_that_of_the_run(model, fold
     probe(model, folder, tmp_path / "cls", "--pooling", "cls")
     classifier = UMAEForImageClassification.from_pretrained(tmp_path / "cls")
     assert classifier.config.pooling == "cls" and not hasattr(classifier.vit, "fc_norm")
-    pictures = load_pictures(str(folder), split="test")
-    correct = own_predictions(model, tmp_path / "cls", pictures, "cls") == pictures.labels()
+    images = load_images(str(folder), split="test")
+    correct = own_predictions(model, tmp_path / "cls", images, "cls") == images.labels()
     assert round(100 * correct.float().mean().item(), 2) == report(tmp_path / "cls")["cls"]["top1"]
 
 
-def test_the_test_pictures_have_no_say_in_the_head(model, folder, probed, tmp_path):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "train").symlink_to(folder / "train")
-    write_split(tmp_path / "pictures" / "test", 2, 3)
+def test_the_test_images_have_no_say_in_the_head(model, folder, probed, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "train").symlink_to(folder / "train")
+    write_split(tmp_path / "images" / "test", 2, 3)
     for kind in CLASSES[:-1]:  # and every label but one is wrong
-        (tmp_path / "pictures" / "test" / kind).rename(tmp_path / "pictures" / "test" / f"_{kind}")
+        (tmp_path / "images" / "test" / kind).rename(tmp_path / "images" / "test" / f"_{kind}")
     for kind, other in zip(CLASSES[:-1], reversed(CLASSES[:-1]), strict=True):
-        (tmp_path / "pictures" / "test" / f"_{kind}").rename(tmp_path / "pictures" / "test" / other)
-    probe(model, tmp_path / "pictures", tmp_path / "out")
+        (tmp_path / "images" / "test" / f"_{kind}").rename(tmp_path / "images" / "test" / other)
+    probe(model, tmp_path / "images", tmp_path / "out")
     assert report(tmp_path / "out")["mean"]["top1"] != report(probed)["mean"]["top1"]
     for feature in ("cls", "mean"):
         for name in ("learning_rate", "validation_top1"):
@@ -172,9 +172,7 @@ def test_a_vit_is_probed_with_its_class_token(folder, tmp_path):
     (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(old))
     probe(tmp_path / "vit", folder, tmp_path / "out")
     assert UMAEForImageClassification.from_pretrained(tmp_path / "out").config.pooling == "cls"
-    assert len(
-        pipeline("image-classification", str(tmp_path / "out"), trust_remote_code=True)(picture("red", numbers()))
-    )
+    assert len(pipeline("image-classification", str(tmp_path / "out"), trust_remote_code=True)(image("red", numbers())))
 
 
 def test_a_file_of_the_original_code_is_probed_with_the_transform_of_mae(folder, tmp_path):
@@ -188,12 +186,12 @@ def numbers():
 
 
 def test_five_classes_or_fewer_have_no_top5(model, tmp_path, capsys):
-    write_split(tmp_path / "pictures" / "train", 0, 6, CLASSES[:5])
-    write_split(tmp_path / "pictures" / "validation", 1, 2, CLASSES[:5])
-    probe(model, tmp_path / "pictures", tmp_path / "out")
+    write_split(tmp_path / "images" / "train", 0, 6, CLASSES[:5])
+    write_split(tmp_path / "images" / "validation", 1, 2, CLASSES[:5])
+    probe(model, tmp_path / "images", tmp_path / "out")
     assert "labels: 5 classes from sub-folders: dark, green, red, striped, turned\n" in capsys.readouterr().out
     assert report(tmp_path / "out")["mean"]["top5"] is None
-    assert report(tmp_path / "out")["protocol"]["test"]["data"] == "folder pictures (validation)"
+    assert report(tmp_path / "out")["protocol"]["test"]["data"] == "folder images (validation)"
 
 
 def test_nonsense_is_refused_before_any_work(model, folder, tmp_path, monkeypatch):
@@ -213,7 +211,7 @@ def test_nonsense_is_refused_before_any_work(model, folder, tmp_path, monkeypatc
     for name, train, test in (("one_label", [2, 2], [1, 2]), ("labels_differ", [0, 1], [7, 1])):
         kind = datasets.Value("int64") if name == "labels_differ" else features["label"]
         for split, labels in (("train", train), ("test", test)):
-            rows = {"image": [picture("red", numbers())] * 2, "label": labels}
+            rows = {"image": [image("red", numbers())] * 2, "label": labels}
             (tmp_path / name).mkdir(exist_ok=True)
             datasets.Dataset.from_dict(rows, features=datasets.Features({**features, "label": kind})).to_parquet(
                 tmp_path / name / f"{split}-00000-of-00001.parquet"
@@ -253,12 +251,12 @@ def test_an_earlier_probe_is_overwritten_and_the_run_folder_left_alone(model, fo
 
 
 @pytest.mark.slow
-def test_two_processes_count_each_picture_once_and_report_what_one_does(model, folder, tmp_path):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "train").symlink_to(folder / "train")
-    write_split(tmp_path / "pictures" / "test", 1, 6)
-    picture("red", numbers()).save(tmp_path / "pictures" / "test" / "red" / "last.jpg")
-    words = ("--model_name_or_path", model, "--dataset_name", tmp_path / "pictures")
+def test_two_processes_count_each_image_once_and_report_what_one_does(model, folder, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "train").symlink_to(folder / "train")
+    write_split(tmp_path / "images" / "test", 1, 6)
+    image("red", numbers()).save(tmp_path / "images" / "test" / "red" / "last.jpg")
+    words = ("--model_name_or_path", model, "--dataset_name", tmp_path / "images")
     words += ("--per_device_eval_batch_size", "8")
     run(ROOT / "run_linear_probe.py", *words, "--output_dir", tmp_path / "one")
     together(2, ROOT / "run_linear_probe.py", *words, "--output_dir", tmp_path / "two")
@@ -358,7 +356,7 @@ def test_seeds_layers_and_parts_are_reported_with_their_deviation(model, folder,
     ],
     ids=str,
 )
-def test_a_probe_that_cannot_be_is_refused_before_pictures_are_encoded(model, folder, tmp_path, words, message):
+def test_a_probe_that_cannot_be_is_refused_before_images_are_encoded(model, folder, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         probe(model, folder, tmp_path / "out", *words)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Pre-training as people start it: what a run says, shows and leaves, from any pictures and weights."""
+"""Pre-training as people start it: what a run says, shows and leaves, from any images and weights."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from golden_models import SETUP_OF_768, fresh_config, original_file
 from PIL import Image
 from processes import ROOT, SHARED, run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_runs import SHORT, folder_of_parquet, folder_with_bad_pictures, metrics, small_model
+from training_runs import SHORT, folder_of_parquet, folder_with_bad_images, metrics, small_model
 from transformers import AutoImageProcessor
 
 import arguments_umae
@@ -40,13 +40,13 @@ def test_a_run_says_what_it_will_do_and_leaves_a_whole_folder(finished):
     width, height = Image.open(folder / "reconstructions.png").size
     assert width > 400 and height > 200
     for name in ("attention.png", "curve.png", "neighbours.png", "progress.png", "spectrum.png"):
-        with Image.open(folder / name) as picture:
-            assert picture.width > 400 and len(set(picture.convert("L").tobytes())) > 20, "something is drawn"
+        with Image.open(folder / name) as image:
+            assert image.width > 400 and len(set(image.convert("L").tobytes())) > 20, "something is drawn"
     card = (folder / "README.md").read_text()
     for name in ("attention", "curve", "neighbours", "progress", "reconstructions", "spectrum"):
         assert f"({name}.png)" in card
-    assert "| Steps | 12, each of 128 pictures, seed 0 |" in card
-    assert "1,438 pictures" in card and str(folder.parent) not in card
+    assert "| Steps | 12, each of 128 images, seed 0 |" in card
+    assert "1,438 images" in card and str(folder.parent) not in card
 
 
 LOOKED = [
@@ -79,15 +79,15 @@ def test_looking_leaves_the_weights_as_they_are(finished, tmp_path):
 
 
 def test_a_test_split_that_cannot_be_read_is_not_looked_at(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    settings = folder_with_bad_pictures(tmp_path / "pictures" / "train", 16, bad=0).replace("/train", "")
-    (tmp_path / "pictures" / "test").mkdir()
+    (tmp_path / "images").mkdir()
+    settings = folder_with_bad_images(tmp_path / "images" / "train", 16, bad=0).replace("/train", "")
+    (tmp_path / "images" / "test").mkdir()
     for i in range(4):
-        (tmp_path / "pictures" / "test" / f"{i}.jpg").write_bytes(b"<html>")
+        (tmp_path / "images" / "test" / f"{i}.jpg").write_bytes(b"<html>")
     command = f"{settings} --output_dir {tmp_path / 'run'} --per_device_train_batch_size 8 --max_train_steps 2".split()
     printed = run("run_pretrain.py", *command).stdout
-    assert "held-out pictures cannot be loaded, so those of training are looked at: none of the 4" in printed
-    assert "looked at        folder pictures (train)" in printed and "effective rank" in printed
+    assert "held-out images cannot be loaded, so those of training are looked at: none of the 4" in printed
+    assert "looked at        folder images (train)" in printed and "effective rank" in printed
 
 
 def test_a_test_split_without_labels_gives_way_to_the_labelled_one_so_that_both_accuracies_are_kept(tmp_path, capsys):
@@ -131,14 +131,14 @@ def test_without_labels_there_are_no_online_accuracies_and_that_is_said(
 def test_the_code_on_the_card_runs_as_it_stands(finished, tmp_path):
     code = re.search(r"```python\n(.*?)```", (finished[0] / "README.md").read_text(), re.DOTALL)[1]
     shutil.copytree(finished[0], tmp_path / "run")
-    Image.new("L", (20, 10), 200).save(tmp_path / "run" / "picture.jpg")
+    Image.new("L", (20, 10), 200).save(tmp_path / "run" / "image.jpg")
     run("-c", code + "assert features.shape == (1, 64)", cwd=tmp_path / "run", PYTHONPATH="")
 
 
-def test_the_processor_in_the_folder_gives_the_model_its_pictures(finished):
+def test_the_processor_in_the_folder_gives_the_model_its_images(finished):
     processor = AutoImageProcessor.from_pretrained(finished[0])
-    picture = Image.new("L", (20, 10), 255)
-    pixel_values = processor(picture, return_tensors="pt")["pixel_values"]
+    image = Image.new("L", (20, 10), 255)
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"]
     white = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     assert pixel_values.shape == (1, 3, 8, 8)
     assert torch.allclose(pixel_values[0, :, 0, 0], white, atol=1e-5)
@@ -185,18 +185,18 @@ def test_precision_is_what_was_said_or_what_the_hardware_has(monkeypatch, tmp_pa
     assert json.loads((tmp_path / "run" / "run.json").read_text())["identity"]["mixed_precision"] == expected
 
 
-def test_real_pictures_in_a_folder_train_and_report_to_a_tracker(tmp_path):
+def test_real_images_in_a_folder_train_and_report_to_a_tracker(tmp_path):
     source = SHARED / "data" / "imagenet_sample"
     if not source.is_dir():
         pytest.skip("needs the ImageNet sample beside the project")
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for file in sorted(source.glob("*.JPEG"))[:12]:
-        shutil.copy(file, tmp_path / "pictures")
+        shutil.copy(file, tmp_path / "images")
     sizes = (
         "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,decoder_hidden_size=16,decoder_num_hidden_layers=1"
     )
     run_pretrain.main(
-        f"--dataset_name {tmp_path / 'pictures'} --output_dir {tmp_path / 'run'} --config_overrides {sizes} "
+        f"--dataset_name {tmp_path / 'images'} --output_dir {tmp_path / 'run'} --config_overrides {sizes} "
         "--image_size 64 --patch_size 16 --per_device_train_batch_size 4 --gradient_accumulation_steps 2 "
         "--num_train_epochs 2 --pooling mean --report_to tensorboard --logging_steps 1".split()
     )
@@ -206,7 +206,7 @@ def test_real_pictures_in_a_folder_train_and_report_to_a_tracker(tmp_path):
     assert ["reconstructions"] in [found["images"] for found in tags]
     tracked = {name for found in tags for name in found["scalars"]}
     assert {"loss", "effective_rank_cls"} <= tracked and "online_top1" not in tracked, "there are no labels"
-    assert "folder pictures (train)" in (tmp_path / "run" / "README.md").read_text()
+    assert "folder images (train)" in (tmp_path / "run" / "README.md").read_text()
 
 
 def test_training_starts_from_given_weights(finished, tmp_path):
@@ -275,12 +275,12 @@ def test_a_share_that_hides_all_but_one_patch_of_the_larger_images_is_accepted(t
 
 def test_training_starts_from_a_file_of_the_original_code(tmp_path, capsys):
     source = original_file(tmp_path / "mae.pth", SETUP_OF_768)
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for i in range(4):
-        Image.new("RGB", (9, 9), (i, 99, 9)).save(tmp_path / "pictures" / f"{i}.png")
+        Image.new("RGB", (9, 9), (i, 99, 9)).save(tmp_path / "images" / f"{i}.png")
     run_pretrain.main(
         f"--output_dir {tmp_path / 'run'} --model_name_or_path {source} --max_train_steps 1 --base_learning_rate 0 "
-        f"--dataset_name {tmp_path / 'pictures'} "
+        f"--dataset_name {tmp_path / 'images'} "
         "--per_device_train_batch_size 4".split()
     )
     assert f"from {source}" in capsys.readouterr().out

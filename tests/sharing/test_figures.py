@@ -1,4 +1,4 @@
-"""What the pictures show."""
+"""What the images show."""
 
 import numpy as np
 import pytest
@@ -13,13 +13,13 @@ from umae.sharing.figures import class_attention, nearest_neighbours, spectrum, 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
-def colours(picture) -> set[tuple[int, int, int]]:
-    return set(picture.convert("RGB").getdata())
+def colours(image) -> set[tuple[int, int, int]]:
+    return set(image.convert("RGB").getdata())
 
 
 @pytest.fixture
 def some():
-    """Pictures, and their bytes."""
+    """Images, and their bytes."""
     pixels = torch.randint(256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     return (pixels / 255 - mean) / std, pixels.permute(0, 2, 3, 1).byte().numpy()
@@ -46,10 +46,10 @@ def test_visible_patches_stay_and_hidden_ones_are_grey_or_pasted(some):
     output = model(pixel_values)
     rows = reconstructions(output, pixel_values, model.config, MEAN, STD)
     size, columns = model.config.patch_height_width[0], model.config.grid[1]
-    for picture, mask in enumerate(output.mask):
+    for image, mask in enumerate(output.mask):
         for patch, hidden in enumerate(mask.tolist()):
             top, left = size * (patch // columns), size * (patch % columns)
-            box = (picture, slice(top, top + size), slice(left, left + size))
+            box = (image, slice(top, top + size), slice(left, left + size))
             assert (rows["pasted"][box] == (rows["predicted"] if hidden else expected)[box]).all()
             assert (rows["visible"][box] == ([128, 102, 76] if hidden else expected[box])).all()
 
@@ -80,9 +80,9 @@ def test_attention_is_brightest_where_the_class_token_looks(monkeypatch, some):
     class_attention(model.vit, some[0], MEAN, STD)
     brightness = shown["attention"].astype(float).sum(axis=3)  # cividis grows brighter from dark blue to yellow
     size, columns = model.config.patch_height_width[0], model.config.grid[1]
-    for picture, places in enumerate(weights.argmax(dim=1).tolist()):
-        patch = brightness[picture, size * (places // columns), size * (places % columns)]
-        assert patch == brightness[picture].max()
+    for image, places in enumerate(weights.argmax(dim=1).tolist()):
+        patch = brightness[image, size * (places // columns), size * (places % columns)]
+        assert patch == brightness[image].max()
     assert shown["attention"].shape == (3, 16, 16, 3)
 
 
@@ -92,8 +92,8 @@ def test_every_run_has_a_colour_of_its_own_in_curves_and_spectra():
     names = {tuple(int(colour[i : i + 2], 16) for i in (1, 3, 5)) for colour in figures.COLOURS[:2]}
     assert names <= colours(training_curves(runs))
     spectra = {"cls": [3.0, 1.0, 0.1], "mean": [2.0, 1.9, 0.0]}
-    picture = spectrum({"one": spectra, "two": {**spectra, "cls": [3.0, 2.5, 2.0]}})
-    assert names <= colours(picture) and picture.width <= 800
+    image = spectrum({"one": spectra, "two": {**spectra, "cls": [3.0, 2.5, 2.0]}})
+    assert names <= colours(image) and image.width <= 800
 
 
 def test_two_colours_differ_for_eyes_that_miss_a_kind_of_cone():

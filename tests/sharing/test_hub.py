@@ -34,10 +34,10 @@ from PIL import Image
 from transformers import AutoModelForImageClassification, AutoModelForPreTraining, pipeline
 AutoModelForPreTraining.from_pretrained("tester/digits", trust_remote_code=True)
 AutoModelForImageClassification.from_pretrained("tester/digits", trust_remote_code=True)
-picture = Image.new("RGB", (9, 9), (200, 10, 10))
-tokens = pipeline("image-feature-extraction", "tester/digits", trust_remote_code=True)(picture)
+image = Image.new("RGB", (9, 9), (200, 10, 10))
+tokens = pipeline("image-feature-extraction", "tester/digits", trust_remote_code=True)(image)
 assert (len(tokens[0]), len(tokens[0][0])) == (17, 64)
-classes = pipeline("image-classification", "tester/digits", trust_remote_code=True)(picture)
+classes = pipeline("image-classification", "tester/digits", trust_remote_code=True)(image)
 assert len(classes) == 2, classes
 from umae.convert import encoder_from_pretrained  # and with the package, for probes and features
 assert torch.equal(encoder_from_pretrained("tester/digits")(torch.ones(1, 3, 8, 8)).pooler_output,
@@ -348,7 +348,7 @@ def test_every_checkpoint_is_a_revision_that_loads(server, tmp_path):
         ".gitattributes", "README.md", "config.json", "configuration_umae.py", "image_processing_umae.py",
         "model.safetensors", "modeling_umae.py", "preprocessor_config.json",
     }  # fmt: skip
-    assert "| Steps | 4 of 9, each of 128 pictures, seed 0 |" in published["README.md"].data.decode()
+    assert "| Steps | 4 of 9, each of 128 images, seed 0 |" in published["README.md"].data.decode()
     load = LOAD.replace('"tester/digits"', '"tester/digits", revision="step-4"')
     run("-c", load, cwd=tmp_path, PYTHONPATH="", **online(server, tmp_path / "fresh_home"))
     expected = UMAEModel.from_pretrained(tmp_path / "digits" / "step-4")(torch.ones(1, 3, 8, 8)).pooler_output

@@ -63,7 +63,7 @@ def test_a_report_holds_all_it_shows_and_marks_what_differs(runs, tmp_path):
     assert page.differing == ["initial_weights", "uniformity_weight"], "and nothing else"
     settings = re.findall(r"<th>(\w+)</th>\s*<td>", text[text.index("<h2>Settings") :])
     assert settings[:2] == page.differing, "they come first"
-    assert len(page.sources) == 2 + 2 * 4, "the curves, the spectra, and four pictures of each run"
+    assert len(page.sources) == 2 + 2 * 4, "the curves, the spectra, and four images of each run"
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert not page.tags & {"script", "link", "iframe"} and "<img src=x" not in text
     assert str(runs) not in text and "http" not in text
@@ -83,8 +83,8 @@ def test_a_browser_without_a_network_shows_the_whole_page(runs, tmp_path):
         capture_output=True,
         timeout=120,
     )
-    with Image.open(shot) as picture:
-        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    with Image.open(shot) as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
     for colour in COLOURS[:2]:  # of the two runs' lines
         red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
         assert (pixels == (red, green, blue)).all(axis=1).sum() > 500, colour

@@ -10,7 +10,7 @@ import pytest
 import torch
 from golden_models import fresh_config
 from processes import ROOT, run
-from training_runs import SHORT, folder_with_bad_pictures
+from training_runs import SHORT, folder_with_bad_images
 
 import run_pretrain
 import umae
@@ -23,30 +23,30 @@ from umae.training import loop, pretraining
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_unreadable_pictures_are_left_out_named_once_and_counted(tmp_path, capsys, workers):
-    settings = folder_with_bad_pictures(tmp_path / "pictures", 40, bad=2)
+def test_unreadable_images_are_left_out_named_once_and_counted(tmp_path, capsys, workers):
+    settings = folder_with_bad_images(tmp_path / "images", 40, bad=2)
     run_pretrain.main(
         f"{settings} --output_dir {tmp_path / 'run'} --num_train_epochs 3 --per_device_train_batch_size 8 "
         f"--max_unreadable_share 0.05 --dataloader_num_workers {workers}".split()
     )
     printed = capsys.readouterr()
     assert printed.out.count("left out: 000.jpg: 0 bytes") == printed.out.count("left out: 003.jpg: ") == 1
-    assert "pictures left out because they cannot be read: 2" in printed.out
+    assert "images left out because they cannot be read: 2" in printed.out
     assert set(json.loads((tmp_path / "run" / "run.json").read_text())["unreadable"]) == {"0", "3"}
 
 
-def test_too_many_unreadable_pictures_end_the_run_with_their_names(tmp_path):
-    settings = folder_with_bad_pictures(tmp_path / "pictures", 40, bad=2)
+def test_too_many_unreadable_images_end_the_run_with_their_names(tmp_path):
+    settings = folder_with_bad_images(tmp_path / "images", 40, bad=2)
     command = f"{settings} --output_dir {tmp_path / 'run'} --per_device_train_batch_size 8 --max_train_steps 20".split()
-    with pytest.raises(ValueError, match=r"[12] of 40 pictures cannot be read, more than max_unreadable_share 0\.01"):
+    with pytest.raises(ValueError, match=r"[12] of 40 images cannot be read, more than max_unreadable_share 0\.01"):
         run_pretrain.main(command)
 
 
-def test_nothing_but_unreadable_pictures_is_refused_before_anything_is_written(tmp_path):
-    settings = folder_with_bad_pictures(tmp_path / "pictures", 3, bad=1)
-    for file in (tmp_path / "pictures").iterdir():
+def test_nothing_but_unreadable_images_is_refused_before_anything_is_written(tmp_path):
+    settings = folder_with_bad_images(tmp_path / "images", 3, bad=1)
+    for file in (tmp_path / "images").iterdir():
         file.write_text("<html>")
-    with pytest.raises(ValueError, match=r"none of the 3 pictures of .* can be read: 000.jpg: .*001.jpg.*002.jpg"):
+    with pytest.raises(ValueError, match=r"none of the 3 images of .* can be read: 000.jpg: .*001.jpg.*002.jpg"):
         run_pretrain.main(f"{settings} --output_dir {tmp_path / 'run'}".split())
     assert not (tmp_path / "run").exists()
 
@@ -59,7 +59,7 @@ def test_nothing_but_unreadable_pictures_is_refused_before_anything_is_written(t
         (["--patch_size", "3"], "patch_size 3 does not divide image_size 8"),
         (["--config_overrides", "hidden_sise=64"], "did you mean hidden_size"),
         (["--config_overrides", "hidden_act=relux"], "hidden_act 'relux' is not known; use one of .*relu"),
-        (["--per_device_train_batch_size", "2000"], "holds 1438 pictures, fewer than one step of 2000"),
+        (["--per_device_train_batch_size", "2000"], "holds 1438 images, fewer than one step of 2000"),
         (["--warmup_epochs", "101"], "longer than the whole run"),
         (["--train_split", "dev"], "digits has no split 'dev'; it has train, test"),
         (["--report_to", "wandbb"], "wandbb: not installed or not known"),
@@ -110,7 +110,7 @@ def test_a_file_is_no_output_folder(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_weight(tmp_path, monkeypatch):
-    """From step 5 on one picture holds NaN; the weights of step 4 must stand."""
+    """From step 5 on one image holds NaN; the weights of step 4 must stand."""
     steps = iter(range(100))
 
     def spoil(pixel_values, mean, std, normalize=inputs.normalize):
@@ -165,7 +165,7 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_all_at_that_step(tmp_path
     assert weights == others and len(set(weights[:5])) == 5, "steps 1 to 5 train"
     assert len(weights) == 8 and set(weights[5:]) == {weights[4]}, "the others freeze, on both processes"
     order = seeding.permutation(0, 0, 1438)[5 * 8 + 4 : 6 * 8].tolist()  # the sixth step's part of process 1
-    expected = f"reconstruction_loss was not finite at step 6, with the pictures {', '.join(map(str, order))} of digits"
+    expected = f"reconstruction_loss was not finite at step 6, with the images {', '.join(map(str, order))} of digits"
     assert result.stderr.count(expected) == 2  # both processes say it, and end
     assert [entry.name for entry in (tmp_path / "run").glob("step-*")] == ["step-4"]
 

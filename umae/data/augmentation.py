@@ -1,8 +1,8 @@
-"""What fine-tuning does to pictures beyond crops, as pure functions: what is random comes in as numbers (seeding.py).
+"""What fine-tuning does to images beyond crops, as pure functions: what is random comes in as numbers (seeding.py).
 
-Crops are changed one by one where they are read (`augment`: flip, RandAugment, random erasing), pairs of pictures are
-mixed on the device (`mix_pairs`: mixup, cutmix). A picture's numbers belong to (seed, epoch, index), a pair's to its
-first picture, so that workers, processes and interruptions change nothing.
+Crops are changed one by one where they are read (`augment`: flip, RandAugment, random erasing), pairs of images are
+mixed on the device (`mix_pairs`: mixup, cutmix). An image's numbers belong to (seed, epoch, index), a pair's to its
+first image, so that workers, processes and interruptions change nothing.
 """
 
 import math
@@ -15,7 +15,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from umae import seeding
 
-OPERATIONS = 2  # of RandAugment, on each picture
+OPERATIONS = 2  # of RandAugment, on each image
 SPREAD = 0.5  # standard deviation of their magnitudes
 MOST = 10.0  # the largest magnitude
 AUGMENT_NUMBERS = 4 * OPERATIONS  # which operation, whether at all, how strongly, which direction
@@ -30,53 +30,49 @@ _HALF_STEP = 2.0**-25  # of the numbers' grid: makes numbers in [0, 1) ones in (
 
 
 def _enhance(kind: type) -> Callable[[Image.Image, float, tuple], Image.Image]:
-    """Colour, contrast, brightness or sharpness: 1 is the picture itself, a change of up to 0.9 either way."""
-    return lambda picture, strength, fill: kind(picture).enhance(max(0.1, 1 + 0.9 * strength))
+    """Colour, contrast, brightness or sharpness: 1 is the image itself, a change of up to 0.9 either way."""
+    return lambda image, strength, fill: kind(image).enhance(max(0.1, 1 + 0.9 * strength))
 
 
-def _affine(picture: Image.Image, matrix: Sequence[float], fill: tuple[int, int, int]) -> Image.Image:
-    return picture.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill)
+def _affine(image: Image.Image, matrix: Sequence[float], fill: tuple[int, int, int]) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=fill)
 
 
-def _solarize_add(picture: Image.Image, strength: float) -> Image.Image:
+def _solarize_add(image: Image.Image, strength: float) -> Image.Image:
     """Dark levels (below 128) are raised by up to 110."""
     added = int(110 * abs(strength))
-    return picture.point([min(255, level + added) if level < 128 else level for level in range(256)] * 3)
+    return image.point([min(255, level + added) if level < 128 else level for level in range(256)] * 3)
 
 
-# Each: (picture, strength in [-1, 1], colour of what comes in from outside) -> picture. A negative strength is the
-# other direction where there is one. The larger it is, the more the picture changes ("increasing").
+# Each: (image, strength in [-1, 1], colour of what comes in from outside) -> image. A negative strength is the
+# other direction where there is one. The larger it is, the more the image changes ("increasing").
 AUGMENTATIONS: dict[str, Callable[[Image.Image, float, tuple[int, int, int]], Image.Image]] = {
-    "autocontrast": lambda picture, strength, fill: ImageOps.autocontrast(picture),
-    "equalize": lambda picture, strength, fill: ImageOps.equalize(picture),
-    "invert": lambda picture, strength, fill: ImageOps.invert(picture),
-    "rotate": lambda picture, strength, fill: picture.rotate(30 * strength, Image.Resampling.BICUBIC, fillcolor=fill),
-    "posterize": lambda picture, strength, fill: _posterize(picture, 4 - int(4 * abs(strength))),
-    "solarize": lambda picture, strength, fill: ImageOps.solarize(picture, 256 - int(256 * abs(strength))),
-    "solarize_add": lambda picture, strength, fill: _solarize_add(picture, strength),
+    "autocontrast": lambda image, strength, fill: ImageOps.autocontrast(image),
+    "equalize": lambda image, strength, fill: ImageOps.equalize(image),
+    "invert": lambda image, strength, fill: ImageOps.invert(image),
+    "rotate": lambda image, strength, fill: image.rotate(30 * strength, Image.Resampling.BICUBIC, fillcolor=fill),
+    "posterize": lambda image, strength, fill: _posterize(image, 4 - int(4 * abs(strength))),
+    "solarize": lambda image, strength, fill: ImageOps.solarize(image, 256 - int(256 * abs(strength))),
+    "solarize_add": lambda image, strength, fill: _solarize_add(image, strength),
     "color": _enhance(ImageEnhance.Color),
     "contrast": _enhance(ImageEnhance.Contrast),
     "brightness": _enhance(ImageEnhance.Brightness),
     "sharpness": _enhance(ImageEnhance.Sharpness),
-    "shear_x": lambda picture, strength, fill: _affine(picture, (1, 0.3 * strength, 0, 0, 1, 0), fill),
-    "shear_y": lambda picture, strength, fill: _affine(picture, (1, 0, 0, 0.3 * strength, 1, 0), fill),
-    "translate_x": lambda picture, strength, fill: _affine(
-        picture, (1, 0, 0.45 * strength * picture.width, 0, 1, 0), fill
-    ),
-    "translate_y": lambda picture, strength, fill: _affine(
-        picture, (1, 0, 0, 0, 1, 0.45 * strength * picture.height), fill
-    ),
+    "shear_x": lambda image, strength, fill: _affine(image, (1, 0.3 * strength, 0, 0, 1, 0), fill),
+    "shear_y": lambda image, strength, fill: _affine(image, (1, 0, 0, 0.3 * strength, 1, 0), fill),
+    "translate_x": lambda image, strength, fill: _affine(image, (1, 0, 0.45 * strength * image.width, 0, 1, 0), fill),
+    "translate_y": lambda image, strength, fill: _affine(image, (1, 0, 0, 0, 1, 0.45 * strength * image.height), fill),
 }
 
 
-def _posterize(picture: Image.Image, bits: int) -> Image.Image:
+def _posterize(image: Image.Image, bits: int) -> Image.Image:
     """Only the highest bits of every level are kept; 0 leaves nothing."""
     kept = 0xFF & ~((1 << (8 - bits)) - 1)
-    return picture.point([level & kept for level in range(256)] * 3)
+    return image.point([level & kept for level in range(256)] * 3)
 
 
 def rand_augment(
-    picture: torch.Tensor, numbers: torch.Tensor, magnitude: float, fill: tuple[int, int, int]
+    image: torch.Tensor, numbers: torch.Tensor, magnitude: float, fill: tuple[int, int, int]
 ) -> torch.Tensor:
     """RandAugment (Cubuk et al. 2020, "RandAugment: Practical automated data augmentation...", section 3).
 
@@ -85,10 +81,10 @@ def rand_augment(
     policy that MAE fine-tunes with, `rand-m9-mstd0.5-inc1` in timm's documentation.
 
     Args:
-        picture: uint8 (3, height, width).
+        image: uint8 (3, height, width).
         numbers: float (AUGMENT_NUMBERS,), uniform in [0, 1).
         magnitude: mean of the magnitudes, 0 (as weak as the operations get) to 10.
-        fill: colour of what comes in from outside of the picture, 0..255.
+        fill: colour of what comes in from outside of the image, 0..255.
 
     Returns:
         uint8 (3, height, width).
@@ -100,9 +96,9 @@ def rand_augment(
             applied.append((names[int(which * len(names))], strength if direction < 0.5 else -strength))
     for name, strength in applied:
         if changed is None:
-            changed = Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+            changed = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         changed = AUGMENTATIONS[name](changed, strength, fill)
-    return picture if changed is None else _to_tensor(changed)
+    return image if changed is None else _to_tensor(changed)
 
 
 def _to_tensor(image: Image.Image) -> torch.Tensor:
@@ -116,7 +112,7 @@ def erased_box(numbers: torch.Tensor, height: int, width: int, probability: floa
 
     Args:
         numbers: float (ERASE_NUMBERS,), uniform in [0, 1).
-        height, width: of the picture, in pixels.
+        height, width: of the image, in pixels.
         probability: that there is one.
 
     Returns:
@@ -136,7 +132,7 @@ def erased_box(numbers: torch.Tensor, height: int, width: int, probability: floa
 
 
 def random_erasing(
-    picture: torch.Tensor,
+    image: torch.Tensor,
     box: tuple[int, int, int, int],
     numbers: torch.Tensor,
     mean: Sequence[float],
@@ -144,33 +140,33 @@ def random_erasing(
 ) -> torch.Tensor:
     """Fill a box with noise, another for every pixel and channel.
 
-    The noise is that of normalised pixels, normal with mean 0 and variance 1, rounded to the levels that a picture has
+    The noise is that of normalised pixels, normal with mean 0 and variance 1, rounded to the levels that an image has
     and therefore cut off where these end, about two deviations from the mean.
 
     Args:
-        picture: uint8 (3, height, width); left as it is.
+        image: uint8 (3, height, width); left as it is.
         box: (top, left, height, width), as `erased_box` gives it.
         numbers: float (3 * box height * box width,), uniform in [0, 1).
-        mean, std: of the pictures' normalisation, of values in 0..1.
+        mean, std: of the images' normalisation, of values in 0..1.
     """
     top, left, rows, columns = box
     noise = math.sqrt(2) * torch.erfinv(2 * (numbers.double() + _HALF_STEP) - 1).view(3, rows, columns)
     scale, offset = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (std, mean))
-    picture = picture.clone()
+    image = image.clone()
     levels = (255 * (noise * scale + offset)).round_().clamp_(0, 255)
-    picture[:, top : top + rows, left : left + columns] = levels.to(torch.uint8)
-    return picture
+    image[:, top : top + rows, left : left + columns] = levels.to(torch.uint8)
+    return image
 
 
 @dataclass(frozen=True)
 class Strengths:
-    """How pictures are changed; 0 turns an augmentation off.
+    """How images are changed; 0 turns an augmentation off.
 
     Args:
-        horizontal_flip: share of the pictures that are mirrored.
+        horizontal_flip: share of the images that are mirrored.
         rand_augment: RandAugment's mean magnitude, up to 10.
-        random_erasing: share of the pictures a part of which becomes noise.
-        mixup, cutmix: alpha of the beta distribution that says how much of either picture a pair keeps, up to 1; with
+        random_erasing: share of the images a part of which becomes noise.
+        mixup, cutmix: alpha of the beta distribution that says how much of either image a pair keeps, up to 1; with
             both, a pair is mixed the one way or the other with equal chances.
         label_smoothing: share of the target that all classes get alike.
     """
@@ -184,7 +180,7 @@ class Strengths:
 
     @property
     def mixes(self) -> bool:
-        """Whether pictures come in pairs."""
+        """Whether images come in pairs."""
         return self.mixup > 0 or self.cutmix > 0
 
 
@@ -203,23 +199,23 @@ def augment(
     Args:
         crops: uint8 (3, height, width) each.
         index: int64 (batch,), their positions in the data set.
-        mean, std: of the pictures' normalisation, of values in 0..1; the mean colour fills what comes in from outside.
+        mean, std: of the images' normalisation, of values in 0..1; the mean colour fills what comes in from outside.
     """
     fill = tuple(round(255 * value) for value in mean)
     flips = (seeding.uniform(seed, seeding.FLIP, epoch, index, 1)[:, 0] < strengths.horizontal_flip).tolist()
     chosen = seeding.uniform(seed, seeding.AUGMENT, epoch, index, AUGMENT_NUMBERS)
     erased = seeding.uniform(seed, seeding.ERASE, epoch, index, ERASE_NUMBERS)
     changed = []
-    for i, picture in enumerate(crops):
-        picture = picture.flip(-1) if flips[i] else picture
+    for i, image in enumerate(crops):
+        image = image.flip(-1) if flips[i] else image
         if strengths.rand_augment > 0:
-            picture = rand_augment(picture, chosen[i], strengths.rand_augment, fill)
-        box = erased_box(erased[i], *picture.shape[-2:], strengths.random_erasing)
+            image = rand_augment(image, chosen[i], strengths.rand_augment, fill)
+        box = erased_box(erased[i], *image.shape[-2:], strengths.random_erasing)
         if box is not None:
             count = ERASE_NUMBERS + 3 * box[2] * box[3]  # the first are those that have chosen the box
             (noise,) = seeding.uniform(seed, seeding.ERASE, epoch, index[i : i + 1], count)
-            picture = random_erasing(picture, box, noise[ERASE_NUMBERS:], mean, std)
-        changed.append(picture)
+            image = random_erasing(image, box, noise[ERASE_NUMBERS:], mean, std)
+        changed.append(image)
     return changed
 
 
@@ -241,7 +237,7 @@ def beta(numbers: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 def cut_boxes(share: torch.Tensor, centre: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The boxes of cutmix: a share of the picture's area, around any pixel, as far as they lie in the picture.
+    """The boxes of cutmix: a share of the image's area, around any pixel, as far as they lie in the image.
 
     Args:
         share: float (batch,), in [0, 1].
@@ -261,23 +257,23 @@ def cut_boxes(share: torch.Tensor, centre: torch.Tensor, height: int, width: int
 def mix_pairs(
     pixel_values: torch.Tensor, targets: torch.Tensor, numbers: torch.Tensor, mixup: float, cutmix: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix each picture with its neighbour in the batch, by mixup or cutmix, and their targets in the same proportion.
+    """Mix each image with its neighbour in the batch, by mixup or cutmix, and their targets in the same proportion.
 
-    Mixup (Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization") averages two pictures with the weights
+    Mixup (Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization") averages two images with the weights
     lambda and 1 - lambda, cutmix (Yun et al. 2019, "CutMix: Regularization Strategy to Train Strong Classifiers...")
-    puts a box of one into the other, with 1 - lambda of its area. Lambda is drawn for each pair; pictures 0 and 1 are
-    one, 2 and 3 the next. (MAE draws one lambda for all pictures of a process, and pairs the first with the last: there
-    the pictures depend on how many processes share them.) Never waits for the device.
+    puts a box of one into the other, with 1 - lambda of its area. Lambda is drawn for each pair; images 0 and 1 are
+    one, 2 and 3 the next. (MAE draws one lambda for all images of a process, and pairs the first with the last: there
+    the images depend on how many processes share them.) Never waits for the device.
 
     Args:
-        pixel_values: float (batch, channels, height, width), an even number of pictures.
+        pixel_values: float (batch, channels, height, width), an even number of images.
         targets: float (batch, classes).
         numbers: float (batch / 2, MIX_NUMBERS), uniform in [0, 1), on the same device.
         mixup, cutmix: alpha of the beta distribution of lambda, in (0, 1]; 0 for never. With both, half of the pairs
             are mixed the one way and half the other.
 
     Returns:
-        Pictures and targets, of the same shapes.
+        Images and targets, of the same shapes.
     """
     height, width = pixel_values.shape[-2:]
     draws, which, centre = numbers[:, : 2 * _TRIES], numbers[:, 2 * _TRIES], numbers[:, 2 * _TRIES + 1 :]

@@ -12,66 +12,66 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor
 
-from image_processing_umae import UnreadablePicture
+from image_processing_umae import UnreadableImage
 from umae import seeding
 from umae.data.crops import CROP_NUMBERS, MIN_SCALE, least_side, random_crop, random_resized_crop
-from umae.data.images import Pictures
+from umae.data.images import Images
 from umae.data.inputs import flipped_and_normalized
 from umae.progress_bar import progress_bar
 
 Augment = Callable[[list[torch.Tensor], int, torch.Tensor], list[torch.Tensor]]
-MEMORY_LIMIT = 2**30  # bytes of decoded pictures that a process keeps in memory
+MEMORY_LIMIT = 2**30  # bytes of decoded images that a process keeps in memory
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which pictures every process sees at every step; a pure function of the numbers below.
+    """Which images every process sees at every step; a pure function of the numbers below.
 
-    An epoch is a keyed permutation of the pictures, dealt out in micro-batches of `batch_size * processes`; what does
-    not fill a whole optimiser step is left out (other pictures in every epoch). The same global micro-batch goes to
+    An epoch is a keyed permutation of the images, dealt out in micro-batches of `batch_size * processes`; what does
+    not fill a whole optimiser step is left out (other images in every epoch). The same global micro-batch goes to
     one process or is shared by several.
 
     Args:
-        pictures: pictures of the data set.
-        batch_size: pictures of a micro-batch on one process.
+        images: images of the data set.
+        batch_size: images of a micro-batch on one process.
         accumulation: micro-batches of an optimiser step.
         processes: how many processes there are.
         seed: of the run.
     """
 
-    pictures: int
+    images: int
     batch_size: int
     accumulation: int
     processes: int
     seed: int
 
     @property
-    def pictures_per_step(self) -> int:
-        """The effective batch: pictures of one optimiser step on all processes."""
+    def images_per_step(self) -> int:
+        """The effective batch: images of one optimiser step on all processes."""
         return self.batch_size * self.accumulation * self.processes
 
     @property
     def steps_per_epoch(self) -> int:
         """Whole optimiser steps in an epoch."""
-        return self.pictures // self.pictures_per_step
+        return self.images // self.images_per_step
 
     def micro_batches(self, rank: int, start_step: int, stop_step: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """(epoch, indices of `batch_size` pictures) for one process, `accumulation` of them for every step."""
+        """(epoch, indices of `batch_size` images) for one process, `accumulation` of them for every step."""
         order, order_epoch = None, None
         for step in range(start_step, stop_step):
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
             if epoch != order_epoch:
-                order, order_epoch = seeding.permutation(self.seed, epoch, self.pictures), epoch
+                order, order_epoch = seeding.permutation(self.seed, epoch, self.images), epoch
             for micro in range(step_of_epoch * self.accumulation, (step_of_epoch + 1) * self.accumulation):
                 first = (micro * self.processes + rank) * self.batch_size
                 yield epoch, order[first : first + self.batch_size]
 
 
 def check_fills_a_step(plan: Plan, description: str) -> None:
-    """Raise `ValueError` if there are fewer pictures than an optimiser step takes."""
+    """Raise `ValueError` if there are fewer images than an optimiser step takes."""
     if plan.steps_per_epoch == 0:
         raise ValueError(
-            f"{description} holds {plan.pictures} pictures, fewer than one step of {plan.pictures_per_step} "
+            f"{description} holds {plan.images} images, fewer than one step of {plan.images_per_step} "
             f"({plan.batch_size} per device x {plan.processes} processes x {plan.accumulation} accumulated); lower "
             f"per_device_train_batch_size"
         )
@@ -79,7 +79,7 @@ def check_fills_a_step(plan: Plan, description: str) -> None:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pictures of one size, in memory.
+    """Images of one size, in memory.
 
     Args:
         pixels: uint8 (N, 3, height, width).
@@ -87,68 +87,68 @@ class Decoded:
     """
 
     pixels: torch.Tensor
-    refusals: dict[int, UnreadablePicture]
+    refusals: dict[int, UnreadableImage]
 
 
-def decode_all(pictures: Pictures, show_progress: bool = True) -> Decoded | None:
+def decode_all(images: Images, show_progress: bool = True) -> Decoded | None:
     """Small data sets (CIFAR, digits) decoded once and for all: three times faster to crop than from their files.
 
-    Returns None if the pictures differ in size, or together exceed MEMORY_LIMIT.
+    Returns None if the images differ in size, or together exceed MEMORY_LIMIT.
     """
     pixels, refusals = None, {}
     for start in progress_bar(
-        range(0, len(pictures), 256), "decoding", unit="batch", leave=False, disable=not show_progress
+        range(0, len(images), 256), "decoding", unit="batch", leave=False, disable=not show_progress
     ):
-        indices = list(range(start, min(start + 256, len(pictures))))
-        for index, one in zip(indices, pictures.read_pixels(indices), strict=True):
-            if isinstance(one, UnreadablePicture):
+        indices = list(range(start, min(start + 256, len(images))))
+        for index, one in zip(indices, images.read_pixels(indices), strict=True):
+            if isinstance(one, UnreadableImage):
                 refusals[index] = one
                 continue
             if pixels is None:
-                if len(pictures) * one.numel() > MEMORY_LIMIT:
+                if len(images) * one.numel() > MEMORY_LIMIT:
                     return None
-                pixels = torch.zeros(len(pictures), *one.shape, dtype=torch.uint8)
+                pixels = torch.zeros(len(images), *one.shape, dtype=torch.uint8)
             if one.shape != pixels.shape[1:]:
                 return None
             pixels[index] = one
     return None if pixels is None else Decoded(pixels, refusals)
 
 
-class TrainingPictures(torch.utils.data.Dataset):
-    """Pictures as random crops; asked for a whole micro-batch at once.
+class TrainingImages(torch.utils.data.Dataset):
+    """Images as random crops; asked for a whole micro-batch at once.
 
     A batch is `{"pixel_values": uint8 (batch, 3, height, width), "index": int64 (batch,), "epoch": int, "refusals":
-    {index: reason}}`; flipping and normalising are left to the device. The place of a picture that cannot be read is
+    {index: reason}}`; flipping and normalising are left to the device. The place of an image that cannot be read is
     taken by the next one of the epoch's order that can, whatever process or worker finds it out.
 
     Args:
         size: (height, width) of the crops, in pixels.
-        decoded: the pictures in memory, if `decode_all` gave them.
-        min_scale: least share of a picture's area that a crop shows.
+        decoded: the images in memory, if `decode_all` gave them.
+        min_scale: least share of an image's area that a crop shows.
         augment: (crops, epoch, indices int64 (batch,)) -> crops, what else is done to them, uint8 as they are.
     """
 
     def __init__(
         self,
-        pictures: Pictures,
+        images: Images,
         size: tuple[int, int],
         seed: int,
         decoded: Decoded | None = None,
         min_scale: float = MIN_SCALE,
         augment: Augment | None = None,
     ):
-        self.pictures, self.size, self.seed, self.decoded = pictures, size, seed, decoded
+        self.images, self.size, self.seed, self.decoded = images, size, seed, decoded
         self.min_scale, self.augment = min_scale, augment
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, micro_batch: tuple[int, torch.Tensor]) -> dict:
         epoch, indices = micro_batch
         numbers = seeding.uniform(self.seed, seeding.CROP, epoch, indices, CROP_NUMBERS)
         shown, crops, refusals = indices.tolist(), [], {}
         for place, pixels in enumerate(self._read(shown.copy())):
-            if isinstance(pixels, UnreadablePicture):
+            if isinstance(pixels, UnreadableImage):
                 shown[place], pixels = self._next_readable(epoch, shown[place], pixels, refusals)
                 crops.append(random_crop(pixels, self.seed, epoch, shown[place], self.size, self.min_scale))
             else:
@@ -161,16 +161,16 @@ class TrainingPictures(torch.utils.data.Dataset):
             "refusals": {index: str(error) for index, error in refusals.items()},
         }
 
-    def _read(self, indices: list[int]) -> Iterator[torch.Tensor | UnreadablePicture]:
+    def _read(self, indices: list[int]) -> Iterator[torch.Tensor | UnreadableImage]:
         if self.decoded is None:
-            return self.pictures.read_pixels(indices, least_side(self.size, self.min_scale))
+            return self.images.read_pixels(indices, least_side(self.size, self.min_scale))
         return (self.decoded.refusals.get(index, self.decoded.pixels[index]) for index in indices)
 
     def _next_readable(self, epoch: int, index: int, pixels, refusals: dict) -> tuple[int, torch.Tensor]:
-        """The first picture after `index` in the epoch's order that can be read; notes those that cannot."""
+        """The first image after `index` in the epoch's order that can be read; notes those that cannot."""
         order = seeding.permutation(self.seed, epoch, len(self)).tolist()
         place = order.index(index)
-        while isinstance(pixels, UnreadablePicture):
+        while isinstance(pixels, UnreadableImage):
             refusals[index] = pixels
             if len(refusals) == len(self):
                 raise pixels
@@ -187,7 +187,7 @@ def ignore_signals(worker: int = 0) -> None:
 
 
 def training_loader(
-    dataset: TrainingPictures,
+    dataset: TrainingImages,
     plan: Plan,
     rank: int,
     start_step: int,
@@ -206,44 +206,44 @@ def training_loader(
     )
 
 
-class EvaluationPictures(torch.utils.data.Dataset):
-    """Pictures as the image processor prepares them; asked for a whole batch at once.
+class EvaluationImages(torch.utils.data.Dataset):
+    """Images as the image processor prepares them; asked for a whole batch at once.
 
     A batch is `{"pixel_values": (readable, channels, height, width), "index": int64 (readable,), "rows": int64
-    (readable,), "errors": [str]}`: `rows` are the places of the readable pictures among those asked for, and `errors`
+    (readable,), "errors": [str]}`: `rows` are the places of the readable images among those asked for, and `errors`
     name the others. (An error that is raised in a worker would arrive in two tracebacks.)
     """
 
-    def __init__(self, pictures: Pictures, processor: BaseImageProcessor):
-        self.pictures, self.processor = pictures, processor
+    def __init__(self, images: Images, processor: BaseImageProcessor):
+        self.images, self.processor = images, processor
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, indices: Sequence[int]) -> dict:
         images, rows, errors = [], [], []
         for row, index in enumerate(indices):
             try:
-                images.append(self.pictures.read(index))
+                images.append(self.images.read(index))
                 rows.append(row)
-            except UnreadablePicture as error:
+            except UnreadableImage as error:
                 errors.append(str(error))
         pixel_values = self.processor(images=images, return_tensors="pt")["pixel_values"] if images else None
         rows = torch.tensor(rows, dtype=torch.int64)
         return {"pixel_values": pixel_values, "index": torch.tensor(indices)[rows], "rows": rows, "errors": errors}
 
 
-class AugmentedPictures(torch.utils.data.Dataset):
-    """Random resized crops and flips of the pictures instead, as `TrainingPictures` draws them.
+class AugmentedImages(torch.utils.data.Dataset):
+    """Random resized crops and flips of the images instead, as `TrainingImages` draws them.
 
     Args:
-        view: which of a picture's augmentations; the same view is the same pixels.
+        view: which of an image's augmentations; the same view is the same pixels.
         size: (height, width) of the crops, in pixels.
     """
 
-    def __init__(self, pictures: Pictures, processor: BaseImageProcessor, view: int, size: tuple[int, int]):
+    def __init__(self, images: Images, processor: BaseImageProcessor, view: int, size: tuple[int, int]):
         self.crops, self.view, self.processor = (
-            TrainingPictures(pictures, size, 0, min_scale=CROP_SCALE),
+            TrainingImages(images, size, 0, min_scale=CROP_SCALE),
             view,
             processor,
         )
@@ -259,4 +259,4 @@ class AugmentedPictures(torch.utils.data.Dataset):
         return {"pixel_values": pixel_values, "index": batch["index"], "rows": rows, "errors": errors}
 
 
-CROP_SCALE = 0.08  # least share of a picture's area in the crops that probes are trained on
+CROP_SCALE = 0.08  # least share of an image's area in the crops that probes are trained on

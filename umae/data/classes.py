@@ -1,8 +1,8 @@
-"""Labelled pictures in two splits, one to train on and one to judge by, and the classes that they share."""
+"""Labelled images in two splits, one to train on and one to judge by, and the classes that they share."""
 
 from collections.abc import Callable, Sequence
 
-from umae.data.images import NO_LABELS, Pictures, held_out_splits, load_pictures, split_names
+from umae.data.images import NO_LABELS, Images, held_out_splits, load_images, split_names
 from umae.data.streaming import Stream
 
 UNLABELLED = "comes without labels (no column of them, or -1 in every row)"
@@ -16,8 +16,8 @@ def load_labelled(
     image_column: str | None = None,
     label_column: str | None = None,
     tell: Callable[[str], None] = print,
-) -> tuple[Pictures, Pictures, list[str]]:
-    """The pictures to train on, those to judge by, and the names of the classes, see `load_pictures`.
+) -> tuple[Images, Images, list[str]]:
+    """The images to train on, those to judge by, and the names of the classes, see `load_images`.
 
     Args:
         test_split: None for `test` or `validation`, the first of them that has labels.
@@ -33,8 +33,8 @@ def load_labelled(
             f"name a column"
         )
 
-    def load(split: str) -> Pictures:
-        return load_pictures(name, config_name, split, image_column, label_column)
+    def load(split: str) -> Images:
+        return load_images(name, config_name, split, image_column, label_column)
 
     train = load(train_split)
     train.labels()  # a refusal that names the missing labels rather than a missing split
@@ -51,21 +51,21 @@ def load_labelled(
 
 
 def load_first_labelled(
-    load: Callable[[str], Pictures | Stream], splits: Sequence[str], tell: Callable[[str], None]
-) -> Pictures | Stream:
+    load: Callable[[str], Images | Stream], splits: Sequence[str], tell: Callable[[str], None]
+) -> Images | Stream:
     """Of some splits the first that has labels, with a word on those before it; if none has any, simply the first."""
     unlabelled = []
     for split in splits:
-        pictures = load(split)
-        if pictures.has_labels:
+        images = load(split)
+        if images.has_labels:
             for other in unlabelled:
-                tell(f"{other.description} {UNLABELLED}; {pictures.description} is used instead")
-            return pictures
-        unlabelled.append(pictures)
+                tell(f"{other.description} {UNLABELLED}; {images.description} is used instead")
+            return images
+        unlabelled.append(images)
     return unlabelled[0]
 
 
-def class_names(train: Pictures, test: Pictures) -> list[str]:
+def class_names(train: Images, test: Images) -> list[str]:
     """The names of the classes, their numbers if they have none. Raises `ValueError` if the splits' labels differ."""
     found, highest_test = train.labels().unique().tolist(), int(test.labels().max())
     highest, names = found[-1], train.label_names

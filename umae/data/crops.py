@@ -25,12 +25,12 @@ def crop_box(
 
     Args:
         numbers: float (CROP_NUMBERS,), uniform in [0, 1).
-        height, width: of the picture, in pixels.
-        scale: bounds of the box's share of the picture's area, drawn uniformly.
+        height, width: of the image, in pixels.
+        scale: bounds of the box's share of the image's area, drawn uniformly.
         ratio: bounds of the box's width / height, drawn uniformly in the logarithm.
 
     Returns:
-        (top, left, height, width) in pixels, at least 1 x 1 and inside the picture.
+        (top, left, height, width) in pixels, at least 1 x 1 and inside the image.
     """
     *shapes, vertical, horizontal = numbers.tolist()
     if len(shapes) != 2 * _ATTEMPTS:
@@ -49,7 +49,7 @@ def crop_box(
 
 
 def random_resized_crop(
-    picture: torch.Tensor,
+    image: torch.Tensor,
     numbers: torch.Tensor,
     size: tuple[int, int],
     scale: tuple[float, float] = (MIN_SCALE, 1.0),
@@ -57,23 +57,23 @@ def random_resized_crop(
     """Cut the box that crop_box draws and resize it, bicubic with antialiasing.
 
     Args:
-        picture: uint8 (channels, height, width), on the CPU.
+        image: uint8 (channels, height, width), on the CPU.
         numbers: float (CROP_NUMBERS,), uniform in [0, 1).
         size: (height, width) of the result, in pixels.
-        scale: bounds of the box's share of the picture's area.
+        scale: bounds of the box's share of the image's area.
 
     Returns:
         uint8 (channels, *size), contiguous, in memory of its own; a box that has the size already keeps its pixels.
     """
-    top, left, height, width = crop_box(numbers, *picture.shape[-2:], scale)
-    box = picture[None, :, top : top + height, left : left + width]
+    top, left, height, width = crop_box(numbers, *image.shape[-2:], scale)
+    box = image[None, :, top : top + height, left : left + width]
     return interpolate(box, size, mode="bicubic", antialias=True)[0]
 
 
 def least_side(size: tuple[int, int], min_scale: float = MIN_SCALE) -> int:
-    """How many pixels a picture's shorter side must keep when it is decoded at a reduced scale, for crops of `size`.
+    """How many pixels an image's shorter side must keep when it is decoded at a reduced scale, for crops of `size`.
 
-    Its smallest crop then still has 1.5 times the pixels of the result along each axis: on ImageNet pictures the
+    Its smallest crop then still has 1.5 times the pixels of the result along each axis: on ImageNet images the
     crops differ from those of the full scale by less than 1 of 255 levels on average.
     """
     return math.ceil(1.5 * max(size) / math.sqrt(min_scale * RATIO[0]))
@@ -82,6 +82,6 @@ def least_side(size: tuple[int, int], min_scale: float = MIN_SCALE) -> int:
 def random_crop(
     pixels: torch.Tensor, seed: int, epoch: int, index: int, size: tuple[int, int], min_scale: float = MIN_SCALE
 ) -> torch.Tensor:
-    """The crop of one picture, keyed by (seed, epoch, index): uint8 (3, height, width) -> (3, *size)."""
+    """The crop of one image, keyed by (seed, epoch, index): uint8 (3, height, width) -> (3, *size)."""
     (numbers,) = seeding.uniform(seed, seeding.CROP, epoch, torch.tensor([index]), CROP_NUMBERS)
     return random_resized_crop(pixels, numbers, size, (min_scale, 1.0))

@@ -17,13 +17,13 @@ except ImportError:
     simplejpeg = None
 
 
-def to_tensor(picture: Image.Image) -> torch.Tensor:
-    """The pixels of an RGB picture: uint8 (3, height, width), in memory of its own (channels last, as Pillow's)."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """The pixels of an RGB image: uint8 (3, height, width), in memory of its own (channels last, as Pillow's)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def read_pixels(
-    source: bytes | str | os.PathLike | Image.Image, name: str = "picture", min_side: int | None = None
+    source: bytes | str | os.PathLike | Image.Image, name: str = "image", min_side: int | None = None
 ) -> torch.Tensor:
     """As `to_tensor(open_image(...))`, the same pixels and refusals, faster where simplejpeg is installed."""
     pixels = None if simplejpeg is None or isinstance(source, Image.Image) else _plain_jpeg(source, min_side)
@@ -46,5 +46,5 @@ def _plain_jpeg(source: bytes | str | os.PathLike, min_side: int | None) -> torc
         return None
 
 
-# Once and for all, because catch_warnings around every picture makes the whole process repeat its once-only warnings.
+# Once and for all, because catch_warnings around every image makes the whole process repeat its once-only warnings.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses what it warns of

@@ -14,11 +14,11 @@ import datasets
 import torch
 from PIL import Image
 
-from image_processing_umae import UnreadablePicture, open_image
+from image_processing_umae import UnreadableImage, open_image
 from umae import seeding
 from umae.data.decoding import read_pixels
 
-# What Pillow opens without plugins and people keep pictures in.
+# What Pillow opens without plugins and people keep images in.
 PICTURE_ENDINGS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif",
 )  # fmt: skip
@@ -44,15 +44,15 @@ SPLIT_FOLDERS = {
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """One split of a data set whose pictures are still encoded.
+class Images:
+    """One split of a data set whose images are still encoded.
 
     Args:
-        dataset: rows with the undecoded picture (`{"bytes", "path"}`) and possibly a label.
-        image_column: name of the picture's column.
+        dataset: rows with the undecoded image (`{"bytes", "path"}`) and possibly a label.
+        image_column: name of the image's column.
         label_column: name of the label's column, None if there is none.
         description: what to call it in print, without any local path: `uoft-cs/cifar10 (train)`.
-        folder: where the files lie, for a folder of pictures.
+        folder: where the files lie, for a folder of images.
         not_read: what else lies there with an ending that is not read, in words: `12 .heic, 3 .cr2`; empty if nothing.
     """
 
@@ -67,41 +67,39 @@ class Pictures:
         return len(self.dataset)
 
     @property
-    def num_pictures(self) -> int:
+    def num_images(self) -> int:
         return len(self)
 
     def read(self, index: int) -> Image.Image:
-        """The picture at `index`, RGB. Raises `UnreadablePicture`, which names the file."""
+        """The image at `index`, RGB. Raises `UnreadableImage`, which names the file."""
         ((source, name),) = self._sources([index])
         return open_image(source, name)
 
-    def read_pixels(
-        self, indices: list[int], min_side: int | None = None
-    ) -> Iterator[torch.Tensor | UnreadablePicture]:
-        """The pictures at `indices`, uint8 (3, height, width), large JPEGs possibly smaller (see `umae.data.decoding`).
+    def read_pixels(self, indices: list[int], min_side: int | None = None) -> Iterator[torch.Tensor | UnreadableImage]:
+        """The images at `indices`, uint8 (3, height, width), large JPEGs possibly smaller (see `umae.data.decoding`).
 
-        They are opened one by one, their bytes are fetched together. A picture that cannot be read is the refusal
+        They are opened one by one, their bytes are fetched together. An image that cannot be read is the refusal
         itself, which does not end the others.
         """
         for source, name in self._sources(indices):
             try:
                 yield read_pixels(source, name, min_side)
-            except UnreadablePicture as error:
+            except UnreadableImage as error:
                 yield error
 
     def sample(self, seed: int, count: int) -> Iterator[tuple[int, Image.Image]]:
-        """The indices of at most so many pictures, and those of them that can be read, see `spread`."""
+        """The indices of at most so many images, and those of them that can be read, see `spread`."""
         return self._readable(self.spread(count, seed))
 
     def spread(self, count: int, seed: int = 0) -> list[int]:
-        """Indices of at most so many pictures, spread evenly since many data sets are sorted by class, in an order
+        """Indices of at most so many images, spread evenly since many data sets are sorted by class, in an order
         that depends on the seed."""
         count = min(count, len(self))
         return [place * len(self) // count for place in seeding.permutation(seed, 0, count).tolist()]
 
     def _readable(self, indices: Iterable[int]) -> Iterator[tuple[int, Image.Image]]:
         for index in indices:
-            with contextlib.suppress(UnreadablePicture):
+            with contextlib.suppress(UnreadableImage):
                 yield index, self.read(index)
 
     def place(self, index: int) -> str:
@@ -109,7 +107,7 @@ class Pictures:
         return str(index)
 
     def fingerprint(self) -> str:
-        """What tells these pictures from others of the same name and number: of the bytes of 16 that lie far apart."""
+        """What tells these images from others of the same name and number: of the bytes of 16 that lie far apart."""
         digest = hashlib.sha256()
         indices = sorted({round(place * (len(self) - 1) / 15) for place in range(16)})
         for source, _ in self._sources(indices):
@@ -119,16 +117,14 @@ class Pictures:
         return digest.hexdigest()[:16]
 
     def check_readable(self) -> None:
-        """Raise `ValueError`, with the first three reasons, if not one picture can be read."""
+        """Raise `ValueError`, with the first three reasons, if not one image can be read."""
         reasons = []
         for index in range(len(self)):
             (pixels,) = self.read_pixels([index])
             if isinstance(pixels, torch.Tensor):
                 return
             reasons.append(str(pixels))
-        raise ValueError(
-            f"none of the {len(self)} pictures of {self.description} can be read: {'; '.join(reasons[:3])}"
-        )
+        raise ValueError(f"none of the {len(self)} images of {self.description} can be read: {'; '.join(reasons[:3])}")
 
     def _sources(self, indices: list[int]) -> Iterator[tuple[bytes | str, str]]:
         """What to read, bytes or a path, and what a refusal calls it."""
@@ -137,7 +133,7 @@ class Pictures:
             yield source, self._name(index, encoded["path"])
 
     def name_of(self, index: int) -> str:
-        """The picture's file, relative to its folder, or its place in the data set (`digits (train)[17]`)."""
+        """The image's file, relative to its folder, or its place in the data set (`digits (train)[17]`)."""
         return self._name(index, self.dataset[index][self.image_column]["path"])
 
     def _name(self, index: int, path: str | None) -> str:
@@ -153,7 +149,7 @@ class Pictures:
 
     @property
     def has_labels(self) -> bool:
-        """Whether any picture has a label: many test splits on the Hub hide theirs, and hold -1 in every row."""
+        """Whether any image has a label: many test splits on the Hub hide theirs, and hold -1 in every row."""
         if self.label_column is None:
             return False
         return any(label not in (None, -1) for label in self.dataset[self.label_column][:])
@@ -189,17 +185,17 @@ class Pictures:
         return torch.tensor(labels, dtype=torch.int64)
 
 
-def load_pictures(
+def load_images(
     name: str,
     config_name: str | None = None,
     split: str = "train",
     image_column: str | None = None,
     label_column: str | None = None,
-) -> Pictures:
+) -> Images:
     """One split of a data set.
 
     Args:
-        name: `digits` (bundled with scikit-learn), a local folder of pictures (one sub-folder for each class, if there
+        name: `digits` (bundled with scikit-learn), a local folder of images (one sub-folder for each class, if there
             are classes), a local folder of parquet or other files that `datasets` reads, or a name on the Hub.
             Sub-folders with the names in SPLIT_FOLDERS are splits if there are images nowhere else. A single such name
             among others is a class (`bus`, `car`, `train`). Several of them beside others, or any beside loose images
@@ -215,10 +211,10 @@ def load_pictures(
     folder = Path(name)
     if name == "digits":
         return _prepare(_pick(_digits(), split, name), image_column, label_column, f"digits ({split})")
-    if folder.is_dir() and _holds_pictures(folder):
-        rows = _pick(_picture_folder(folder), split, name)
-        pictures = _prepare(rows, image_column, label_column, f"folder {folder.resolve().name} ({split})", folder)
-        return replace(pictures, not_read=_not_read(folder))
+    if folder.is_dir() and _holds_images(folder):
+        rows = _pick(_image_folder(folder), split, name)
+        images = _prepare(rows, image_column, label_column, f"folder {folder.resolve().name} ({split})", folder)
+        return replace(images, not_read=_not_read(folder))
     if folder.is_dir() and _not_read(folder) and not any(path.suffix.lower() in DATA for path in _files(folder)):
         raise ValueError(
             f"{name}: no images could be loaded; it holds {_not_read(folder)}, which are not read; expected images "
@@ -234,16 +230,16 @@ def describe(name: str, split: str) -> str:
 
 
 def comes_in_files(name: str) -> bool:
-    """Whether a data set is read picture by picture: the digits, a folder of pictures."""
-    return name == "digits" or (Path(name).is_dir() and _holds_pictures(Path(name)))
+    """Whether a data set is read image by image: the digits, a folder of images."""
+    return name == "digits" or (Path(name).is_dir() and _holds_images(Path(name)))
 
 
 def split_names(name: str, config_name: str | None = None) -> list[str]:
-    """The splits of a data set that `load_pictures` knows by this name."""
+    """The splits of a data set that `load_images` knows by this name."""
     if name == "digits":
         return list(_digits())
-    if Path(name).is_dir() and _holds_pictures(Path(name)):
-        return list(_picture_folder(Path(name)))
+    if Path(name).is_dir() and _holds_images(Path(name)):
+        return list(_image_folder(Path(name)))
     return datasets.get_dataset_split_names(name, config_name)
 
 
@@ -272,15 +268,15 @@ def load_split(name: str, config_name: str | None, split: str, streaming: bool =
         raise ValueError(f"{name}, split {split!r}: {error}") from error
 
 
-def _holds_pictures(folder: Path) -> bool:
-    """Whether a folder holds picture files, at any depth, and nothing at its top that is a data set of its own."""
+def _holds_images(folder: Path) -> bool:
+    """Whether a folder holds image files, at any depth, and nothing at its top that is a data set of its own."""
     for entry in folder.iterdir():
         if entry.suffix in (".parquet", ".arrow", ".tar") or entry.stem == "metadata":
             return False
-    return next(_picture_files(folder), None) is not None
+    return next(_image_files(folder), None) is not None
 
 
-def _picture_files(folder: Path) -> Iterator[Path]:
+def _image_files(folder: Path) -> Iterator[Path]:
     """Image files at any depth, sorted by path, hidden ones left out."""
     return (path for path in _files(folder) if path.suffix.lower() in PICTURE_ENDINGS)
 
@@ -303,13 +299,13 @@ def _not_read(folder: Path) -> str:
     return ", ".join([*shown, f"{rest:,} others"] if rest else shown)
 
 
-def _picture_folder(folder: Path) -> dict[str, datasets.Dataset]:
-    """The splits of a folder of pictures.
+def _image_folder(folder: Path) -> dict[str, datasets.Dataset]:
+    """The splits of a folder of images.
 
     Not by `datasets`' own "imagefolder": that sorts files into splits by words in their names (`test_drive.jpg`) and
     reads brackets in a folder's name as a pattern.
     """
-    files = list(_picture_files(folder))
+    files = list(_image_files(folder))
     parts = [file.relative_to(folder).parts for file in files]
     split_of, members = _split_folders(parts, folder), {}
     for file, path in zip(files, parts, strict=True):
@@ -333,7 +329,7 @@ def _split_folders(parts: list[tuple[str, ...]], folder: Path) -> dict[str, str]
         parts: of the path of every image below `folder`.
 
     Raises:
-        ValueError: they may be either (see `load_pictures`), or two are of one split.
+        ValueError: they may be either (see `load_images`), or two are of one split.
     """
     tops = {path[0] for path in parts if len(path) > 1}
     loose = [path[0] for path in parts if len(path) == 1]
@@ -362,15 +358,15 @@ def _digits() -> dict[str, datasets.Dataset]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    pictures = (digits.images * (255 / 16)).round().astype("uint8")  # 17 greys -> 0..255
+    images = (digits.images * (255 / 16)).round().astype("uint8")  # 17 greys -> 0..255
     features = datasets.Features(
         {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=[str(i) for i in range(10)])}
     )
     rows = {}
     for split, wanted in (("train", lambda i: i % 5 != 4), ("test", lambda i: i % 5 == 4)):
-        indices = [i for i in range(len(pictures)) if wanted(i)]
+        indices = [i for i in range(len(images)) if wanted(i)]
         columns = {
-            "image": [{"bytes": _png(pictures[i]), "path": None} for i in indices],
+            "image": [{"bytes": _png(images[i]), "path": None} for i in indices],
             "label": [int(digits.target[i]) for i in indices],
         }
         rows[split] = datasets.Dataset.from_dict(columns, features=features)
@@ -395,8 +391,8 @@ def _prepare(
     label_column: str | None,
     description: str,
     folder: Path | None = None,
-) -> Pictures:
-    """Find the columns and leave the pictures encoded."""
+) -> Images:
+    """Find the columns and leave the images encoded."""
     features = rows.features
     if label_column not in (None, NO_LABELS, *features):
         raise ValueError(f"{description} has no column {label_column!r}; it has {', '.join(features)}")
@@ -407,21 +403,21 @@ def _prepare(
         label_column = candidates[0] if candidates else NO_LABELS
     label_column = None if label_column == NO_LABELS else label_column
     if len(rows) == 0:
-        raise ValueError(f"{description} holds no pictures")
+        raise ValueError(f"{description} holds no images")
     rows = rows.select_columns([column for column in (image_column, label_column) if column])
     rows = rows.cast_column(image_column, datasets.Image(decode=False))
-    return Pictures(rows, image_column, label_column, description, folder)
+    return Images(rows, image_column, label_column, description, folder)
 
 
 def find_image_column(features: Mapping[str, Any], given: str | None, description: str) -> str:
-    """The column that was given, or else the only one of pictures; raises `ValueError` with those that exist."""
+    """The column that was given, or else the only one of images; raises `ValueError` with those that exist."""
     if given is not None:
         if given not in features:
             raise ValueError(f"{description} has no column {given!r}; it has {', '.join(features)}")
         return given
     candidates = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if len(candidates) != 1:
-        found = f"{len(candidates)} picture columns" if candidates else "no picture column"
+        found = f"{len(candidates)} image columns" if candidates else "no image column"
         raise ValueError(
             f"{description} has {found} among {', '.join(features)}; name the one to use with image_column_name"
         )

@@ -14,7 +14,7 @@ IMAGENET_MEAN, IMAGENET_STD = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAU
 
 
 def horizontal_flip(pixel_values: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-    """Mirror left and right the pictures (batch, channels, height, width) where flip, bool (batch,), is True."""
+    """Mirror left and right the images (batch, channels, height, width) where flip, bool (batch,), is True."""
     return torch.where(flip[:, None, None, None], pixel_values.flip(-1), pixel_values)
 
 
@@ -38,7 +38,7 @@ def normalize(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[f
 def evaluation_processor(size: tuple[int, int]) -> UMAEImageProcessor:
     """The transform that features are computed with: resize the shortest edge, cut the centre, normalise.
 
-    MAE resizes to 256 and cuts 224; other sizes keep that proportion. Small pictures (under 96 pixels: CIFAR, digits)
+    MAE resizes to 256 and cuts 224; other sizes keep that proportion. Small images (under 96 pixels: CIFAR, digits)
     have no margin to spare and are used whole.
 
     Args:
@@ -60,7 +60,7 @@ def evaluation_processor(size: tuple[int, int]) -> UMAEImageProcessor:
 def device_inputs(
     batch: dict, device: torch.device, num_patches: int, seed: int, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A micro-batch of uint8 crops -> flipped and normalised float32 pictures, and the noise that masks them."""
+    """A micro-batch of uint8 crops -> flipped and normalised float32 images, and the noise that masks them."""
     index, epoch = on_device(batch["index"], device), on_device(batch["epoch"], device)
     pixel_values = flipped_and_normalized(batch, device, seed, mean, std)
     return pixel_values, seeding.uniform(seed, seeding.MASK, epoch, index, num_patches)
@@ -69,7 +69,7 @@ def device_inputs(
 def flipped_and_normalized(
     batch: dict, device: torch.device, seed: int, mean: Sequence[float], std: Sequence[float]
 ) -> torch.Tensor:
-    """A micro-batch of uint8 crops -> float32 pictures, half of them mirrored."""
+    """A micro-batch of uint8 crops -> float32 images, half of them mirrored."""
     index, epoch = on_device(batch["index"], device), on_device(batch["epoch"], device)
     pixel_values = normalize(on_device(batch["pixel_values"], device), mean, std)
     return horizontal_flip(pixel_values, seeding.uniform(seed, seeding.FLIP, epoch, index, 1)[:, 0] < 0.5)
@@ -86,7 +86,7 @@ def load_processor(
     """The image processor of a U-MAE, ViT or ViTMAE, by Pillow, reading images as `open_image` does.
 
     Args:
-        size: (height, width) of the encoder's pictures; a file of the original code, which says nothing of how they
+        size: (height, width) of the encoder's images; a file of the original code, which says nothing of how they
             are prepared, then means MAE's way.
 
     Raises:
@@ -97,10 +97,8 @@ def load_processor(
     try:
         settings, _ = UMAEImageProcessor.get_image_processor_dict(name_or_path, revision=revision)
     except OSError as error:
-        raise ValueError(f"{name_or_path} does not say how its pictures are prepared: {error}") from error
+        raise ValueError(f"{name_or_path} does not say how its images are prepared: {error}") from error
     kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "none"
     if not kind.startswith("ViT"):
-        raise ValueError(
-            f"{name_or_path} prepares its pictures by {kind}; expected an image processor of the ViT family"
-        )
+        raise ValueError(f"{name_or_path} prepares its images by {kind}; expected an image processor of the ViT family")
     return UMAEImageProcessor.from_pretrained(name_or_path, revision=revision)

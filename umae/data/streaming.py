@@ -1,8 +1,8 @@
-"""Pictures of a data set in shards, read as they come: nothing is downloaded in advance, nothing stays on the disk.
+"""Images of a data set in shards, read as they come: nothing is downloaded in advance, nothing stays on the disk.
 
 The shards of an epoch are put in a keyed order and dealt out to the readers, which are the loader's workers of all
 processes; the rows of a shard are shuffled by a keyed permutation of every block of BLOCK rows. So where a reader
-stands is four numbers, its cursor, and a run goes on from there with the very next picture.
+stands is four numbers, its cursor, and a run goes on from there with the very next image.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from image_processing_umae import UnreadablePicture, open_image
+from image_processing_umae import UnreadableImage, open_image
 from umae import seeding
 from umae.data.batches import Plan, ignore_signals
 from umae.data.crops import least_side, random_crop
@@ -26,7 +26,7 @@ from umae.data.images import comes_in_files, describe, find_image_column, load_s
 
 BLOCK = 1024  # rows that a reader holds, still encoded: about 100 MB of ImageNet
 HEAD = 64  # rows that are looked at before training
-ROW_BITS = 32  # a picture's index is its shard * 2**32 + its row
+ROW_BITS = 32  # an image's index is its shard * 2**32 + its row
 
 
 class Cursor(NamedTuple):
@@ -42,7 +42,7 @@ START = Cursor(0, 0, 0, 0)
 
 
 class Row(NamedTuple):
-    """An encoded picture, and what is needed to go on behind it."""
+    """An encoded image, and what is needed to go on behind it."""
 
     index: int
     epoch: int
@@ -56,16 +56,16 @@ class Stream:
     """One split of a data set that is read while it is trained on.
 
     Args:
-        dataset: rows with the undecoded picture (`{"bytes", "path"}`).
-        image_column: name of the picture's column.
+        dataset: rows with the undecoded image (`{"bytes", "path"}`).
+        image_column: name of the image's column.
         description: what to call it in print: `org/set (train)`.
-        num_pictures: None if the data set does not say.
+        num_images: None if the data set does not say.
     """
 
     dataset: datasets.IterableDataset
     image_column: str
     description: str
-    num_pictures: int | None
+    num_images: int | None
 
     @property
     def num_shards(self) -> int:
@@ -78,12 +78,12 @@ class Stream:
 
     @property
     def label_summary(self) -> str:
-        """As `Pictures.label_summary`."""
+        """As `Images.label_summary`."""
         return "none, a stream is read without them"
 
     @property
     def not_read(self) -> str:
-        """As `Pictures.not_read`: a stream has rows, not files."""
+        """As `Images.not_read`: a stream has rows, not files."""
         return ""
 
     def place(self, index: int) -> str:
@@ -114,7 +114,7 @@ class Stream:
             epoch, place = epoch + 1, 0
 
     def _blocks(self, shard: int, first: int) -> Iterator[list[dict]]:
-        """The encoded pictures of a shard, BLOCK of them at a time, from a block on."""
+        """The encoded images of a shard, BLOCK of them at a time, from a block on."""
         rows = self.dataset.shard(self.num_shards, shard)
         rows = rows.skip(first * BLOCK) if first else rows
         for batch in rows.iter(BLOCK):  # unlike iter(rows), not shared out among a loader's workers once more
@@ -128,7 +128,7 @@ class Stream:
         for row in rows:
             try:
                 yield row.index, open_image(row.source, row.name)
-            except UnreadablePicture as error:
+            except UnreadableImage as error:
                 refusals.append(str(error))
 
     def _head(self) -> list[Row]:
@@ -138,20 +138,19 @@ class Stream:
         return [Row(index, 0, *self._source(one, index), START) for index, one in enumerate(encoded)]
 
     def check_readable(self) -> None:
-        """Raise `ValueError`, with the first three reasons, if not one of the first pictures can be read."""
+        """Raise `ValueError`, with the first three reasons, if not one of the first images can be read."""
         refusals: list[str] = []
         if next(self._readable(self._head(), refusals), None) is None:
             raise ValueError(
-                f"none of the first {len(refusals)} pictures of {self.description} can be read: "
-                f"{'; '.join(refusals[:3])}"
+                f"none of the first {len(refusals)} images of {self.description} can be read: {'; '.join(refusals[:3])}"
             )
 
     def sample(self, seed: int, count: int) -> Iterator[tuple[int, Image.Image]]:
-        """The indices of some pictures that can be read, and the pictures; the same ones for the same seed."""
+        """The indices of some images that can be read, and the images; the same ones for the same seed."""
         return islice(self._readable(self.walk(seed), []), count)
 
     def fingerprint(self) -> str:
-        """What tells these pictures from others of the same name: of the first ones, and the number of shards."""
+        """What tells these images from others of the same name: of the first ones, and the number of shards."""
         digest = hashlib.sha256(str(self.num_shards).encode())
         for row in self._head():
             digest.update(row.source if isinstance(row.source, bytes) else row.source.encode())
@@ -174,11 +173,11 @@ def load_stream(name: str, config_name: str | None, split: str, image_column: st
     return Stream(dataset, column, description, count or None)
 
 
-class StreamedPictures(torch.utils.data.IterableDataset):
+class StreamedImages(torch.utils.data.IterableDataset):
     """Micro-batches of random crops of one process; each worker of the loader is a reader of its own.
 
-    A batch is as `TrainingPictures` has it, but its `epoch` is int64 (batch,), and its `cursor` says which reader it
-    came from, and where that stands behind it. A picture that cannot be read is left out.
+    A batch is as `TrainingImages` has it, but its `epoch` is int64 (batch,), and its `cursor` says which reader it
+    came from, and where that stands behind it. An image that cannot be read is left out.
 
     Args:
         size: (height, width) of the crops, in pixels.
@@ -209,7 +208,7 @@ class StreamedPictures(torch.utils.data.IterableDataset):
             row = next(rows)
             try:
                 pixels = read_pixels(row.source, row.name, least_side(self.size))
-            except UnreadablePicture as error:
+            except UnreadableImage as error:
                 if row.index in refusals:  # this reader has come around, and found nothing
                     raise
                 refusals[row.index] = str(error)
@@ -239,7 +238,7 @@ def streaming_loader(
     """Micro-batches of one process for some steps; `cursors` follows what is taken, and is what a checkpoint needs."""
     micro_batches = range(steps.start * plan.accumulation, steps.stop * plan.accumulation)
     loader = DataLoader(
-        StreamedPictures(stream, size, plan, rank, micro_batches, list(cursors)),
+        StreamedImages(stream, size, plan, rank, micro_batches, list(cursors)),
         batch_size=None,  # an element is a whole micro-batch
         num_workers=num_workers,
         worker_init_fn=ignore_signals if num_workers else None,

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor
 
-from umae.data.batches import EvaluationPictures, ignore_signals
-from umae.data.images import Pictures
+from umae.data.batches import EvaluationImages, ignore_signals
+from umae.data.images import Images
 
 
 def topk_accuracy(guesses: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -32,30 +32,30 @@ def percent(fraction: float | None) -> float | None:
 @torch.no_grad()
 def guess(
     model: nn.Module,
-    pictures: Pictures,
+    images: Images,
     processor: BaseImageProcessor,
     batch_size: int,
     num_workers: int,
     num_classes: int,
     accelerator: Accelerator,
 ) -> tuple[torch.Tensor, list[str]]:
-    """The most likely classes of pictures, each counted exactly once on any number of processes, which all call this.
+    """The most likely classes of images, each counted exactly once on any number of processes, which all call this.
 
     Args:
         model: as prepared by the accelerator, in training mode; left so.
-        batch_size: pictures of a batch; every process looks at one batch at a time.
+        batch_size: images of a batch; every process looks at one batch at a time.
 
     Returns:
-        int64 (N, 5), or as many as there are classes, best first, on every process; -1, no class, for a picture that
+        int64 (N, 5), or as many as there are classes, best first, on every process; -1, no class, for an image that
         cannot be read. And why those cannot.
     """
-    count, processes, best = len(pictures), accelerator.num_processes, min(5, num_classes)
+    count, processes, best = len(images), accelerator.num_processes, min(5, num_classes)
     batch_size = min(batch_size, math.ceil(count / processes))
     rounds = math.ceil(count / (batch_size * processes))
-    # All have as many batches as any other, with the first pictures again at the end, which are cut off below
+    # All have as many batches as any other, with the first images again at the end, which are cut off below
     places = (torch.arange(rounds * processes * batch_size) % count).view(rounds, processes, batch_size)
     loader = DataLoader(
-        EvaluationPictures(pictures, processor),
+        EvaluationImages(images, processor),
         sampler=places[:, accelerator.process_index].tolist(),
         batch_size=None,  # an element of the sampler is a whole batch
         num_workers=num_workers,

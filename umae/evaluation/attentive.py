@@ -1,7 +1,7 @@
 """The attentive probe: a learned query pools the patch tokens of a frozen encoder, and a linear layer reads the result.
 
 The head is that of AIM (El-Nouby et al. 2024; apple/ml-aim, `AttentionPoolingClassifier`): batch norm of the tokens
-without a learned scale, keys and values without biases, one learned query. N is a number of pictures, T of their
+without a learned scale, keys and values without biases, one learned query. N is a number of images, T of their
 tokens, D the width of a token, C the number of classes, R the number of heads trained side by side.
 """
 
@@ -24,13 +24,13 @@ BATCH_SIZE = 1024
 QUERY_STD = 0.02
 NAMES = ("query", "key", "value", "weight", "bias")
 ATTENTIVE_PROTOCOL = {
-    "features": "patch tokens of the unmasked picture after the encoder's norm, kept in float16",
+    "features": "patch tokens of the unmasked image after the encoder's norm, kept in float16",
     "head": "one learned query, as many attention heads as the encoder's, keys and values without biases, then linear "
     "(AIM, El-Nouby et al. 2024)",
     "standardisation": f"per feature, mean and variance of all training tokens, epsilon {EPSILON:g}",
     "optimiser": f"AdamW, weight decay {WEIGHT_DECAY}, learning rate by half a cosine to 0",
     "epochs": EPOCHS,
-    "batch_size": f"{BATCH_SIZE}, or a sixteenth of the training pictures if that is less",
+    "batch_size": f"{BATCH_SIZE}, or a sixteenth of the training images if that is less",
     "learning_rates": list(LEARNING_RATES),
     "selection": "as for the cached linear heads",
     "augmentation": "none",
@@ -45,7 +45,7 @@ class AttentiveHead:
         parameters: by the names in `NAMES`: (1, D), (1, D, D), (1, D, D), (1, C, D), (1, C).
         mean, scale: (D,), the standardisation.
         num_attention_heads: over which the query is split.
-        chosen: what was chosen by accuracy on pictures held out of the training set, and that accuracy, in [0, 1].
+        chosen: what was chosen by accuracy on images held out of the training set, and that accuracy, in [0, 1].
     """
 
     parameters: dict[str, torch.Tensor]
@@ -60,7 +60,7 @@ class AttentiveHead:
         rows = torch.arange(len(tokens)) if rows is None else rows
         standard = (self.mean, self.scale, self.num_attention_heads)
         logits = []
-        with progress_bar(total=len(rows), desc="evaluating an attentive head", unit="picture", leave=False) as bar:
+        with progress_bar(total=len(rows), desc="evaluating an attentive head", unit="image", leave=False) as bar:
             for block in rows.split(BATCH_SIZE):
                 logits.append(attend(self.parameters, tokens[block].to(self.mean), *standard)[:, 0])
                 bar.update(len(block))
@@ -78,7 +78,7 @@ def attend(
 
     Neither keys nor values of the tokens are computed. A query meets a key as `q . (K x) = (K' q) . x`; values are a
     linear map, and so is the pooling, so that only what has been pooled is mapped; and the standardisation moves all
-    scores of a picture by the same, and what was pooled like every token. It is the same function of the parameters,
+    scores of an image by the same, and what was pooled like every token. It is the same function of the parameters,
     for a tenth of the arithmetic.
     """
     count, heads = len(parameters["query"]), num_attention_heads
@@ -99,7 +99,7 @@ def train_attentive_head(
     seed: int,
     device: torch.device,
 ) -> AttentiveHead:
-    """A head with the learning rate that is best for a part of the pictures, trained anew on all of them.
+    """A head with the learning rate that is best for a part of the images, trained anew on all of them.
 
     The same arguments give the same bits on the same device.
 
@@ -107,10 +107,10 @@ def train_attentive_head(
         tokens: (N, T, D), on any device; a batch at a time is moved to `device`.
         labels: int64 (N,), in [0, C).
         num_classes: C.
-        seed: of the held-out part, the initial weights and the order of the pictures.
+        seed: of the held-out part, the initial weights and the order of the images.
 
     Raises:
-        ValueError: fewer than 2 classes or pictures, labels outside of the classes, or tokens that are not finite.
+        ValueError: fewer than 2 classes or images, labels outside of the classes, or tokens that are not finite.
     """
     check_labels(tokens, labels, num_classes)
     generator = torch.Generator().manual_seed(seed)
@@ -128,7 +128,7 @@ def train_attentive_head(
 def _moments(tokens: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Of all tokens: their mean, and what scales them to a variance of 1."""
     sums = torch.zeros(2, tokens.shape[-1], dtype=torch.float64, device=device)
-    with progress_bar(total=len(tokens), desc="moments of the tokens", unit="picture", leave=False) as bar:
+    with progress_bar(total=len(tokens), desc="moments of the tokens", unit="image", leave=False) as bar:
         for block in tokens.split(BATCH_SIZE):
             block = block.to(device).double()
             sums += torch.stack([block.sum(dim=(0, 1)), block.square().sum(dim=(0, 1))])
@@ -162,7 +162,7 @@ def _train(
     description: str,
     generator: torch.Generator,
 ) -> list[dict[str, torch.Tensor]]:
-    """One head for each learning rate, from the same weights, on the pictures `rows`, all in the same order."""
+    """One head for each learning rate, from the same weights, on the images `rows`, all in the same order."""
     device, fresh = mean.device, _fresh(num_classes, tokens.shape[-1], generator)
     heads = [{name: nn.Parameter(tensor.to(mean, copy=True)) for name, tensor in fresh.items()} for _ in learning_rates]
     groups = [{"params": list(head.values()), "lr": rate} for head, rate in zip(heads, learning_rates, strict=True)]

@@ -1,8 +1,8 @@
-"""How far features have collapsed: pure functions of a matrix (pictures, dimensions), here N and D.
+"""How far features have collapsed: pure functions of a matrix (images, dimensions), here N and D.
 
 `FeatureStatistics` gives the same measures of features that come batch by batch. All compute in float64 on the CPU,
 return Python floats and never NaN, and raise ValueError for anything but a matrix of finite numbers with at least one
-row and one column. A picture's direction is its row divided by its length; a row of zeros keeps the direction zero,
+row and one column. An image's direction is its row divided by its length; a row of zeros keeps the direction zero,
 whose cosine with every row, itself included, is 0.
 """
 
@@ -47,8 +47,8 @@ def _rankme(values: Sequence[float], epsilon: float = 1e-7) -> float:
 
 
 def dead_dimensions(features: torch.Tensor, relative: float = 1e-6) -> int:
-    """How many dimensions hardly differ from picture to picture: their standard deviation is at most `relative` of the
-    largest one. All of them do where all pictures have the same features."""
+    """How many dimensions hardly differ from image to image: their standard deviation is at most `relative` of the
+    largest one. All of them do where all images have the same features."""
     return _dead(_checked(features).std(dim=0, correction=0), relative)
 
 
@@ -57,7 +57,7 @@ def _dead(deviations: torch.Tensor, relative: float = 1e-6) -> int:
 
 
 def uniformity(features: torch.Tensor) -> float:
-    """Mean squared cosine over all N * N pairs, each picture with itself included: U-MAE's term (Zhang et al. 2022).
+    """Mean squared cosine over all N * N pairs, each image with itself included: U-MAE's term (Zhang et al. 2022).
 
     From 1 / min(N, D), directions evenly spread, to 1, all on one line through zero.
     """
@@ -79,7 +79,7 @@ def _participation(moment: torch.Tensor) -> float:
 
 
 def mean_cosine(features: torch.Tensor) -> float:
-    """Mean cosine over all N * N pairs, each picture with itself included: 1 if all directions are one, else less.
+    """Mean cosine over all N * N pairs, each image with itself included: 1 if all directions are one, else less.
 
     It is the squared length of the mean direction, so never negative.
     """
@@ -126,7 +126,7 @@ class FeatureStatistics:
         self.direction = self.moment = self.mean = self.squares = None
 
     def add(self, features: torch.Tensor) -> None:
-        """Take in some more rows, (pictures, dimensions)."""
+        """Take in some more rows, (images, dimensions)."""
         rows = _checked(features)
         directions, count = _directions(rows), len(rows)
         if self.count == 0:
@@ -166,7 +166,7 @@ class FeatureStatistics:
 
 def _checked(features: torch.Tensor) -> torch.Tensor:
     if features.ndim != 2 or features.numel() == 0:
-        raise ValueError(f"features of shape {tuple(features.shape)}; expected (pictures, dimensions), neither 0")
+        raise ValueError(f"features of shape {tuple(features.shape)}; expected (images, dimensions), neither 0")
     features = features.detach().to("cpu", torch.float64)
     if not features.isfinite().all():
         count = (~features.isfinite()).sum().item()

@@ -14,48 +14,48 @@ from accelerate import Accelerator
 from modeling_umae import UMAEModel
 from umae import seeding
 from umae.convert import encoder_from_pretrained
-from umae.data.images import Pictures, load_pictures
+from umae.data.images import Images, load_images
 from umae.data.inputs import load_processor
 from umae.evaluation.collapse import FeatureStatistics, alignment
 from umae.evaluation.features import feature_batches, frozen_features
 
 POOLINGS = ("cls", "mean")
-VIEWS = 3  # of a picture: whole, and under two masks
+VIEWS = 3  # of an image: whole, and under two masks
 
 
 def diagnose(
-    model: str, dataset: str | Pictures, split: str = "train", most_images: int = 2048, batch_size: int = 64
+    model: str, dataset: str | Images, split: str = "train", most_images: int = 2048, batch_size: int = 64
 ) -> dict[str, dict[str, float]]:
     """The measures of `umae.collapse` for the class token and for the mean of the patches.
 
-    Memory does not grow with the number of pictures. Under a launcher all processes share the work.
+    Memory does not grow with the number of images. Under a launcher all processes share the work.
 
     Args:
         model: a run folder, or any U-MAE, MAE or ViT, see `encoder_from_pretrained`.
-        dataset: what `load_pictures` knows by this name, or pictures that it has loaded.
+        dataset: what `load_images` knows by this name, or images that it has loaded.
         split: which split, of a name.
         most_images: so many are enough, spread evenly; those that cannot be read are named and left out.
-        batch_size: pictures of a forward pass.
+        batch_size: images of a forward pass.
 
     Returns:
         `{"cls": {...}, "mean": {...}}`, each with the names of `umae.evaluation.collapse.MEASURES`, of whole
-        pictures, and with `alignment`, the mean squared distance of two views of a picture under different masks.
+        images, and with `alignment`, the mean squared distance of two views of an image under different masks.
 
     Raises:
-        ValueError: there is no such model or data set, or not one picture can be read.
+        ValueError: there is no such model or data set, or not one image can be read.
     """
     encoder = encoder_from_pretrained(model, pooling="mean")
     processor = load_processor(model, encoder.config.image_height_width)
-    pictures = load_pictures(dataset, split=split) if isinstance(dataset, str) else dataset
-    diagnosis, indices = Diagnosis(), pictures.spread(most_images)
+    images = load_images(dataset, split=split) if isinstance(dataset, str) else dataset
+    diagnosis, indices = Diagnosis(), images.spread(most_images)
     for views in feature_batches(
-        encoder, pictures, processor, batch_size, 0, Accelerator(), encode_views, 2 * VIEWS, indices,
+        encoder, images, processor, batch_size, 0, Accelerator(), encode_views, 2 * VIEWS, indices,
         skip_unreadable=True,
     ):  # fmt: skip
         for batch in views.split(batch_size):  # added up in the same order on any number of processes
             diagnosis.add(batch)
     if diagnosis.count == 0:
-        raise ValueError(f"none of the {len(indices)} pictures of {pictures.description} can be read")
+        raise ValueError(f"none of the {len(indices)} images of {images.description} can be read")
     return diagnosis.measures()
 
 
@@ -82,7 +82,7 @@ def encode_views(encoder: UMAEModel, pixel_values: torch.Tensor, index: torch.Te
 
 
 class Diagnosis:
-    """The measures of pictures that come batch by batch."""
+    """The measures of images that come batch by batch."""
 
     def __init__(self):
         self.statistics = {pooling: FeatureStatistics() for pooling in POOLINGS}
@@ -90,11 +90,11 @@ class Diagnosis:
 
     @property
     def count(self) -> int:
-        """How many pictures have been taken in."""
+        """How many images have been taken in."""
         return self.statistics["cls"].count
 
     def add(self, views: torch.Tensor) -> None:
-        """Take in more pictures, (pictures, 2 * VIEWS, D) as `encode_views` has them; those of NaN are left out."""
+        """Take in more images, (images, 2 * VIEWS, D) as `encode_views` has them; those of NaN are left out."""
         views = views[views.isfinite().all(dim=(1, 2))]
         for column, pooling in enumerate(POOLINGS if len(views) else ()):
             self.statistics[pooling].add(views[:, column])

@@ -1,4 +1,4 @@
-"""Frozen features of a whole data set, each picture exactly once on any number of processes.
+"""Frozen features of a whole data set, each image exactly once on any number of processes.
 
 umae features RUN FOLDER features.parquet
 """
@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from image_processing_umae import UnreadablePicture
+from image_processing_umae import UnreadableImage
 from modeling_umae import UMAEModel
 from umae.convert import encoder_from_pretrained
-from umae.data.batches import AugmentedPictures, EvaluationPictures
-from umae.data.images import Pictures, load_pictures
+from umae.data.batches import AugmentedImages, EvaluationImages
+from umae.data.images import Images, load_images
 from umae.data.inputs import load_processor
 from umae.progress_bar import progress_bar
 
@@ -34,7 +34,7 @@ Encode = Callable[[UMAEModel, torch.Tensor, torch.Tensor], torch.Tensor]
 
 def extract_features(
     encoder: UMAEModel,
-    pictures: Pictures,
+    images: Images,
     processor: BaseImageProcessor,
     batch_size: int,
     num_workers: int = 0,
@@ -44,39 +44,39 @@ def extract_features(
     tokens_in: Path | None = None,
     view: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The features of N pictures, unmasked, in evaluation mode.
+    """The features of N images, unmasked, in evaluation mode.
 
     Processes take turns at the same batches whatever their number, so that the features do not depend on it.
 
     Args:
         encoder: loaded with `pooling="mean"`, so that one pass gives both features; is moved to the device.
-        pictures: what to encode.
+        images: what to encode.
         processor: the encoder's own.
-        batch_size: pictures of a batch; every process encodes one batch at a time.
-        num_workers: how many more processes open pictures, for each process; with 0 it does so itself.
+        batch_size: images of a batch; every process encodes one batch at a time.
+        num_workers: how many more processes open images, for each process; with 0 it does so itself.
         accelerator: says the device and the processes, all of which must call this; a fresh one by default.
-        skip_unreadable: print the names of pictures that cannot be read, and give them NaN as features.
+        skip_unreadable: print the names of images that cannot be read, and give them NaN as features.
         layers: also after these layers, counted from 1: class token and mean of the patches, each token normalised.
         tokens_in: also the patch tokens, in a file without a name in this folder.
-        view: of random crops and flips instead of whole pictures, see `AugmentedPictures`.
+        view: of random crops and flips instead of whole images, see `AugmentedImages`.
 
     Returns:
         `{"cls": (N, D), "mean": (N, D)}` and, for a layer 3, `cls@3` and `mean@3`, float32, on the CPU of every
-        process, in the order of `pictures`; on the main process also `tokens`, float16 (N, T, D).
+        process, in the order of `images`; on the main process also `tokens`, float16 (N, T, D).
 
     Raises:
-        UnreadablePicture: a picture cannot be read, and is not to be skipped.
+        UnreadableImage: an image cannot be read, and is not to be skipped.
         ValueError: features are not finite, the encoder gives one feature only, or the disk has no room for the tokens.
     """
     accelerator = accelerator or Accelerator()
     names = ["cls", "mean", *(f"{name}@{layer}" for layer in layers for name in ("cls", "mean"))]
     width, num_patches = encoder.config.hidden_size, math.prod(encoder.config.grid)
-    features = {name: torch.empty(len(pictures), width) for name in names}
+    features = {name: torch.empty(len(images), width) for name in names}
     if tokens_in is not None and accelerator.is_main_process:
-        features["tokens"] = scratch_tensor(tokens_in, (len(pictures), num_patches, width))
+        features["tokens"] = scratch_tensor(tokens_in, (len(images), num_patches, width))
     encode, start = partial(frozen_features, layers=layers, tokens=tokens_in is not None), 0
     batches = feature_batches(
-        encoder, pictures, processor, batch_size, num_workers, accelerator, encode,
+        encoder, images, processor, batch_size, num_workers, accelerator, encode,
         len(names) + (num_patches if tokens_in is not None else 0), skip_unreadable=skip_unreadable, view=view,
     )  # fmt: skip
     for encoded in batches:
@@ -103,8 +103,8 @@ def scratch_tensor(folder: Path, shape: tuple[int, ...]) -> torch.Tensor:
             reserve(file.fileno(), 0, size)
         except OSError as error:
             raise ValueError(
-                f"the tokens of {shape[0]:,} pictures take {size / 1e9:.1f} GB, and {folder} has no room for them "
-                f"({error.strerror}); give a folder on another disk, or a part of the pictures"
+                f"the tokens of {shape[0]:,} images take {size / 1e9:.1f} GB, and {folder} has no room for them "
+                f"({error.strerror}); give a folder on another disk, or a part of the images"
             ) from error
         return torch.from_numpy(np.memmap(file, np.float16, "r+", shape=shape))  # outlives the open file
 
@@ -132,7 +132,7 @@ def frozen_features(
 
 def feature_batches(
     encoder: UMAEModel,
-    pictures: Pictures,
+    images: Images,
     processor: BaseImageProcessor,
     batch_size: int,
     num_workers: int,
@@ -143,26 +143,26 @@ def feature_batches(
     skip_unreadable: bool = False,
     view: int | None = None,
 ) -> Iterator[torch.Tensor]:
-    """What `encode` makes of pictures, in their order, as much at a time as all processes encode at once.
+    """What `encode` makes of images, in their order, as much at a time as all processes encode at once.
 
     Args:
         encode: (encoder, pixel_values, indices int64 (batch,)) -> (batch, kinds, D), without a gradient.
-        kinds: how many features it makes of a picture.
-        indices: which pictures; all by default.
-        view: of random crops and flips instead of whole pictures, see `AugmentedPictures`.
+        kinds: how many features it makes of an image.
+        indices: which images; all by default.
+        view: of random crops and flips instead of whole images, see `AugmentedImages`.
 
     Yields:
-        (some pictures, kinds, D), float32, on the CPU of every process; NaN where one cannot be read.
+        (some images, kinds, D), float32, on the CPU of every process; NaN where one cannot be read.
     """
     if encoder.config.pooling != "mean":
         raise ValueError('the encoder must be loaded with pooling="mean", then one pass gives both features')
     encoder.to(accelerator.device).eval()
-    indices = range(len(pictures)) if indices is None else indices
+    indices = range(len(images)) if indices is None else indices
     count, processes = len(indices), accelerator.num_processes
     batches = [indices[first : first + batch_size] for first in range(0, count, batch_size)]
-    prepared = EvaluationPictures(pictures, processor)
+    prepared = EvaluationImages(images, processor)
     if view is not None:
-        prepared = AugmentedPictures(pictures, processor, view, encoder.config.image_height_width)
+        prepared = AugmentedImages(images, processor, view, encoder.config.image_height_width)
     loader = DataLoader(
         prepared,
         sampler=batches[accelerator.process_index :: processes],
@@ -171,7 +171,7 @@ def feature_batches(
         pin_memory=accelerator.device.type == "cuda",
     )
     loaded = iter(loader)
-    bar = progress_bar(total=count, desc=pictures.description, unit="picture", disable=not accelerator.is_main_process)
+    bar = progress_bar(total=count, desc=images.description, unit="image", disable=not accelerator.is_main_process)
     for start in range(0, count, batch_size * processes):
         encoded = torch.full((batch_size, kinds, encoder.config.hidden_size), torch.nan, device=accelerator.device)
         if (batch := next(loaded, None)) is not None:  # at the end some processes have nothing to do
@@ -195,27 +195,27 @@ def _encode(encoder: UMAEModel, encode: Encode, pixel_values: torch.Tensor, inde
 def _report(errors: Sequence[str], skip: bool) -> None:
     for error in errors:
         if not skip:
-            raise UnreadablePicture(error)
+            raise UnreadableImage(error)
         tqdm.write(f"skipped: {error}")
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write the features of a folder of pictures to a parquet file."""
+    """Write the features of a folder of images to a parquet file."""
     parser = argparse.ArgumentParser(prog="umae features", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("run", help="folder of a pre-trained model, or its name on the Hub (U-MAE, ViT, ViTMAE)")
-    parser.add_argument("folder", help="folder of pictures, or another data set, of which the split `train` is read")
+    parser.add_argument("folder", help="folder of images, or another data set, of which the split `train` is read")
     parser.add_argument("out", type=Path, help="parquet file to write, with the columns file, cls and mean")
-    parser.add_argument("--batch_size", type=int, default=256, help="pictures of a batch (default 256)")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that open pictures (default 0)")
+    parser.add_argument("--batch_size", type=int, default=256, help="images of a batch (default 256)")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that open images (default 0)")
     arguments = parser.parse_args(argv)
     write_features(arguments.run, arguments.folder, arguments.out, arguments.batch_size, arguments.num_workers)
 
 
 def write_features(run: str, folder: str, out: Path, batch_size: int, num_workers: int) -> None:
-    """The features of the pictures in `folder`, one row of `out` for each that can be read; the others are named.
+    """The features of the images in `folder`, one row of `out` for each that can be read; the others are named.
 
     Raises:
-        ValueError: the target cannot be written, the run or the pictures cannot be loaded, no picture can be read.
+        ValueError: the target cannot be written, the run or the images cannot be loaded, no image can be read.
     """
     _check_target(out)
     if batch_size < 1 or num_workers < 0:
@@ -226,21 +226,21 @@ def write_features(run: str, folder: str, out: Path, batch_size: int, num_worker
     disable_progress_bar()  # transformers' own; extracting has one
     encoder = encoder_from_pretrained(run, pooling="mean")
     processor = load_processor(run, encoder.config.image_height_width)
-    pictures = load_pictures(folder)
-    if pictures.not_read:
-        accelerator.print(f"not read: {pictures.not_read}")
+    images = load_images(folder)
+    if images.not_read:
+        accelerator.print(f"not read: {images.not_read}")
     features = extract_features(
-        encoder, pictures, processor, batch_size, num_workers, accelerator=accelerator, skip_unreadable=True
+        encoder, images, processor, batch_size, num_workers, accelerator=accelerator, skip_unreadable=True
     )
     readable = features["cls"].isfinite().all(dim=1)
     kept, skipped = readable.nonzero()[:, 0].tolist(), int((~readable).sum())
     if not kept:
-        raise ValueError(f"none of the {skipped} pictures of {pictures.description} can be read")
+        raise ValueError(f"none of the {skipped} images of {images.description} can be read")
     if accelerator.is_main_process:
-        columns = {"file": [pictures.name_of(index) for index in kept]}
+        columns = {"file": [images.name_of(index) for index in kept]}
         columns |= {name: values[readable].numpy() for name, values in features.items()}
         _write_parquet(columns, out)
-        print(f"{out}: features of {len(kept)} pictures of {pictures.description}; {skipped} could not be read")
+        print(f"{out}: features of {len(kept)} images of {images.description}; {skipped} could not be read")
 
 
 def _check_target(out: Path) -> None:

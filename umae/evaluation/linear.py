@@ -1,6 +1,6 @@
 """What features are worth for classification: linear heads and k nearest neighbours, pure functions of matrices.
 
-N is a number of pictures, D the width of their features, C the number of classes, H the number of heads. Everything
+N is a number of images, D the width of their features, C the number of classes, H the number of heads. Everything
 runs where the features are.
 """
 
@@ -21,7 +21,7 @@ BATCH_SIZE = 1024
 MOMENTUM = 0.9
 INIT_STD = 0.01
 EPSILON = 1e-6  # of the standardisation, as in MAE's probe
-HELD_OUT = 0.1  # share of the training pictures that chooses learning rate and weight decay
+HELD_OUT = 0.1  # share of the training images that chooses learning rate and weight decay
 BLOCK = 2**26  # cosines that k-NN holds at once, 256 MB
 
 # The cached linear protocol in words and numbers, for reports.
@@ -30,11 +30,11 @@ LINEAR_PROTOCOL = {
     "optimiser": f"SGD, momentum {MOMENTUM}, learning rate by half a cosine to 0",
     "initialisation": f"weights normal with standard deviation {INIT_STD}, biases 0",
     "epochs": EPOCHS,
-    "batch_size": f"{BATCH_SIZE}, or a sixteenth of the training pictures if that is less",
+    "batch_size": f"{BATCH_SIZE}, or a sixteenth of the training images if that is less",
     "learning_rates": list(LEARNING_RATES),
     "weight_decays": list(WEIGHT_DECAYS),
-    "selection": f"best top-1 on {HELD_OUT:.0%} of the training pictures, held out at random (of equal ones the lowest "
-    "cross entropy); then trained anew with that learning rate and weight decay on all training pictures",
+    "selection": f"best top-1 on {HELD_OUT:.0%} of the training images, held out at random (of equal ones the lowest "
+    "cross entropy); then trained anew with that learning rate and weight decay on all training images",
 }
 
 
@@ -45,7 +45,7 @@ class LinearHead:
     Args:
         weight: (C, D), the standardisation of the features folded in.
         bias: (C,).
-        chosen: what was chosen by accuracy on pictures held out of the training set, and that accuracy, in [0, 1].
+        chosen: what was chosen by accuracy on images held out of the training set, and that accuracy, in [0, 1].
     """
 
     weight: torch.Tensor
@@ -60,21 +60,21 @@ class LinearHead:
 def train_linear_heads(
     features: dict[str, torch.Tensor], labels: torch.Tensor, num_classes: int, seed: int
 ) -> dict[str, LinearHead]:
-    """A linear classifier for each kind of feature, with what is best for a part of the pictures.
+    """A linear classifier for each kind of feature, with what is best for a part of the images.
 
-    One head for each kind of feature, learning rate and weight decay is trained on 90 % of the pictures, all heads at
+    One head for each kind of feature, learning rate and weight decay is trained on 90 % of the images, all heads at
     once (as in DINOv2's evaluation, Oquab et al. 2023); for each kind, what is best on the other 10 % says how a head
     is then trained on all. The same arguments give the same bits on the same device.
 
     Args:
-        features: (V, N, D) for each kind, by its name: of the pictures, and of V - 1 augmentations of them, which take
+        features: (V, N, D) for each kind, by its name: of the images, and of V - 1 augmentations of them, which take
             turns from epoch to epoch. What is held out is judged by the first.
         labels: int64 (N,), in [0, num_classes).
         num_classes: C.
-        seed: of the held-out part, the initial weights and the order of the pictures.
+        seed: of the held-out part, the initial weights and the order of the images.
 
     Raises:
-        ValueError: fewer than 2 classes or pictures, labels outside of the classes, features that are not finite.
+        ValueError: fewer than 2 classes or images, labels outside of the classes, features that are not finite.
     """
     kinds = list(features.values())
     for kind in kinds:
@@ -111,7 +111,7 @@ def train_heads(
     Args:
         features: F tensors (V, N, D); an epoch is of one of the V.
         settings: of every kind, (learning rate, weight decay) of each of its H heads.
-        generator: draws the initial weights, the same for all heads, and the order of the pictures.
+        generator: draws the initial weights, the same for all heads, and the order of the images.
         description: of the progress bar.
     """
     (views, count, width), kinds, heads = features[0].shape, len(features), len(settings[0])
@@ -159,7 +159,7 @@ def cross_entropy_gradient(logits: torch.Tensor, labels: torch.Tensor) -> torch.
 
 
 def split_off(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pictures that choose among heads, `HELD_OUT` of them at random and at least one, and the others."""
+    """The images that choose among heads, `HELD_OUT` of them at random and at least one, and the others."""
     order = torch.randperm(count, generator=generator)
     return order.tensor_split([max(round(HELD_OUT * count), 1)])
 
@@ -173,11 +173,11 @@ def best_head(logits: torch.Tensor, labels: torch.Tensor) -> tuple[int, float]:
 
 
 def low_shot(labels: torch.Tensor, share: str, seed: int) -> torch.Tensor:
-    """Which pictures stay of a training set that is made small: int64, sorted, as many of every class as possible.
+    """Which images stay of a training set that is made small: int64, sorted, as many of every class as possible.
 
     Args:
         labels: int64 (N,).
-        share: of every class, `1%` (at least one picture) or a number of pictures, `5`.
+        share: of every class, `1%` (at least one image) or a number of images, `5`.
 
     Raises:
         ValueError: it is neither.
@@ -188,9 +188,7 @@ def low_shot(labels: torch.Tensor, share: str, seed: int) -> torch.Tensor:
     except ValueError:
         value = 0
     if not 0 < value < (100 if share.endswith("%") else math.inf):
-        raise ValueError(
-            f"{share!r} is no part of a training set; expected `1%` or a number of pictures per class, `5`"
-        )
+        raise ValueError(f"{share!r} is no part of a training set; expected `1%` or a number of images per class, `5`")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     kept = []
     for label in labels.unique().tolist():
@@ -201,7 +199,7 @@ def low_shot(labels: torch.Tensor, share: str, seed: int) -> torch.Tensor:
 
 
 def rank_classes(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """The k best classes of every picture, best first: (N, C) -> int64 (N, min(k, C)); of equal scores the first."""
+    """The k best classes of every image, best first: (N, C) -> int64 (N, min(k, C)); of equal scores the first."""
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
@@ -217,14 +215,14 @@ def knn_classify(
 ) -> torch.Tensor:
     """Weighted k nearest neighbours (Wu et al. 2018, section 3.4; DINO's protocol).
 
-    Each of the k training pictures with the largest cosine votes for its class with weight `exp(cosine / temperature)`.
+    Each of the k training images with the largest cosine votes for its class with weight `exp(cosine / temperature)`.
 
     Args:
         train_features: (M, D).
         train_labels: int64 (M,), in [0, num_classes).
-        features: (N, D), of the pictures to classify.
+        features: (N, D), of the images to classify.
         k: neighbours; all of them if there are fewer.
-        same: bool (N, M), True where a training picture is the one to classify, and has no vote; None for none.
+        same: bool (N, M), True where a training image is the one to classify, and has no vote; None for none.
 
     Returns:
         (N, C), the sums of the votes.
@@ -250,7 +248,7 @@ def _vote(cosines: torch.Tensor, labels: torch.Tensor, num_classes: int, k: int,
 
 
 def check_labels(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> None:
-    """Raise `ValueError` unless there is a label of the classes for each of at least 2 pictures."""
+    """Raise `ValueError` unless there is a label of the classes for each of at least 2 images."""
     if labels.shape != features.shape[:1] or len(features) < 2:
         raise ValueError(
             f"features are {tuple(features.shape)} and labels {tuple(labels.shape)}; expected as many, and 2 at least"

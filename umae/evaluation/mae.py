@@ -16,8 +16,8 @@ from accelerate import Accelerator
 from transformers import BaseImageProcessor
 
 from modeling_umae import UMAEModel
-from umae.data.batches import CROP_SCALE, Plan, TrainingPictures, check_fills_a_step, decode_all, training_loader
-from umae.data.images import Pictures
+from umae.data.batches import CROP_SCALE, Plan, TrainingImages, check_fills_a_step, decode_all, training_loader
+from umae.data.images import Images
 from umae.data.inputs import flipped_and_normalized, on_device
 from umae.evaluation.features import frozen_features
 from umae.evaluation.linear import LinearHead, cross_entropy_gradient
@@ -31,7 +31,7 @@ EPSILON = 1e-6  # of the batch norm
 KEPT = 0.1  # share of a batch in the running mean and variance
 INIT_STD = 0.01
 MOMENTUM, TRUST = 0.9, 0.001  # of LARS
-ENCODED_AT_ONCE = 64  # pictures: few enough for a CPU's caches, enough for a GPU
+ENCODED_AT_ONCE = 64  # images: few enough for a CPU's caches, enough for a GPU
 PROTOCOL = {
     "head": f"batch norm without scale and shift (epsilon {EPSILON:g}, over the batch of all processes), then linear",
     "initialisation": f"weights truncated normal with standard deviation {INIT_STD}, biases 0",
@@ -42,14 +42,14 @@ PROTOCOL = {
 
 @dataclass(frozen=True)
 class ProbeSchedule:
-    """Lengths in epochs; the learning rate for 256 pictures a step, scaled by the batch."""
+    """Lengths in epochs; the learning rate for 256 images a step, scaled by the batch."""
 
     epochs: int = 90
     warmup_epochs: float = 10
     base_learning_rate: float = 0.1
 
     def learning_rate(self, step: int, plan: Plan) -> float:
-        per_epoch, peak = plan.steps_per_epoch, self.base_learning_rate * plan.pictures_per_step / 256
+        per_epoch, peak = plan.steps_per_epoch, self.base_learning_rate * plan.images_per_step / 256
         return learning_rate_at(step, self.epochs * per_epoch, self.warmup_epochs * per_epoch, peak)
 
 
@@ -98,7 +98,7 @@ class BatchNormHead:
 
 def train_mae_probe(
     encoder: UMAEModel,
-    pictures: Pictures,
+    images: Images,
     processor: BaseImageProcessor,
     num_classes: int,
     schedule: ProbeSchedule,
@@ -116,7 +116,7 @@ def train_mae_probe(
 
     Args:
         encoder: frozen, loaded with `pooling="mean"`; in the accelerator's precision.
-        batch_size: pictures of a step on each process.
+        batch_size: images of a step on each process.
         state: the file for what it needs to go on, in a folder that all processes see; replaced after every epoch.
         torch_compile: compile every layer of the encoder.
 
@@ -125,17 +125,17 @@ def train_mae_probe(
             precision, mean loss of every epoch.
 
     Raises:
-        ValueError: there are fewer pictures than a batch, the warm-up is longer than the whole, or `state` is that of
+        ValueError: there are fewer images than a batch, the warm-up is longer than the whole, or `state` is that of
             another probe.
     """
     device = accelerator.device
-    plan = Plan(len(pictures), batch_size, 1, accelerator.num_processes, seed)
-    check_fills_a_step(plan, pictures.description)
+    plan = Plan(len(images), batch_size, 1, accelerator.num_processes, seed)
+    check_fills_a_step(plan, images.description)
     if schedule.warmup_epochs >= schedule.epochs:
         raise ValueError(
             f"warmup_epochs {schedule.warmup_epochs:g} is no less than num_train_epochs {schedule.epochs}; lower it"
         )
-    labels = pictures.labels().to(device)
+    labels = images.labels().to(device)
     heads = {name: BatchNormHead(num_classes, encoder.config.hidden_size, seed, device) for name in ("cls", "mean")}
     encoder = copy.deepcopy(encoder).to(device).eval()  # the caller's own stays as it is
     encoder.set_attn_implementation(fast_attention(accelerator))
@@ -146,11 +146,11 @@ def train_mae_probe(
     tensors = {f"{name}.{key}": tensor for name, head in heads.items() for key, tensor in head.tensors().items()}
     identity = {
         "weights": _hash(encoder),
-        "pictures": pictures.fingerprint(),
+        "pictures": images.fingerprint(),
         "preprocessing": processor.to_json_string(),
         "mixed_precision": accelerator.mixed_precision,
         "schedule": asdict(schedule),
-        "pictures_per_step": plan.pictures_per_step,
+        "pictures_per_step": plan.images_per_step,
         "seed": seed,
     }
     if state.exists():
@@ -163,7 +163,7 @@ def train_mae_probe(
     bar = progress_bar(
         total=total, initial=done, desc="linear probe", unit="step", disable=not accelerator.is_main_process
     )
-    batches = encoded_batches(encoder, pictures, processor, plan, done, total, num_workers, accelerator)
+    batches = encoded_batches(encoder, images, processor, plan, done, total, num_workers, accelerator)
     for step, (encoded, index) in enumerate(batches, start=done):
         learning_rate = schedule.learning_rate(step, plan)
         for i, head in enumerate(heads.values()):
@@ -176,8 +176,8 @@ def train_mae_probe(
                 write_tensors(state, tensors | {"losses": losses[: step + 1]}, identity)
     bar.close()
     means = losses.view(schedule.epochs, plan.steps_per_epoch, len(heads)).mean(dim=1)
-    peak = schedule.base_learning_rate * plan.pictures_per_step / 256
-    record = {"pictures_per_step": plan.pictures_per_step, "steps": total, "learning_rate": peak}
+    peak = schedule.base_learning_rate * plan.images_per_step / 256
+    record = {"pictures_per_step": plan.images_per_step, "steps": total, "learning_rate": peak}
     record["mixed_precision"] = accelerator.mixed_precision
     record["epoch_losses"] = {name: means[:, i].tolist() for i, name in enumerate(heads)}
     return {name: head.folded({"learning_rate": peak}) for name, head in heads.items()}, record
@@ -185,7 +185,7 @@ def train_mae_probe(
 
 def encoded_batches(
     encoder: UMAEModel,
-    pictures: Pictures,
+    images: Images,
     processor: BaseImageProcessor,
     plan: Plan,
     start_step: int,
@@ -193,16 +193,16 @@ def encoded_batches(
     num_workers: int,
     accelerator: Accelerator,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Features of fresh crops, (pictures of a step on all processes, 2, D), and the pictures' indices."""
+    """Features of fresh crops, (images of a step on all processes, 2, D), and the images' indices."""
     config, device = encoder.config, accelerator.device
-    decoded = decode_all(pictures, show_progress=accelerator.is_main_process)
-    crops = TrainingPictures(pictures, config.image_height_width, plan.seed, decoded, CROP_SCALE)
+    decoded = decode_all(images, show_progress=accelerator.is_main_process)
+    crops = TrainingImages(images, config.image_height_width, plan.seed, decoded, CROP_SCALE)
     loader = training_loader(
         crops, plan, accelerator.process_index, start_step, stop_step, num_workers, pin_memory=device.type == "cuda"
     )
     for batch in loader:
         for reason in batch["refusals"].values():
-            raise ValueError(f"{reason}: mend or remove it; a probe uses every picture")
+            raise ValueError(f"{reason}: mend or remove it; a probe uses every image")
         with torch.no_grad(), accelerator.autocast():
             pixels = flipped_and_normalized(batch, device, plan.seed, processor.image_mean, processor.image_std)
             parts = [frozen_features(encoder, part) for part in pixels.split(ENCODED_AT_ONCE)]

@@ -10,15 +10,15 @@ from umae.evaluation.collapse import FeatureStatistics, alignment
 
 
 class TopKAccuracy(evaluate.Metric):
-    """Share of pictures whose label is the best guess (top1) or among the five best (top5), as fractions in 0..1.
+    """Share of images whose label is the best guess (top1) or among the five best (top5), as fractions in 0..1.
 
     `TopKAccuracy().compute(predictions=scores.topk(5).indices, references=labels)` gives `{"top1": ..., "top5": ...}`;
-    with fewer than five guesses per picture there is no top5. It takes ranks, not scores, because evaluate turns all
-    numbers into Python objects: five guesses for 60,000 pictures take half a second, their 1,000 scores a minute.
+    with fewer than five guesses per image there is no top5. It takes ranks, not scores, because evaluate turns all
+    numbers into Python objects: five guesses for 60,000 images take half a second, their 1,000 scores a minute.
 
     Args of compute:
-        predictions: int (pictures, guesses), class indices, best first.
-        references: int (pictures,), the labels.
+        predictions: int (images, guesses), class indices, best first.
+        references: int (images,), the labels.
 
     Raises:
         ValueError: if the shapes do not match, or predictions are not whole numbers.
@@ -26,7 +26,7 @@ class TopKAccuracy(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Share of pictures whose label is among the k best guesses.",
+            description="Share of images whose label is among the k best guesses.",
             citation="",
             inputs_description=self.__doc__,
             features=datasets.Features(
@@ -40,7 +40,7 @@ class TopKAccuracy(evaluate.Metric):
         if guesses.ndim != 2 or (guesses != np.rint(guesses)).any():
             raise ValueError(
                 f"predictions of shape {guesses.shape} beginning with {predictions[:1]}; expected class indices "
-                "(pictures, guesses), best first, as scores.topk(5).indices"
+                "(images, guesses), best first, as scores.topk(5).indices"
             )
         return topk_accuracy(torch.from_numpy(guesses), torch.tensor(references))
 
@@ -51,7 +51,7 @@ class Collapse(evaluate.Metric):
     `Collapse().compute(predictions=features)` gives `{"effective_rank": ..., "participation_ratio": ..., ...}`.
 
     Args of compute:
-        predictions: float (pictures, dimensions), the features.
+        predictions: float (images, dimensions), the features.
 
     Raises:
         ValueError: if they are not a matrix of finite numbers.
@@ -72,13 +72,13 @@ class Collapse(evaluate.Metric):
 
 
 class Alignment(evaluate.Metric):
-    """How near the features of two views of a picture are, see `umae.evaluation.collapse.alignment`.
+    """How near the features of two views of an image are, see `umae.evaluation.collapse.alignment`.
 
     `Alignment().compute(predictions=features, references=others)` gives `{"alignment": ...}`, from 0, the same
     direction, to 4, opposite ones.
 
     Args of compute:
-        predictions, references: float (pictures, dimensions), of the same pictures in the same order.
+        predictions, references: float (images, dimensions), of the same images in the same order.
 
     Raises:
         ValueError: if they are not two matrices of one shape, of finite numbers.

@@ -1,4 +1,4 @@
-"""What is learned, while it is learned: measures of the features of a few pictures that stay the same.
+"""What is learned, while it is learned: measures of the features of a few images that stay the same.
 
 Nothing here changes a weight of the model or a random number of training.
 """
@@ -15,10 +15,10 @@ from torch.nn.functional import layer_norm
 from transformers import BaseImageProcessor
 
 from configuration_umae import UMAEConfig
-from image_processing_umae import UnreadablePicture
+from image_processing_umae import UnreadableImage
 from umae import seeding
 from umae.data.batches import Plan
-from umae.data.images import Pictures
+from umae.data.images import Images
 from umae.data.inputs import device_inputs, normalize
 from umae.data.streaming import Stream
 from umae.evaluation.diagnosis import VIEWS, Diagnosis
@@ -38,16 +38,16 @@ def usual_steps(config: UMAEConfig, plan: Plan, count: int) -> int:
     """Steps from one look to the next with which looking takes SHARE of training's arithmetic.
 
     Args:
-        count: pictures that are looked at.
+        count: images that are looked at.
     """
     patches, trained = config.grid[0] * config.grid[1], training_flops(config)
     visible = patches - config.num_hidden_patches
     views = encoder_flops(config, patches) + (VIEWS - 1) * encoder_flops(config, visible)
     gradients = 2 * plan.batch_size * plan.processes * trained
-    return math.ceil((count * views + gradients) / (SHARE * plan.pictures_per_step * trained))
+    return math.ceil((count * views + gradients) / (SHARE * plan.images_per_step * trained))
 
 
-def classes_of(train: Pictures | Stream, watched: Pictures | Stream) -> int | None:
+def classes_of(train: Images | Stream, watched: Images | Stream) -> int | None:
     """How many classes both data sets have labels of; None without labels, or with labels that do not agree."""
     if isinstance(train, Stream) or isinstance(watched, Stream) or train.label_names != watched.label_names:
         return None
@@ -61,9 +61,9 @@ def classes_of(train: Pictures | Stream, watched: Pictures | Stream) -> int | No
 
 @dataclass(frozen=True)
 class Watched:
-    """The pictures that are looked at: `count` of them, this process' share in batches of one size.
+    """The images that are looked at: `count` of them, this process' share in batches of one size.
 
-    Every process has as many batches as any other, with the first pictures again at the end.
+    Every process has as many batches as any other, with the first images again at the end.
 
     Args:
         pixel_values: uint8 (batches, batch, channels, height, width).
@@ -83,7 +83,7 @@ class Watched:
 
 def watch(
     accelerator: Accelerator,
-    pictures: Pictures | Stream,
+    images: Images | Stream,
     processor: BaseImageProcessor,
     size: tuple[int, int],
     batch_size: int,
@@ -94,11 +94,11 @@ def watch(
     """Read this process' share of at most MOST_PICTURES; of a stream the first that it gives.
 
     Args:
-        trained_on: `pictures` are those that the model is trained on.
+        trained_on: `images` are those that the model is trained on.
     """
     # Each is read by one process, but a stream only as a whole
-    streamed = dict(pictures.sample(seed, MOST_PICTURES)) if isinstance(pictures, Stream) else {}
-    indices = list(streamed) or pictures.spread(MOST_PICTURES, seed)
+    streamed = dict(images.sample(seed, MOST_PICTURES)) if isinstance(images, Stream) else {}
+    indices = list(streamed) or images.spread(MOST_PICTURES, seed)
     count, processes = len(indices), accelerator.num_processes
     batch_size = min(batch_size, math.ceil(count / processes))
     batches = math.ceil(count / (batch_size * processes))
@@ -109,12 +109,12 @@ def watch(
     readable = torch.zeros(index.shape, dtype=torch.bool)
     for place in np.ndindex(*index.shape):
         try:
-            image = streamed[int(index[place])] if streamed else pictures.read(int(index[place]))
-        except UnreadablePicture:
+            image = streamed[int(index[place])] if streamed else images.read(int(index[place]))
+        except UnreadableImage:
             continue
         prepared = processor(images=image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
         pixel_values[place], readable[place] = prepared[0].round().clamp(0, 255).byte(), True
-    labels = pictures.labels()[indices] if with_labels else None
+    labels = images.labels()[indices] if with_labels else None
     return Watched(count, pixel_values, index, readable, labels, indices if trained_on else None)
 
 
@@ -123,9 +123,9 @@ class Monitor:
 
     Args:
         watched: what it is shown.
-        train_labels: int64 (N,), the labels of the training pictures, None for no online classifier.
+        train_labels: int64 (N,), the labels of the training images, None for no online classifier.
         num_classes: of those labels.
-        processor: has the pictures' mean and standard deviation.
+        processor: has the images' mean and standard deviation.
     """
 
     def __init__(
@@ -214,7 +214,7 @@ class Monitor:
 
     @torch.no_grad()
     def _encode(self, model: nn.Module, place: int) -> torch.Tensor:
-        """One batch of every process, (all their pictures, 2 * VIEWS + 1, D): as `encode_views`, then what the online
+        """One batch of every process, (all their images, 2 * VIEWS + 1, D): as `encode_views`, then what the online
         classifier sees."""
         pixel_values, index = self._batch(place)
         patches, views = self.config.grid[0] * self.config.grid[1], []

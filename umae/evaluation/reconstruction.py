@@ -8,7 +8,7 @@ import torch
 from configuration_umae import UMAEConfig
 from modeling_umae import UMAEForPreTrainingOutput, patchify, unpatchify
 
-SHOWN = 8  # pictures side by side
+SHOWN = 8  # images side by side
 
 
 def reconstructions(
@@ -18,11 +18,11 @@ def reconstructions(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> dict[str, np.ndarray]:
-    """What a model saw of pictures and made of it, by name: uint8 (pictures, height, width, channels) each.
+    """What a model saw of images and made of it, by name: uint8 (images, height, width, channels) each.
 
     Args:
-        output: the model's, with logits, for these pictures.
-        pixel_values: (pictures, channels, height, width), normalised by `mean` and `std`.
+        output: the model's, with logits, for these images.
+        pixel_values: (images, channels, height, width), normalised by `mean` and `std`.
 
     Returns:
         `original`; `visible`, the hidden patches grey; `predicted`, all that the model predicts; `pasted`, the
@@ -44,6 +44,6 @@ def reconstructions(
 
 
 def to_pixels(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Undo the normalisation: (pictures, channels, height, width) -> uint8 (pictures, height, width, channels)."""
+    """Undo the normalisation: (images, channels, height, width) -> uint8 (images, height, width, channels)."""
     mean, std = (torch.tensor(values, device=pixel_values.device)[:, None, None] for values in (mean, std))
     return ((pixel_values * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -30,9 +30,9 @@ from arguments_umae import (
 from umae import UMAEConfig, UMAEForImageClassification, files
 from umae.convert import load_exactly, read_model, resize_positions
 from umae.data.augmentation import Strengths, augment
-from umae.data.batches import Plan, TrainingPictures, check_fills_a_step, decode_all, training_loader
+from umae.data.batches import Plan, TrainingImages, check_fills_a_step, decode_all, training_loader
 from umae.data.classes import load_labelled
-from umae.data.images import Pictures
+from umae.data.images import Images
 from umae.data.inputs import evaluation_processor, load_processor
 from umae.evaluation.accuracy import guess, percent, topk_accuracy
 from umae.programs.keywords import keywords
@@ -84,17 +84,17 @@ def run(
     set_seed(args.seed)
     disable_progress_bar()  # transformers' own; training has one
 
-    train_pictures, test_pictures, names = load_data(accelerator, data_args)
-    train_pictures.check_readable()
+    train_images, test_images, names = load_data(accelerator, data_args)
+    train_images.check_readable()
     model = make_model(accelerator, model_args, names)
-    plan = make_plan(accelerator, train_pictures, args)
+    plan = make_plan(accelerator, train_images, args)
     set_threads(accelerator, os.environ, flops_of(model.config) * plan.batch_size)
     total_steps = args.max_train_steps or args.num_train_epochs * plan.steps_per_epoch
     job = Job(
         accelerator=accelerator,
         folder=Path(args.output_dir),
-        train=train_pictures,
-        test=test_pictures,
+        train=train_images,
+        test=test_images,
         names=names,
         config=model.config,
         processor=make_processor(model_args, model.config.image_height_width),
@@ -102,7 +102,7 @@ def run(
         schedule=make_schedule(
             total_steps,
             plan.steps_per_epoch,
-            plan.pictures_per_step,
+            plan.images_per_step,
             args.base_learning_rate,
             args.warmup_epochs,
             usual_warmup_steps=min(USUAL_WARMUP * plan.steps_per_epoch, total_steps / 2),
@@ -142,8 +142,8 @@ class Job:
 
     accelerator: Accelerator
     folder: Path
-    train: Pictures
-    test: Pictures
+    train: Images
+    test: Images
     names: list[str]
     config: UMAEConfig
     processor: BaseImageProcessor
@@ -156,8 +156,8 @@ class Job:
     args: FinetuneTrainingArguments
 
 
-def load_data(accelerator: Accelerator, args: FinetuneDataArguments) -> tuple[Pictures, Pictures, list[str]]:
-    """The pictures to train on, those to judge by, the names of the classes."""
+def load_data(accelerator: Accelerator, args: FinetuneDataArguments) -> tuple[Images, Images, list[str]]:
+    """The images to train on, those to judge by, the names of the classes."""
     with accelerator.main_process_first():  # the others find the main process' cache
         return load_labelled(
             args.dataset_name, args.dataset_config_name, args.train_split, args.test_split, args.image_column_name,
@@ -201,15 +201,15 @@ def flops_of(config: UMAEConfig) -> int:
     return 3 * encoder_flops(config, config.grid[0] * config.grid[1])
 
 
-def make_plan(accelerator: Accelerator, pictures: Pictures, args: FinetuneTrainingArguments) -> Plan:
+def make_plan(accelerator: Accelerator, images: Images, args: FinetuneTrainingArguments) -> Plan:
     plan = Plan(
-        pictures=len(pictures),
+        images=len(images),
         batch_size=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         processes=accelerator.num_processes,
         seed=args.seed,
     )
-    check_fills_a_step(plan, pictures.description)
+    check_fills_a_step(plan, images.description)
     return plan
 
 
@@ -220,7 +220,7 @@ def make_strengths(args: AugmentationArguments, plan: Plan) -> Strengths:
     strengths = Strengths(**{name: values[name] for name in Strengths.__annotations__})
     if strengths.mixes and plan.batch_size % 2:
         raise ValueError(
-            f"per_device_train_batch_size {plan.batch_size} is odd, and mixup and cutmix take pictures in pairs; use "
+            f"per_device_train_batch_size {plan.batch_size} is odd, and mixup and cutmix take images in pairs; use "
             f"{plan.batch_size + 1}, or mixup 0 and cutmix 0"
         )
     return strengths
@@ -256,7 +256,7 @@ def identity_of(job: Job, initial_weights: str) -> dict[str, Any]:
         "initial_weights": initial_weights,
         "config": {name: fields[name] for name in UMAEConfig.__annotations__ if name in fields},
         "seed": job.args.seed,
-        "pictures_per_step": job.plan.pictures_per_step,
+        "pictures_per_step": job.plan.images_per_step,
         "gradient_accumulation_steps": job.plan.accumulation,
         **dataclasses.asdict(job.schedule),
         "min_learning_rate": job.args.min_learning_rate,
@@ -285,7 +285,7 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForImageClassification
         f"{config.name_or_path}",
         "steps": f"{identity['total_steps']:,} ({identity['total_steps'] / plan.steps_per_epoch:.4g} epochs), "
         f"{identity['warmup_steps']:,.0f} of them warm-up",
-        "effective batch": f"{plan.pictures_per_step} = {plan.batch_size} per device x {plan.processes} "
+        "effective batch": f"{plan.images_per_step} = {plan.batch_size} per device x {plan.processes} "
         f"process{'es' if plan.processes > 1 else ''} x {plan.accumulation} accumulated",
         "learning rate": f"{identity['learning_rate']:.3g} at its peak, times {identity['layer_decay']:g} for each "
         f"layer below",
@@ -341,9 +341,9 @@ def make_loader(job: Job, steps: range) -> DataLoader:
         augment, seed=job.plan.seed, strengths=job.strengths, mean=processor.image_mean, std=processor.image_std
     )
     decoded = decode_all(job.train, show_progress=job.accelerator.is_main_process)
-    pictures = TrainingPictures(job.train, size, job.plan.seed, decoded, job.min_crop_scale, changed)
+    images = TrainingImages(job.train, size, job.plan.seed, decoded, job.min_crop_scale, changed)
     rank, on_gpu = job.accelerator.process_index, job.accelerator.device.type == "cuda"
-    return training_loader(pictures, job.plan, rank, steps.start, steps.stop, job.workers, pin_memory=on_gpu)
+    return training_loader(images, job.plan, rank, steps.start, steps.stop, job.workers, pin_memory=on_gpu)
 
 
 def evaluate(job: Job, state: State, record: dict[str, Any]) -> dict[str, float]:
@@ -384,7 +384,7 @@ def finish(job: Job, record: dict[str, Any]) -> None:
         tqdm.write(f"counted as wrong: {error}")
     print(
         f"finished in {cards.duration(record['seconds'])}: {in_words(found)} of {len(job.test):,} "
-        f"pictures from {job.test.description}\nclassifier, {REPORT} and card in {folder}"
+        f"images from {job.test.description}\nclassifier, {REPORT} and card in {folder}"
     )
 
 

@@ -27,9 +27,9 @@ from arguments_umae import (
 )
 from umae import UMAEConfig, UMAEForPreTraining, files
 from umae.convert import load_exactly, read_model, resize_positions
-from umae.data.batches import Plan, TrainingPictures, check_fills_a_step, decode_all, training_loader
+from umae.data.batches import Plan, TrainingImages, check_fills_a_step, decode_all, training_loader
 from umae.data.classes import load_first_labelled
-from umae.data.images import Pictures, held_out_splits, load_pictures
+from umae.data.images import Images, held_out_splits, load_images
 from umae.data.inputs import evaluation_processor
 from umae.data.streaming import START, Cursor, Stream, load_stream, streaming_loader
 from umae.evaluation.monitor import MOST_PICTURES, OBSERVED_STEPS, Monitor, classes_of, usual_steps, watch
@@ -40,7 +40,7 @@ from umae.speed import training_flops
 from umae.training import checkpoints
 from umae.training.folder import Run, write_run
 from umae.training.hardware import fast_attention, make_accelerator, set_threads, usual_workers
-from umae.training.log import SPEED, MetricsLog, looks, track_picture
+from umae.training.log import SPEED, MetricsLog, looks, track_image
 from umae.training.loop import Losses, Settings, Task
 from umae.training.pretraining import VALUES, pretraining_losses
 from umae.training.schedules import Schedule, decay_groups, make_schedule
@@ -76,29 +76,29 @@ def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, ar
     set_seed(args.seed)
     disable_progress_bar()  # transformers' own; training has one
 
-    pictures = load_data(accelerator, data_args, data_args.train_split)
-    pictures.check_readable()
+    images = load_data(accelerator, data_args, data_args.train_split)
+    images.check_readable()
     model = make_model(accelerator, model_args)
-    plan = make_plan(accelerator, pictures, args)
+    plan = make_plan(accelerator, images, args)
     set_threads(accelerator, os.environ, training_flops(model.config) * plan.batch_size)
     total_steps = args.max_train_steps or args.num_train_epochs * plan.steps_per_epoch
     job = Job(
         accelerator=accelerator,
         folder=Path(args.output_dir),
-        pictures=pictures,
-        watched=load_watched(accelerator, data_args, pictures) if args.eval_steps != 0 else None,
+        images=images,
+        watched=load_watched(accelerator, data_args, images) if args.eval_steps != 0 else None,
         config=model.config,
         processor=evaluation_processor(model.config.image_height_width),
         plan=plan,
         schedule=make_schedule(
             total_steps,
             plan.steps_per_epoch,
-            plan.pictures_per_step,
+            plan.images_per_step,
             args.base_learning_rate,
             args.warmup_epochs,
             usual_warmup_steps=total_steps / USUAL_WARMUP,
         ),
-        workers=num_workers(accelerator, pictures, data_args.dataloader_num_workers),
+        workers=num_workers(accelerator, images, data_args.dataloader_num_workers),
         max_unreadable_share=data_args.max_unreadable_share,
         args=args,
     )
@@ -124,14 +124,14 @@ class Job:
     """What is to be done, and with what; nothing of it changes.
 
     Args:
-        watched: the pictures that are looked at while training goes on, None if none are.
+        watched: the images that are looked at while training goes on, None if none are.
         workers: loader processes beside each of training.
     """
 
     accelerator: Accelerator
     folder: Path
-    pictures: Pictures | Stream
-    watched: Pictures | Stream | None
+    images: Images | Stream
+    watched: Images | Stream | None
     config: UMAEConfig
     processor: ViTImageProcessorPil
     plan: Plan
@@ -141,29 +141,27 @@ class Job:
     args: PretrainTrainingArguments
 
 
-def load_data(accelerator: Accelerator, args: PretrainDataArguments, split: str) -> Pictures | Stream:
+def load_data(accelerator: Accelerator, args: PretrainDataArguments, split: str) -> Images | Stream:
     columns = (args.image_column_name, args.label_column_name)
     with accelerator.main_process_first():  # the others find the main process' cache
         if args.streaming:
             return load_stream(args.dataset_name, args.dataset_config_name, split, args.image_column_name)
-        return load_pictures(args.dataset_name, args.dataset_config_name, split, *columns)
+        return load_images(args.dataset_name, args.dataset_config_name, split, *columns)
 
 
-def load_watched(
-    accelerator: Accelerator, args: PretrainDataArguments, pictures: Pictures | Stream
-) -> Pictures | Stream:
-    """The pictures to look at: held-out ones where there are any, if possible with labels, else those of training."""
+def load_watched(accelerator: Accelerator, args: PretrainDataArguments, images: Images | Stream) -> Images | Stream:
+    """The images to look at: held-out ones where there are any, if possible with labels, else those of training."""
     try:
         splits = held_out_splits(args.dataset_name, args.dataset_config_name, args.train_split)
-        if not pictures.has_labels:
+        if not images.has_labels:
             splits = splits[:1]
         load = partial(load_data, accelerator, args)
-        watched = load_first_labelled(load, splits, accelerator.print) if splits else pictures
+        watched = load_first_labelled(load, splits, accelerator.print) if splits else images
         watched.check_readable()
         return watched
     except (ValueError, OSError) as error:  # they are worth a look, not a refusal
-        accelerator.print(f"held-out pictures cannot be loaded, so those of training are looked at: {error}")
-        return pictures
+        accelerator.print(f"held-out images cannot be loaded, so those of training are looked at: {error}")
+        return images
 
 
 def make_model(accelerator: Accelerator, args: PretrainModelArguments) -> UMAEForPreTraining:
@@ -208,33 +206,33 @@ def load_weights(
     return model
 
 
-def num_workers(accelerator: Accelerator, pictures: Pictures | Stream, asked: int | None) -> int:
+def num_workers(accelerator: Accelerator, images: Images | Stream, asked: int | None) -> int:
     """Loader processes beside each of training; a stream must have a shard for each of them."""
     usual = usual_workers(accelerator.device)
-    if not isinstance(pictures, Stream):
+    if not isinstance(images, Stream):
         return usual if asked is None else asked
-    processes, shards = accelerator.num_processes, pictures.num_shards
+    processes, shards = accelerator.num_processes, images.num_shards
     workers = min(usual, shards // processes) if asked is None else asked
     if shards < processes * max(1, workers):
         raise ValueError(
-            f"{pictures.description} comes in {shards} shards, fewer than {processes} processes x {max(1, workers)} "
+            f"{images.description} comes in {shards} shards, fewer than {processes} processes x {max(1, workers)} "
             f"readers; lower dataloader_num_workers or the number of processes, or leave out streaming"
         )
     return workers
 
 
-def make_plan(accelerator: Accelerator, pictures: Pictures | Stream, args: PretrainTrainingArguments) -> Plan:
+def make_plan(accelerator: Accelerator, images: Images | Stream, args: PretrainTrainingArguments) -> Plan:
     per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    if pictures.num_pictures is None and args.max_train_steps is None:
-        raise ValueError(f"{pictures.description} does not say how many pictures it holds; give max_train_steps")
+    if images.num_images is None and args.max_train_steps is None:
+        raise ValueError(f"{images.description} does not say how many images it holds; give max_train_steps")
     plan = Plan(
-        pictures=pictures.num_pictures or args.max_train_steps * per_step,  # then the whole run is one epoch
+        images=images.num_images or args.max_train_steps * per_step,  # then the whole run is one epoch
         batch_size=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         processes=accelerator.num_processes,
         seed=args.seed,
     )
-    check_fills_a_step(plan, pictures.description)
+    check_fills_a_step(plan, images.description)
     return plan
 
 
@@ -257,16 +255,16 @@ def settings_of(job: Job) -> Settings:
 
 def identity_of(job: Job, initial_weights: str | None) -> dict[str, Any]:
     """What makes this run this run, whatever machine goes on with it."""
-    fields, streaming = job.config.to_dict(), isinstance(job.pictures, Stream)
+    fields, streaming = job.config.to_dict(), isinstance(job.images, Stream)
     identity = {
-        "dataset": job.pictures.description,
-        "pictures": job.pictures.num_pictures,
+        "dataset": job.images.description,
+        "pictures": job.images.num_images,
         "streaming": streaming,
-        "dataset_fingerprint": job.pictures.fingerprint(),
+        "dataset_fingerprint": job.images.fingerprint(),
         "initial_weights": initial_weights,
         "config": {name: fields[name] for name in UMAEConfig.__annotations__ if name in fields},
         "seed": job.args.seed,
-        "pictures_per_step": job.plan.pictures_per_step,
+        "pictures_per_step": job.plan.images_per_step,
         "gradient_accumulation_steps": job.plan.accumulation,
         "exact_uniformity": job.args.exact_uniformity,
         **dataclasses.asdict(job.schedule),
@@ -277,7 +275,7 @@ def identity_of(job: Job, initial_weights: str | None) -> dict[str, Any]:
     }
     if streaming:  # there, what a process reads depends on how many readers there are
         identity |= {
-            "shards": job.pictures.num_shards,
+            "shards": job.images.num_shards,
             "processes": job.accelerator.num_processes,
             "dataloader_num_workers": job.workers,
         }
@@ -289,7 +287,7 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
     identity, config, plan = record["identity"], job.config, job.plan
     (height, width), patches = config.image_height_width, config.grid[0] * config.grid[1]
     exact = identity["exact_uniformity"]
-    features, parts = (plan.pictures_per_step, 1) if exact else (plan.batch_size * plan.processes, plan.accumulation)
+    features, parts = (plan.images_per_step, 1) if exact else (plan.batch_size * plan.processes, plan.accumulation)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     lines = {
         "pictures": (f"{identity['pictures']:,} from " if identity["pictures"] else "")
@@ -299,18 +297,18 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
         "model": f"{millions:.1f} million parameters with decoder, from {config.name_or_path or 'scratch'}",
         "steps": f"{identity['total_steps']:,} ({identity['total_steps'] / plan.steps_per_epoch:.4g} epochs), "
         f"{identity['warmup_steps']:,.0f} of them warm-up",
-        "effective batch": f"{plan.pictures_per_step} = {plan.batch_size} per device x {plan.processes} "
+        "effective batch": f"{plan.images_per_step} = {plan.batch_size} per device x {plan.processes} "
         f"process{'es' if plan.processes > 1 else ''} x {plan.accumulation} accumulated",
         "learning rate": f"{identity['learning_rate']:.3g} at its peak",
         "uniformity": f"weight {config.uniformity_weight:g}, mean over the {config.pooling} features of {features} "
-        f"pictures" + (f", then over {parts} micro-batches" if parts > 1 else ""),
+        f"images" + (f", then over {parts} micro-batches" if parts > 1 else ""),
         "precision": f"{identity['mixed_precision']} on {record['hardware']}",
     }
-    lines["labels"] = job.pictures.label_summary
-    if job.pictures.not_read:
-        lines["not read"] = job.pictures.not_read
+    lines["labels"] = job.images.label_summary
+    if job.images.not_read:
+        lines["not read"] = job.images.not_read
     if job.watched is not None:
-        if job.pictures.has_labels and classes_of(job.pictures, job.watched) is None:
+        if job.images.has_labels and classes_of(job.images, job.watched) is None:
             lines["labels"] += f"; without online accuracies: {job.watched.description} has no such labels"
         lines["looked at"] = f"{job.watched.description}, every {eval_steps(job):,} steps"
     for name, text in lines.items():
@@ -340,7 +338,7 @@ def make_task(job: Job, model: UMAEForPreTraining, log: MetricsLog) -> Task:
 
     def saved_beside() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors = monitor.tensors() if monitor else {}
-        return tensors, {"cursors": gather_object([cursors]) if isinstance(job.pictures, Stream) else []}
+        return tensors, {"cursors": gather_object([cursors]) if isinstance(job.images, Stream) else []}
 
     def restore(tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         if monitor and tensors:
@@ -362,27 +360,27 @@ def make_task(job: Job, model: UMAEForPreTraining, log: MetricsLog) -> Task:
         evaluates=lambda step: monitor is not None and evaluates(job, step),
         saved_beside=saved_beside,
         restore=restore,
-        image_name=job.pictures.place,
-        description=job.pictures.description,
+        image_name=job.images.place,
+        description=job.images.description,
     )
 
 
 def make_monitor(job: Job) -> Monitor | None:
     if job.watched is None:
         return None
-    classes, size = classes_of(job.pictures, job.watched), job.config.image_height_width
+    classes, size = classes_of(job.images, job.watched), job.config.image_height_width
     shown = watch(
         job.accelerator, job.watched, job.processor, size, job.plan.batch_size, classes is not None, job.args.seed,
-        trained_on=job.watched is job.pictures,
+        trained_on=job.watched is job.images,
     )  # fmt: skip
-    labels = None if classes is None else job.pictures.labels()
+    labels = None if classes is None else job.images.labels()
     return Monitor(job.accelerator, job.config, shown, labels, classes, job.processor, job.args.seed)
 
 
 def eval_steps(job: Job) -> int:
     """Steps between evaluations: as asked, or so that they take 1 % of the time, but ten in a short run."""
-    pictures = min(MOST_PICTURES, job.watched.num_pictures or MOST_PICTURES)
-    usual = min(usual_steps(job.config, job.plan, pictures), max(1, job.schedule.total_steps // EVALUATIONS))
+    images = min(MOST_PICTURES, job.watched.num_images or MOST_PICTURES)
+    usual = min(usual_steps(job.config, job.plan, images), max(1, job.schedule.total_steps // EVALUATIONS))
     return job.args.eval_steps or usual
 
 
@@ -400,20 +398,20 @@ def evaluates(job: Job, step: int) -> bool:
 
 
 def look(job: Job, monitor: Monitor, state: State, batch: dict) -> dict[str, float]:
-    """Measure the features, and show it: a line on the terminal, pictures in the run folder and in the trackers."""
+    """Measure the features, and show it: a line on the terminal, images in the run folder and in the trackers."""
     values, shown = monitor.look(state.model, batch, state.step)
     if job.accelerator.is_main_process:
         most = min(monitor.watched.count, job.config.hidden_size)
         tqdm.write(f"step {state.step:,}: {in_words(values, most)}")
         tile = gallery.save_tile(job.folder, state.step, shown)
-        track_picture(job.accelerator, "reconstructions", tile, state.step)
+        track_image(job.accelerator, "reconstructions", tile, state.step)
     return values
 
 
 def in_words(values: dict[str, float], most: int) -> str:
     """Diagnostics on one line; `most` is what the rank of the probe images' features can be."""
     if "effective_rank_cls" not in values:
-        return "nothing that is looked at can be measured: no picture can be read, or no feature is finite"
+        return "nothing that is looked at can be measured: no image can be read, or no feature is finite"
     ranks = " and ".join(f"{values[f'effective_rank_{pooling}']:.1f} ({pooling})" for pooling in ("cls", "mean"))
     text = f"effective rank {ranks} of at most {most}"
     for name, title in {"online_top1": "linear classifier", "online_knn_top1": "nearest neighbours"}.items():
@@ -426,10 +424,10 @@ def make_loader(job: Job, steps: range, cursors: list[Cursor]) -> Iterable[dict]
     """This process' micro-batches of some steps; of a stream from `cursors` on, which follow what is taken."""
     rank, on_gpu = job.accelerator.process_index, job.accelerator.device.type == "cuda"
     size = job.config.image_height_width
-    if isinstance(job.pictures, Stream):
-        return streaming_loader(job.pictures, size, job.plan, rank, steps, cursors, job.workers, pin_memory=on_gpu)
-    pixels = decode_all(job.pictures, show_progress=job.accelerator.is_main_process)
-    cropped = TrainingPictures(job.pictures, size, job.plan.seed, pixels)
+    if isinstance(job.images, Stream):
+        return streaming_loader(job.images, size, job.plan, rank, steps, cursors, job.workers, pin_memory=on_gpu)
+    pixels = decode_all(job.images, show_progress=job.accelerator.is_main_process)
+    cropped = TrainingImages(job.images, size, job.plan.seed, pixels)
     return training_loader(cropped, job.plan, rank, steps.start, steps.stop, job.workers, pin_memory=on_gpu)
 
 
@@ -454,12 +452,12 @@ def published_checkpoint(folder: Path, step: int) -> dict[str, Path | bytes]:
 
 
 def finish(job: Job, record: dict[str, Any]) -> None:
-    """Put the last checkpoint's model at the top of the run folder, with pictures of what it learned and a card."""
+    """Put the last checkpoint's model at the top of the run folder, with images of what it learned and a card."""
     folder = job.folder
     for file in (folder / f"step-{job.schedule.total_steps}").iterdir():
         if file.name not in checkpoints.ONLY_FOR_TRAINING:
             files.copy_file(file, folder / file.name)
-    shown = job.pictures if job.watched is None else job.watched
+    shown = job.images if job.watched is None else job.watched
     sample = list(shown.sample(job.args.seed, MOST_PICTURES))
     gallery.draw(folder, sample, shown.description, job.accelerator.device)
     files.write_text(folder / "README.md", cards.model_card(folder))
@@ -474,9 +472,9 @@ def finish(job: Job, record: dict[str, Any]) -> None:
         f"finished in {cards.duration(record['seconds'])}: reconstruction loss {last['reconstruction_loss']:.4f}, "
         f"uniformity {last['uniformity_loss']:.4f} (features fill {last['participation_ratio']:.1f} of at most "
         f"{cards.most_dimensions(record['identity'])} dimensions)\n"
-        f"{speed['pictures_per_second']:,.0f} pictures/s, {speed['matmul_share']:.0%} of the device's rate at plain "
-        f"matrix products{mfu}, {speed['data_wait']:.0%} of the time spent waiting for pictures, "
+        f"{speed['pictures_per_second']:,.0f} images/s, {speed['matmul_share']:.0%} of the device's rate at plain "
+        f"matrix products{mfu}, {speed['data_wait']:.0%} of the time spent waiting for images, "
         f"{diagnostics / record['seconds']:.1%} on diagnostics\n"
-        + (f"pictures left out because they cannot be read: {len(unreadable)}\n" if unreadable else "")
-        + f"weights and card in {folder}, pictures in {folder / 'reconstructions.png'}"
+        + (f"images left out because they cannot be read: {len(unreadable)}\n" if unreadable else "")
+        + f"weights and card in {folder}, images in {folder / 'reconstructions.png'}"
     )

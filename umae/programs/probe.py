@@ -21,7 +21,7 @@ from modeling_umae import UMAEForImageClassification, UMAEModel
 from umae.convert import encoder_from_pretrained, set_pooling
 from umae.data.batches import CROP_SCALE
 from umae.data.classes import load_labelled
-from umae.data.images import Pictures
+from umae.data.images import Images
 from umae.data.inputs import load_processor
 from umae.evaluation.accuracy import percent, topk_accuracy
 from umae.evaluation.attentive import ATTENTIVE_PROTOCOL, AttentiveHead, train_attentive_head
@@ -75,7 +75,7 @@ def run(args: ProbeArguments) -> dict[str, Any]:
     seeds, layers = parse_seeds(args.seeds), parse_layers(args.layers, encoder.config.num_hidden_layers)
     shares = [share.strip() for share in (args.low_shot or "").split(",") if share.strip()]
     for share in shares:
-        low_shot(train.labels(), share, seed=0)  # refused now rather than after the pictures have been encoded
+        low_shot(train.labels(), share, seed=0)  # refused now rather than after the images have been encoded
     if args.protocol == "mae" and (layers or shares or args.augmented_passes):
         raise ValueError("layers, low_shot and augmented_passes are of protocol cached; leave out protocol mae")
 
@@ -159,10 +159,10 @@ def parse_layers(text: str, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Judged:
-    """What is known of a set of pictures.
+    """What is known of a set of images.
 
     Args:
-        views: kinds of features by their names, (V, N, D) each: of the pictures, and of augmentations of them.
+        views: kinds of features by their names, (V, N, D) each: of the images, and of augmentations of them.
         labels: int64 (N,).
         tokens: float16 (N, T, D), on the CPU, if there is to be an attentive probe.
     """
@@ -182,7 +182,7 @@ class Judged:
 
     @property
     def features(self) -> dict[str, torch.Tensor]:
-        """Those of the pictures themselves, (N, D) each."""
+        """Those of the images themselves, (N, D) each."""
         return {name: views[0] for name, views in self.views.items()}
 
     def on(self, device: torch.device) -> "Judged":
@@ -197,7 +197,7 @@ def mae_heads(
     args: ProbeArguments,
     output: Path,
     encoder: UMAEModel,
-    pictures: Pictures,
+    images: Images,
     processor: BaseImageProcessor,
     num_classes: int,
     seeds: Sequence[int],
@@ -209,7 +209,7 @@ def mae_heads(
     trained, records = [], {}
     for seed in seeds:
         heads, records[seed] = train_mae_probe(
-            encoder, pictures, processor, num_classes, schedule, args.per_device_train_batch_size, seed,
+            encoder, images, processor, num_classes, schedule, args.per_device_train_batch_size, seed,
             args.dataloader_num_workers, accelerator, output / STATE.format(seed=seed), args.torch_compile,
         )  # fmt: skip
         trained.append(heads)
@@ -288,8 +288,8 @@ def over_seeds(results: Sequence[dict[str, float | None]]) -> dict[str, Any]:
 
 def protocol(
     args: ProbeArguments,
-    train: Pictures,
-    test: Pictures,
+    train: Images,
+    test: Images,
     names: list[str],
     pooling: str,
     processor: BaseImageProcessor,
@@ -305,7 +305,7 @@ def protocol(
         "test": {"data": test.description, "pictures": len(test)},
         "classes": len(names),
         "features": {
-            "cls": "class token after the encoder's norm, unmasked picture, frozen encoder",
+            "cls": "class token after the encoder's norm, unmasked image, frozen encoder",
             "mean": "fc_norm of the mean of the patch tokens (no learned scale unless pre-trained with it), likewise",
         },
         "precision": precision(record),
@@ -333,7 +333,7 @@ def cached_protocol(args: ProbeArguments) -> dict[str, Any]:
     augmentation = "none"
     if args.augmented_passes:
         augmentation = (
-            f"every picture as it is and as {args.augmented_passes} random resized crops of {CROP_SCALE:.0%} to 100 % "
+            f"every image as it is and as {args.augmented_passes} random resized crops of {CROP_SCALE:.0%} to 100 % "
             "of its area, half of them flipped, in turns from epoch to epoch; features are computed once"
         )
     return LINEAR_PROTOCOL | {"augmentation": augmentation, "augmented_passes": args.augmented_passes}

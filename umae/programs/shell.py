@@ -58,7 +58,7 @@ def carry_out(
     else:
         with hold_folder(accelerator, folder, record), StopRequest() as stop:
             announce(record)
-            log = MetricsLog(accelerator, folder, settings.plan.pictures_per_step)
+            log = MetricsLog(accelerator, folder, settings.plan.images_per_step)
             train(make_task(log, record), settings, accelerator, record, log, stop, publish)
             if accelerator.is_main_process and not stop.signal:
                 finish(record)

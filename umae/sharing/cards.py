@@ -39,7 +39,7 @@ name = "."  # this folder, or its name on the Hub
 processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=True)
 model = AutoModel.from_pretrained(name, trust_remote_code=True)
 
-pixel_values = processor(processor.open_image("picture.jpg"), return_tensors="pt").pixel_values
+pixel_values = processor(processor.open_image("image.jpg"), return_tensors="pt").pixel_values
 with torch.no_grad():
     features = model(pixel_values).pooler_output  # (1, {{hidden_size}})
 ```
@@ -50,7 +50,7 @@ _CLASSIFY = f"""\
 from transformers import pipeline
 
 classify = pipeline("image-classification", model=".", trust_remote_code=True)  # this folder, or its name on the Hub
-image = classify.image_processor.open_image("picture.jpg")
+image = classify.image_processor.open_image("image.jpg")
 print(classify(image))
 ```
 
@@ -110,16 +110,16 @@ def model_card(folder: Path, checkpoint: Path | None = None) -> str:
     fresh, base = identity.get("initial_weights") is None, run.get("base_model", [])
     facts = {
         "Data": f"{identity['dataset']}, "
-        + (f"{identity['pictures']:,} pictures" if identity["pictures"] else "streamed")
+        + (f"{identity['pictures']:,} images" if identity["pictures"] else "streamed")
         + ", no labels used",
         **({} if fresh else {"Started from": ", ".join(base) or Path(identity["initial_weights"]).name}),
-        "Picture and patch": f"{config['image_size']} and {config['patch_size']} pixels",
+        "Image and patch": f"{config['image_size']} and {config['patch_size']} pixels",
         "Encoder": f"{config['num_hidden_layers']} layers of width {config['hidden_size']}",
         "Decoder": f"{config['decoder_num_hidden_layers']} layers of width {config['decoder_hidden_size']}",
         "Mask ratio": config["mask_ratio"],
         "Uniformity weight": f"{config['uniformity_weight']} on the {config['pooling']} feature",
         "Steps": (f"{checkpoint.name.removeprefix('step-')} of " if checkpoint else "")
-        + f"{identity['total_steps']:,}, each of {identity['pictures_per_step']:,} pictures, seed {identity['seed']}",
+        + f"{identity['total_steps']:,}, each of {identity['pictures_per_step']:,} images, seed {identity['seed']}",
         "Peak learning rate": f"{identity['learning_rate']:.3g}",
         "Hardware and time": f"{run['hardware']}, {duration(run['seconds'])}",
         "Versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
@@ -134,15 +134,15 @@ def model_card(folder: Path, checkpoint: Path | None = None) -> str:
     if looked:
         ranks = [f"{looked[f'effective_rank_{pooling}']:.1f}" for pooling in ("cls", "mean")]
         facts[f"Effective rank at step {looked['step']:,}"] = f"{ranks[0]} (class token), {ranks[1]} (mean)"
-    pictures = {
-        "reconstructions.png": "Original, visible, predicted and pasted pictures",
+    images = {
+        "reconstructions.png": "Original, visible, predicted and pasted images",
         "curve.png": "Losses, ranks and accuracies over the steps",
         "spectrum.png": "Singular values of the features",
         "progress.png": "Reconstructions while it was trained",
-        "neighbours.png": "Pictures and those with the nearest features",
+        "neighbours.png": "Images and those with the nearest features",
         "attention.png": "Where the class token looks",
     }
-    shown = [f"![{text}]({name})" for name, text in pictures.items() if checkpoint is None and (folder / name).exists()]
+    shown = [f"![{text}]({name})" for name, text in images.items() if checkpoint is None and (folder / name).exists()]
     data = _card_data("image-feature-extraction", [], folder.resolve().name, base, "apache-2.0" if fresh else None)
     return f"""---
 {data.to_yaml()}
@@ -187,8 +187,8 @@ def probe_card(folder: Path) -> str:
     results = _results(protocol["test"]["data"], values)
     facts = {
         "Encoder": protocol["model"],
-        "Heads trained on": f"{protocol['train']['data']}, {protocol['train']['pictures']:,} pictures",
-        "Judged on": f"{protocol['test']['data']}, {protocol['test']['pictures']:,} pictures",
+        "Heads trained on": f"{protocol['train']['data']}, {protocol['train']['pictures']:,} images",
+        "Judged on": f"{protocol['test']['data']}, {protocol['test']['pictures']:,} images",
         "Classes": protocol["classes"],
         "This classifier's feature": protocol["classifier_pooling"],
         **{f"{result.metric_name}, %": result.metric_value for result in results},
@@ -228,11 +228,11 @@ def finetune_card(folder: Path) -> str:
     results = _results(protocol["test"]["data"], {"top-1": report["top1"], "top-5": report["top5"]})
     facts = {
         "Started from": protocol["model"],
-        "Fine-tuned on": f"{protocol['train']['data']}, {protocol['train']['pictures']:,} pictures",
-        "Judged on": f"{protocol['test']['data']}, {protocol['test']['pictures']:,} pictures",
+        "Fine-tuned on": f"{protocol['train']['data']}, {protocol['train']['pictures']:,} images",
+        "Judged on": f"{protocol['test']['data']}, {protocol['test']['pictures']:,} images",
         "Classes": protocol["classes"],
         **{f"{result.metric_name}, %": result.metric_value for result in results},
-        "Steps": f"{identity['total_steps']:,}, each of {identity['pictures_per_step']:,} pictures, "
+        "Steps": f"{identity['total_steps']:,}, each of {identity['pictures_per_step']:,} images, "
         f"seed {identity['seed']}",
         "Peak learning rate": f"{identity['learning_rate']:.3g}, times {identity['layer_decay']} for each layer below",
         "Augmentation": ", ".join(f"{name} {value:g}" for name, value in protocol["augmentation"].items()),
@@ -263,7 +263,7 @@ def finetune_card(folder: Path) -> str:
 
 
 def _results(data: str, values: dict[str, float | None]) -> list[EvalResult]:
-    """Accuracies in percent by their names, on a split such as `folder pictures (test)`, for the model-index."""
+    """Accuracies in percent by their names, on a split such as `folder images (test)`, for the model-index."""
     return [
         EvalResult(
             task_type="image-classification",

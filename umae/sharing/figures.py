@@ -1,4 +1,4 @@
-"""What people would rather look at than read. Every function returns a PIL picture, or the pixels of some."""
+"""What people would rather look at than read. Every function returns a PIL image, or the pixels of some."""
 
 import io
 import math
@@ -20,15 +20,15 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9")  # 
 
 
 def strips(rows: dict[str, np.ndarray]) -> Image.Image:
-    """Rows of pictures with their names beside them, each row uint8 (pictures, height, width, channels)."""
+    """Rows of images with their names beside them, each row uint8 (images, height, width, channels)."""
     columns, height, width = next(iter(rows.values())).shape[:3]
     figure = Figure(figsize=(1.25 * columns, 1.3 * len(rows)), layout="constrained", dpi=100)
-    axis = figure.subplots()  # one for all: to lay out one for each picture takes seconds
-    right, down = (side / max(height, width) / 2 for side in (width, height))  # from the middle of a picture
-    for row, pictures in enumerate(rows.values()):
-        for column, picture in enumerate(pictures):
+    axis = figure.subplots()  # one for all: to lay out one for each image takes seconds
+    right, down = (side / max(height, width) / 2 for side in (width, height))  # from the middle of an image
+    for row, images in enumerate(rows.values()):
+        for column, image in enumerate(images):
             x, y = 1.06 * column, 1.1 * row
-            axis.imshow(picture, interpolation="nearest", extent=(x - right, x + right, y + down, y - down))
+            axis.imshow(image, interpolation="nearest", extent=(x - right, x + right, y + down, y - down))
     axis.set(xlim=(-right, 1.06 * (columns - 1) + right), ylim=(1.1 * (len(rows) - 1) + 0.5, -0.5), xticks=[])
     axis.set_yticks([1.1 * row for row in range(len(rows))], rows, rotation=90, va="center", fontsize=10)
     axis.tick_params(length=0)
@@ -91,21 +91,21 @@ def training_curves(runs: dict[str, Sequence[dict[str, Any]]]) -> Image.Image:
     return _rendered(figure)
 
 
-def nearest_neighbours(pictures: np.ndarray, features: torch.Tensor, queries: Sequence[int]) -> Image.Image:
-    """Some pictures, and below each the five others whose features are nearest by their cosine.
+def nearest_neighbours(images: np.ndarray, features: torch.Tensor, queries: Sequence[int]) -> Image.Image:
+    """Some images, and below each the five others whose features are nearest by their cosine.
 
     Args:
-        pictures: uint8 (N, height, width, channels).
+        images: uint8 (N, height, width, channels).
         features: (N, D).
-        queries: places of the pictures to show.
+        queries: places of the images to show.
     """
     directions = normalize(features, dim=1)
     cosines = directions[list(queries)] @ directions.T
     cosines[range(len(queries)), list(queries)] = -torch.inf
     nearest = cosines.topk(min(5, len(features) - 1), dim=1).indices.T
     names = ("nearest", "2nd", "3rd", "4th", "5th")
-    rows = {"picture": pictures[list(queries)]}
-    rows |= {name: pictures[places.numpy()] for name, places in zip(names, nearest, strict=False)}
+    rows = {"image": images[list(queries)]}
+    rows |= {name: images[places.numpy()] for name, places in zip(names, nearest, strict=False)}
     return strips(rows)
 
 
@@ -117,7 +117,7 @@ def class_attention(
 
     Args:
         encoder: in evaluation mode, with `attn_implementation="eager"`.
-        pixel_values: (pictures, channels, height, width), normalised by `mean` and `std`.
+        pixel_values: (images, channels, height, width), normalised by `mean` and `std`.
     """
     attention = encoder(pixel_values, output_attentions=True).attentions[-1].float().mean(dim=1)[:, 0, 1:]
     attention = attention / attention.amax(dim=1, keepdim=True)
@@ -125,7 +125,7 @@ def class_attention(
     maps = attention.unflatten(1, (-1, pixel_values.shape[3] // patch_width)).cpu().numpy()
     shown = (colormaps["cividis"](maps)[..., :3] * 255).round().astype(np.uint8)  # made for all eyes
     shown = shown.repeat(patch_height, axis=1).repeat(patch_width, axis=2)
-    return strips({"picture": to_pixels(pixel_values, mean, std), "attention": shown})
+    return strips({"image": to_pixels(pixel_values, mean, std), "attention": shown})
 
 
 def _line(place: int) -> dict[str, Any]:

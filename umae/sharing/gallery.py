@@ -1,4 +1,4 @@
-"""The pictures of a run folder: what its model reconstructs, where it looks, which pictures are alike to it."""
+"""The images of a run folder: what its model reconstructs, where it looks, which images are alike to it."""
 
 import json
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ BATCH = 64
 
 
 def save_tile(folder: Path, step: int, rows: dict[str, np.ndarray]) -> np.ndarray:
-    """Keep what `reconstructions` returned as one plain picture, also returned: uint8 (height, width, channels)."""
+    """Keep what `reconstructions` returned as one plain image, also returned: uint8 (height, width, channels)."""
     tile = np.concatenate([np.concatenate(row, axis=1) for row in rows.values()])
     (folder / STEPS_FOLDER).mkdir(exist_ok=True)
     Image.fromarray(tile).save(folder / STEPS_FOLDER / f"step-{step:08}.png")
@@ -33,26 +33,26 @@ def save_tile(folder: Path, step: int, rows: dict[str, np.ndarray]) -> np.ndarra
 
 
 def read_tile(path: Path, height: int, width: int) -> dict[str, np.ndarray]:
-    """What `save_tile` has kept, for pictures of this size."""
+    """What `save_tile` has kept, for images of this size."""
     tile = np.asarray(Image.open(path))
     rows = tile.reshape(-1, height, tile.shape[1] // width, width, tile.shape[2]).swapaxes(1, 2)
     return dict(zip(("original", "visible", "predicted", "pasted"), rows, strict=True))
 
 
 @torch.inference_mode()
-def draw(folder: Path, pictures: Sequence[tuple[int, Image.Image]], description: str, device: torch.device) -> None:
-    """Draw all that the model at the top of a run folder has to show for some pictures.
+def draw(folder: Path, images: Sequence[tuple[int, Image.Image]], description: str, device: torch.device) -> None:
+    """Draw all that the model at the top of a run folder has to show for some images.
 
     Args:
-        pictures: with their indices.
+        images: with their indices.
         description: what to call them.
     """
     model = UMAEForPreTraining.from_pretrained(folder, attn_implementation="eager").to(device).eval()
     processor = ViTImageProcessorPil.from_pretrained(folder)
     mean, std, config = processor.image_mean, processor.image_std, model.config
-    pixel_values = torch.cat([processor(images=image, return_tensors="pt")["pixel_values"] for _, image in pictures])
+    pixel_values = torch.cat([processor(images=image, return_tensors="pt")["pixel_values"] for _, image in images])
 
-    index = torch.tensor([index for index, _ in pictures[:SHOWN]], device=device)
+    index = torch.tensor([index for index, _ in images[:SHOWN]], device=device)
     noise = seeding.uniform(0, seeding.MASK, 1, index, config.grid[0] * config.grid[1])
     shown = pixel_values[:SHOWN].to(device)
     rows = reconstructions(model(shown, noise=noise), shown, config, mean, std)
@@ -64,7 +64,7 @@ def draw(folder: Path, pictures: Sequence[tuple[int, Image.Image]], description:
     pooling, encoder = config.pooling, set_pooling(model.vit, "mean")
     features = torch.cat([frozen_features(encoder, some.to(device)).cpu() for some in pixel_values.split(BATCH)])
     spectra = {"cls": singular_values(features[:, 0]), "mean": singular_values(features[:, 1])}
-    write_text(folder / "spectrum.json", json.dumps({"pictures": f"{len(pictures)} of {description}", **spectra}))
+    write_text(folder / "spectrum.json", json.dumps({"pictures": f"{len(images)} of {description}", **spectra}))
     spectrum({"": spectra}).save(folder / "spectrum.png")
     pixels = to_pixels(pixel_values, mean, std)
     feature = features[:, ("cls", "mean").index(pooling)]

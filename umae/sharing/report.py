@@ -68,7 +68,7 @@ PAGE = Template(
 <p>A line that stays high fills its dimensions; one that falls at once has collapsed.</p>
 <img alt="Singular values of the features of every run" src="{{ spectra }}">
 {% endif %}
-{% for title, shown in pictures.items() %}
+{% for title, shown in images.items() %}
 <h2>{{ title }}</h2>
 <div class="side">
 {% for name, source in shown.items() %}<figure><figcaption>{{ name }}</figcaption>
@@ -82,7 +82,7 @@ PAGE = Template(
 {% if probes %}
 <h2>Probes</h2>
 {{ table(probes, accuracies) }}
-<p>Accuracies in percent, on pictures that the heads were not trained on; the whole protocol lies beside each probe.</p>
+<p>Accuracies in percent, on images that the heads were not trained on; the whole protocol lies beside each probe.</p>
 {% endif %}
 </html>
 """,
@@ -111,7 +111,7 @@ def report(folders: Sequence[Path]) -> str:
         results=_side_by_side([_results(run) for run in runs.values()]),
         curves=_inline(training_curves({names[folder]: run["lines"] for folder, run in runs.items()})) if runs else "",
         spectra=_spectra({names[folder]: folder / "spectrum.json" for folder in runs}),
-        pictures={
+        images={
             title: {names[folder]: _inline(Image.open(folder / file)) for folder in runs if (folder / file).exists()}
             for file, title in PICTURES.items()
         },
@@ -121,7 +121,7 @@ def report(folders: Sequence[Path]) -> str:
 
 
 def _spectra(files: dict[str, Path]) -> str:
-    """The spectra of all finished runs in one picture, nothing if none is."""
+    """The spectra of all finished runs in one image, nothing if none is."""
     found = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
     return _inline(spectrum(found)) if found else ""
 
@@ -155,9 +155,9 @@ def _results(run: dict[str, Any]) -> dict[str, Any]:
         "uniformity": f"{last['uniformity_loss']:.4f}",
         "dimensions filled": f"{last['participation_ratio']:.1f} of at most {most_dimensions(identity)}",
         **{title: _newest(run["lines"], name, form) for title, (name, form) in LOOKED_AT.items()},
-        "pictures a second": f"{statistics.median(line['pictures_per_second'] for line in run['lines']):,.0f}",
+        "images a second": f"{statistics.median(line['pictures_per_second'] for line in run['lines']):,.0f}",
         "time": duration(run["seconds"]),
-        "pictures left out": len(run["unreadable"]),
+        "images left out": len(run["unreadable"]),
     }
 
 
@@ -203,10 +203,10 @@ def _side_by_side(columns: list[dict[str, Any]]) -> dict[str, list[str]]:
     return {name: [str(column.get(name, "")) for column in columns] for name in rows}
 
 
-def _inline(picture: Image.Image) -> str:
-    """A picture as the address of itself."""
+def _inline(image: Image.Image) -> str:
+    """An image as the address of itself."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
+    image.save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 

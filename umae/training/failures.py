@@ -37,9 +37,9 @@ def remember_failure(accelerator, optimizer, values: torch.Tensor, step: int, fa
 
 
 def report_unreadable(
-    found: dict[int, str], record: dict[str, Any], num_pictures: int, max_share: float, tell: Callable[[str], None]
+    found: dict[int, str], record: dict[str, Any], num_images: int, max_share: float, tell: Callable[[str], None]
 ) -> None:
-    """Name every unreadable picture once, and end a run that leaves out too many; every process calls it.
+    """Name every unreadable image once, and end a run that leaves out too many; every process calls it.
 
     Args:
         found: the reasons, by index, that this process has come upon; emptied.
@@ -47,7 +47,7 @@ def report_unreadable(
         tell: prints a line, on the main process only.
 
     Raises:
-        ValueError: they are more than `max_share` of all pictures.
+        ValueError: they are more than `max_share` of all images.
     """
     known = record["unreadable"]
     for index, reason in sorted(gather_object(list(found.items()))):
@@ -55,9 +55,9 @@ def report_unreadable(
             known[str(index)] = reason
             tell(f"left out: {reason}")
     found.clear()
-    if len(known) > max_share * num_pictures:
+    if len(known) > max_share * num_images:
         raise ValueError(
-            f"{len(known)} of {num_pictures} pictures cannot be read, more than max_unreadable_share {max_share:g} "
+            f"{len(known)} of {num_images} images cannot be read, more than max_unreadable_share {max_share:g} "
             f"allows: {'; '.join(list(known.values())[:3])}. Mend or remove them, or allow more"
         )
 
@@ -93,13 +93,13 @@ def stop_if_failed(
 
     Args:
         failed: as `umae.training.failures.remember_failure` leaves it.
-        place, description: of the pictures.
-        seen: the indices of the pictures of every step since the last call.
+        place, description: of the images.
+        seen: the indices of the images of every step since the last call.
         names: of the values that `failed` has flags for; `grad_norm` is among them.
-        own: those that are of one process' pictures, and tell whose they were; the gradient is everybody's.
+        own: those that are of one process' images, and tell whose they were; the gradient is everybody's.
 
     Raises:
-        FloatingPointError: with the values, the step and the pictures.
+        FloatingPointError: with the values, the step and the images.
     """
     step, in_a_row, *flags = (int(value) for value in failed.tolist())
     mine = {name for name, flag in zip(names, flags, strict=True) if flag}
@@ -115,6 +115,6 @@ def stop_if_failed(
     raise FloatingPointError(
         f"{', '.join(shown_names)} was not finite at step {min(step for step, _, _ in failures)}"
         + (f", the {MOST_OVERFLOWS}th time in a row" if in_a_row >= MOST_OVERFLOWS else "")
-        + f", with the pictures {shown} of {description}; the weights have not changed since, and the last "
+        + f", with the images {shown} of {description}; the weights have not changed since, and the last "
         f"checkpoint is from before. Lower base_learning_rate, or train with mixed_precision no"
     )

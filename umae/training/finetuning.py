@@ -54,7 +54,7 @@ def mixed_inputs(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A micro-batch of uint8 crops -> normalised and mixed pictures, and their targets (batch, classes)."""
+    """A micro-batch of uint8 crops -> normalised and mixed images, and their targets (batch, classes)."""
     index = batch["index"].to(device, non_blocking=True)
     pixel_values = normalize(batch["pixel_values"].to(device, non_blocking=True), mean, std)
     targets = soft_targets(labels[index], num_classes, strengths.label_smoothing)

@@ -52,7 +52,7 @@ def open_run(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) -
 
     Returns:
         What `run.json` holds: `identity`, `hardware`, `versions`, `seconds` of training so far,
-        `unreadable` pictures (index and reason), `finished`.
+        `unreadable` images (index and reason), `finished`.
 
     Raises:
         ValueError: the folder holds something else, or a run with another identity.

@@ -18,8 +18,8 @@ from umae.training.folder import METRICS_FILE
 
 T = TypeVar("T")
 
-# What depends on the machine: pictures a second, what share that is of the device's rate at matrix products and of its
-# peak (see `ideal_seconds`), the share of the time spent waiting for pictures, memory in GB, and the seconds that went
+# What depends on the machine: images a second, what share that is of the device's rate at matrix products and of its
+# peak (see `ideal_seconds`), the share of the time spent waiting for images, memory in GB, and the seconds that went
 # into diagnostics, which are not part of the others.
 SPEED = ("pictures_per_second", "matmul_share", "mfu", "data_wait", "memory_gb", "diagnostics_seconds")
 
@@ -28,12 +28,12 @@ class MetricsLog:
     """`metrics.jsonl`, the trackers and the progress bar: the same numbers in three places.
 
     Args:
-        pictures_per_step: on all processes.
+        images_per_step: on all processes.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, pictures_per_step: int):
+    def __init__(self, accelerator: Accelerator, folder: Path, images_per_step: int):
         self.accelerator, self.path, self.bar = accelerator, folder / METRICS_FILE, None
-        self.pictures_per_step = pictures_per_step
+        self.images_per_step = images_per_step
         self.waited, self.evaluated = 0.0, 0.0  # seconds since the last line
 
     def begin(self, step: int, flops: int) -> None:
@@ -87,7 +87,7 @@ class MetricsLog:
         """
         now = time.perf_counter()
         seconds, self.last_time = now - self.last_time - self.evaluated, now
-        rate, memory = (step - self.last_step) * self.pictures_per_step / seconds, used_memory(self.accelerator.device)
+        rate, memory = (step - self.last_step) * self.images_per_step / seconds, used_memory(self.accelerator.device)
         speed = {
             "pictures_per_second": rate,
             **{name: rate * ideal for name, ideal in self.ideal_seconds.items()},
@@ -101,7 +101,7 @@ class MetricsLog:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
         self.bar.set_postfix_str(
-            f"{shown}, {rate:.0f} pictures/s ({line['matmul_share']:.0%} of the matmul rate, "
+            f"{shown}, {rate:.0f} images/s ({line['matmul_share']:.0%} of the matmul rate, "
             + (f"{line['mfu']:.0%} MFU, " if "mfu" in line else "")
             + f"{line['data_wait']:.0%} waiting)"
         )
@@ -109,12 +109,12 @@ class MetricsLog:
         self.accelerator.log(tracked, step=step)
 
 
-def track_picture(accelerator: Accelerator, name: str, pixels: np.ndarray, step: int) -> None:
-    """Show a picture, uint8 (height, width, channels), in all trackers; the main process calls it."""
+def track_image(accelerator: Accelerator, name: str, pixels: np.ndarray, step: int) -> None:
+    """Show an image, uint8 (height, width, channels), in all trackers; the main process calls it."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
-        elif tracker.name == "trackio":  # Accelerate has no pictures for it
+        elif tracker.name == "trackio":  # Accelerate has no images for it
             tracker.log({name: sys.modules["trackio"].Image(pixels)}, step=step)
         else:
             tracker.log_images({name: [pixels]}, step=step)

@@ -141,7 +141,7 @@ def train(
             used.clear()
         if logs:
             report_unreadable(
-                unreadable, record, plan.pictures, settings.max_unreadable_share, log_on(accelerator.is_main_process)
+                unreadable, record, plan.images, settings.max_unreadable_share, log_on(accelerator.is_main_process)
             )
             line, text = task.line(state.means())
             line = {"epoch": done / plan.steps_per_epoch, **line, "learning_rate": learning_rate}

@@ -34,7 +34,7 @@ class Schedule:
 def make_schedule(
     total_steps: int,
     steps_per_epoch: int,
-    pictures_per_step: int,
+    images_per_step: int,
     base_learning_rate: float,
     warmup_epochs: float | None,
     usual_warmup_steps: float,
@@ -42,7 +42,7 @@ def make_schedule(
     """The curve of a run.
 
     Args:
-        base_learning_rate: for 256 pictures a step; scaled by their number.
+        base_learning_rate: for 256 images a step; scaled by their number.
         warmup_epochs: None for `usual_warmup_steps`.
 
     Raises:
@@ -54,7 +54,7 @@ def make_schedule(
             f"warmup_epochs {warmup_epochs:g} is {warmup:g} steps, longer than the whole run of {total_steps}; lower "
             f"it, or leave it out for {usual_warmup_steps:g} steps"
         )
-    return Schedule(total_steps, warmup, base_learning_rate * pictures_per_step / 256)
+    return Schedule(total_steps, warmup, base_learning_rate * images_per_step / 256)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int, minimum: float = 0.0) -> float:
