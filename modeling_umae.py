@@ -230,8 +230,8 @@ def random_masking(noise: torch.Tensor, mask_ratio: float) -> tuple[torch.Tensor
 
 def inverse_permutation(ids: torch.Tensor) -> torch.Tensor:
     """(batch, patches) -> (batch, patches): from the places of an order to the order, or back."""
-    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    return torch.empty_like(ids).scatter_(1, ids, places)
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return torch.empty_like(ids).scatter_(1, ids, positions)
 
 
 def gather_patches(patches: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

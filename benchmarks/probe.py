@@ -1,4 +1,4 @@
-"""What judging a frozen encoder costs: features once and all heads on them, against 90 epochs through the encoder.
+"""What evaluating a frozen encoder costs: features once and all heads on them, against 90 epochs through the encoder.
 
     python -m benchmarks.probe
 
@@ -38,13 +38,13 @@ def main() -> None:
     pixel_values = torch.randn(size, device=args.device)
     labels = torch.randint(CLASSES, (args.images,), device=args.device)
     features = encode(encoder, pixel_values)
-    judged = features[: args.images // 5]
+    evaluated = features[: args.images // 5]
 
     seconds = measure.interleave(
         {
             "encoder": lambda: encode(encoder, pixel_values),
             "heads": lambda: train_linear_heads({"cls": features[None]}, labels, CLASSES, seed=0),
-            "k-NN": lambda: knn_classify(features, labels, judged, CLASSES),
+            "k-NN": lambda: knn_classify(features, labels, evaluated, CLASSES),
         },
         args.repetitions,
         args.device,
@@ -57,14 +57,14 @@ def main() -> None:
             "measured",
             f"{seconds['heads']:.3f}",
         ],
-        [f"k-NN of {len(judged):,} images", "measured", f"{seconds['k-NN']:.3f}"],
+        [f"k-NN of {len(evaluated):,} images", "measured", f"{seconds['k-NN']:.3f}"],
         ["all of these", "sum", f"{ours:.3f}"],
         [f"{EPOCHS} epochs through the encoder, 1 learning rate", "arithmetic", f"{usual:.1f}"],
         [f"the same, {HEADS} settings", "arithmetic", f"{HEADS * usual:.1f}"],
     ]
     measure.report(
         "probe",
-        "Judging a frozen encoder",
+        "Evaluating a frozen encoder",
         args.device,
         measure.table(("", "", "seconds"), rows),
         f"{args.images:,} synthetic images of 32 x 32, {CLASSES} classes, tiny encoder (192 x 12), float32, one of "

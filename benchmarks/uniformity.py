@@ -93,7 +93,7 @@ def received(world: int, total: int) -> tuple[float, float]:
 
 
 def received_here(world: int, total: int) -> tuple[float, float]:
-    """The same, counted at the loopback device while so many processes of this machine compute the term."""
+    """The same, counted at the loopback device while this many processes of this machine compute the term."""
     launch = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(world), "-m", "benchmarks.uniformity")
     command = [sys.executable, "-m", *launch, str(total // world)]
     found = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -50,7 +50,7 @@ def search(
     model: str, dataset: str, query: str, at: tuple[float, float], size: int | None = None, layer: int | None = None
 ) -> Figure:
     """The query and the SHOWN images whose most similar patch is most similar to the one at `at`."""
-    if not all(0 <= place < 1 for place in at):
+    if not all(0 <= position < 1 for position in at):
         raise ValueError(f"--at {at[0]:g} {at[1]:g} lies outside of the image; expected two numbers from 0 up to 1")
     encoder = encoder_from_pretrained(model)
     processor = load_processor(model, encoder.config.image_height_width)

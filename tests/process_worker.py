@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from modeling_umae import UMAEForPreTraining, UMAELayer, UMAEModel, feature_second_moment, uniformity_loss
 from umae.data.images import load_images
 from umae.data.inputs import evaluation_processor
-from umae.evaluation.monitor import Monitor, watch
+from umae.evaluation.monitor import Monitor, prepare_probe_images
 from umae.training import checkpoints
 from umae.training.failures import no_failure
 from umae.training.loop import optimizer_step
@@ -150,8 +150,10 @@ def measures_of_a_look(wrap) -> torch.Tensor:
     torch.manual_seed(0)
     accelerator, processor = Accelerator(cpu=True), evaluation_processor((16, 16))
     model = UMAEForPreTraining(fresh_config(uniformity_weight=0.5))
-    watched = watch(accelerator, load_images("digits", split="test"), processor, (16, 16), 50, True, seed=0)
-    monitor = Monitor(accelerator, model.config, watched, load_images("digits").labels(), 10, processor, seed=0)
+    probe_images = prepare_probe_images(
+        accelerator, load_images("digits", split="test"), processor, (16, 16), 50, True, seed=0
+    )
+    monitor = Monitor(accelerator, model.config, probe_images, load_images("digits").labels(), 10, processor, seed=0)
     model = wrap(model).train()
     index = torch.arange(8)[4 * dist.get_rank() :][:4]
     pixels = torch.randint(256, (8, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
@@ -159,7 +161,7 @@ def measures_of_a_look(wrap) -> torch.Tensor:
         monitor.observe(
             torch.randn(8, monitor.config.hidden_size, generator=torch.Generator().manual_seed(1))[index], index
         )
-    values, _ = monitor.look(model, {"pixel_values": pixels[index], "index": index, "epoch": 0}, step=1)
+    values, _ = monitor.evaluate(model, {"pixel_values": pixels[index], "index": index, "epoch": 0}, step=1)
     classifier = torch.stack([tensor.double().sum() for _, tensor in sorted(monitor.classifier.tensors().items())])
     everyones = accelerator.gather(classifier[None])
     assert torch.equal(everyones[0], everyones[1]), "all processes have the same classifier"

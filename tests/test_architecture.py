@@ -55,13 +55,13 @@ def arrows() -> dict[str, set[str]]:
 
 
 def test_no_room_imports_from_a_room_to_its_right_or_beside_it():
-    place = {room: column for column, rooms in enumerate(SLOPE) for room in rooms}
+    position = {room: column for column, rooms in enumerate(SLOPE) for room in rooms}
     wrong = []
     for module, targets in arrows().items():
         room = module.split(".")[1]
         for target in targets:
             other = target.split(".")[1]
-            if room != other and place[other] >= place[room]:
+            if room != other and position[other] >= position[room]:
                 wrong.append(f"{module} imports {target}")
     assert not wrong
 

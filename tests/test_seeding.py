@@ -47,8 +47,8 @@ def test_order_is_a_permutation_of_its_own_in_every_epoch():
 
 def test_every_forward_pass_seeds_torch_differently():
     drawn = set()
-    for place in product(range(3), repeat=3):
-        seeding.seed_forward(0, *place)
+    for position in product(range(3), repeat=3):
+        seeding.seed_forward(0, *position)
         drawn.add(torch.rand(()).item())
     assert len(drawn) == 27
     seeding.seed_forward(0, 0, 0, 0)

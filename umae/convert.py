@@ -277,7 +277,7 @@ def load_exactly(
 
 
 def resize_positions(
-    tensors: dict[str, torch.Tensor], grid: tuple[int, int], config: UMAEConfig, tell: Callable[[str], object]
+    tensors: dict[str, torch.Tensor], grid: tuple[int, int], config: UMAEConfig, log: Callable[[str], object]
 ) -> dict[str, torch.Tensor]:
     """The tensors of `read_model` with position tables for images of another size, in patches of the same size.
 
@@ -287,7 +287,7 @@ def resize_positions(
     Args:
         grid: (rows, columns) of patches that the weights have been made for.
         config: of the model that the tensors are to be put into.
-        tell: is given one line that says what was done, if anything was.
+        log: is given one line that says what was done, if anything was.
     """
     encoder, decoder = "vit.embeddings.position_embeddings", "decoder.decoder_pos_embed"
     is_table = encoder in tensors and tensors[encoder].shape == (1, 1 + grid[0] * grid[1], config.hidden_size)
@@ -298,7 +298,7 @@ def resize_positions(
     tables = {encoder: resize_position_table(tensors[encoder], grid, config.grid)}
     if decoder in tensors:
         tables[decoder] = sincos_position_table(config.decoder_hidden_size, config.grid)
-    tell(f"the encoder's {text}" + (", the decoder's made anew" if decoder in tensors else ""))
+    log(f"the encoder's {text}" + (", the decoder's made anew" if decoder in tensors else ""))
     return tensors | tables
 
 

@@ -98,7 +98,7 @@ def peak_flops(device_name: str, mixed_precision: str) -> float | None:
 
 
 def ideal_seconds(flops: int, device: torch.device, mixed_precision: str, processes: int) -> dict[str, float]:
-    """How long so many operations take where all processes together do nothing but plain matrix products.
+    """How long this many operations take where all processes together do nothing but plain matrix products.
 
     Returns:
         Seconds, by what a share of that rate is called: `matmul_share`, of the rate that is reached here, and where the

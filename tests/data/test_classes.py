@@ -13,14 +13,14 @@ HIDDEN = "comes without labels (no column of them, or -1 in every row)"
 
 def test_a_test_split_without_labels_gives_way_to_the_labelled_validation_split_and_that_is_said(tmp_path):
     name, said = folder_of_parquet(tmp_path, train=[0, 1, 1], validation=[1, 0], test=[-1, -1]), []
-    train, test, names = load_labelled(name, None, "train", None, tell=said.append)
+    train, test, names = load_labelled(name, None, "train", None, log=said.append)
     assert (len(train), test.labels().tolist(), names) == (3, [1, 0], ["a", "b"])
     assert said == [f"{tmp_path.name} (test) {HIDDEN}; {tmp_path.name} (validation) is used instead"]
 
 
 def test_a_labelled_test_split_is_used_without_a_word(tmp_path):
     name, said = folder_of_parquet(tmp_path, train=[0, 1, 1], validation=[1, 0], test=[0, 1]), []
-    assert load_labelled(name, None, "train", None, tell=said.append)[1].labels().tolist() == [0, 1] and not said
+    assert load_labelled(name, None, "train", None, log=said.append)[1].labels().tolist() == [0, 1] and not said
 
 
 @pytest.mark.parametrize("asked", ["test", None])

@@ -341,7 +341,7 @@ BAD = {1: "01.png", 4: "04.png", 5: "05.png", 11: "11.png"}
 def test_the_next_readable_image_of_the_order_takes_a_bad_ones_place(half_bad, processes, in_memory, workers):
     decoded = decode_all(half_bad) if in_memory else None
     order = seeding.permutation(7, 0, 12).tolist()
-    expected = [next(i for i in order[place:] + order[:place] if i not in BAD) for place in range(12)]
+    expected = [next(i for i in order[position:] + order[:position] if i not in BAD) for position in range(12)]
     found, refusals = [], {}
     for rank in range(processes):
         plan = Plan(12, batch_size=6 // processes, accumulation=1, processes=processes, seed=7)
@@ -392,7 +392,7 @@ def test_crops_show_the_share_of_the_area_that_is_asked_for_and_are_changed_last
     order = (0, torch.tensor([5, 2]))
 
     def shifted(crops, epoch, index):
-        return [crop + index[place] for place, crop in enumerate(crops)]
+        return [crop + index[position] for position, crop in enumerate(crops)]
 
     whole = TrainingImages(images, (8, 8), seed=0, min_scale=1.0)[order]["pixel_values"]
     # Of the whole area, only the square one of the shapes fits

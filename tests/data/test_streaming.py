@@ -90,9 +90,9 @@ def test_orders_differ_by_epoch_and_seed_and_leave_shards_and_blocks_together(st
 @pytest.mark.parametrize("readers", [1, 3])
 def test_every_cursor_leads_to_the_very_next_image(stream, readers):
     rows = list(islice(stream.walk(0, readers - 1, readers), 60))  # across epochs
-    for place in range(len(rows) - 3):
-        following = islice(stream.walk(0, readers - 1, readers, rows[place].behind), 3)
-        assert list(following) == rows[place + 1 : place + 4], "their cursors, too"
+    for position in range(len(rows) - 3):
+        following = islice(stream.walk(0, readers - 1, readers, rows[position].behind), 3)
+        assert list(following) == rows[position + 1 : position + 4], "their cursors, too"
 
 
 def plan(batch_size: int = 4, processes: int = 1, accumulation: int = 1) -> Plan:

@@ -27,8 +27,8 @@ def test_the_head_is_that_of_the_paper_with_its_gradients():
 
     norm = torch.nn.BatchNorm1d(WIDTH, affine=False, eps=1e-6).double()
     plain, split = norm(tokens.transpose(1, 2)).transpose(1, 2), (HEADS, WIDTH // HEADS)
-    for place in range(2):
-        query, key, value, weight, bias = (tensor[place] for tensor in both.values())
+    for position in range(2):
+        query, key, value, weight, bias = (tensor[position] for tensor in both.values())
         queries = query.view(1, 1, *split).expand(COUNT, -1, -1, -1)
         pooled = torch.nn.functional.scaled_dot_product_attention(
             queries.transpose(1, 2),
@@ -36,10 +36,10 @@ def test_the_head_is_that_of_the_paper_with_its_gradients():
             (plain @ value.T).unflatten(2, split).transpose(1, 2),
         )
         expected = pooled.transpose(1, 2).flatten(1) @ weight.T + bias
-        assert (logits[:, place] - expected).abs().max() < 1e-9 * expected.abs().max()
+        assert (logits[:, position] - expected).abs().max() < 1e-9 * expected.abs().max()
         gradients = torch.autograd.grad(expected.square().sum(), both.values(), retain_graph=True)
         for one, other in zip(found, gradients, strict=True):
-            assert (one[place] - other[place]).abs().max() < 1e-9 * other[place].abs().max()
+            assert (one[position] - other[position]).abs().max() < 1e-9 * other[position].abs().max()
 
 
 def marked(count, generator):
@@ -47,11 +47,11 @@ def marked(count, generator):
     little."""
     labels = torch.randint(CLASSES, (count,), generator=generator)
     said = torch.randint(CLASSES, (count, TOKENS), generator=generator)
-    place = torch.randint(TOKENS, (count,), generator=generator)
-    said[torch.arange(count), place] = labels
+    position = torch.randint(TOKENS, (count,), generator=generator)
+    said[torch.arange(count), position] = labels
     tokens = 0.1 * torch.randn(count, TOKENS, WIDTH, generator=generator)
     tokens[:, :, :CLASSES] += 3 * torch.nn.functional.one_hot(said, CLASSES)
-    tokens[torch.arange(count), place, -1] += 3
+    tokens[torch.arange(count), position, -1] += 3
     return tokens.half(), labels
 
 

@@ -59,7 +59,7 @@ def test_every_epochs_loss_is_that_of_the_protocol_step_by_step(model, tmp_path)
     encoder = encoder_from_pretrained(model, pooling="mean").double()
     mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
     labels, per_epoch = images.labels(), len(images) // batch_size
-    for place, name in enumerate(("cls", "mean")):
+    for position, name in enumerate(("cls", "mean")):
         head = restated(seed, encoder.config.hidden_size)
         optimizer = Lars(head.parameters(), lr=0.0)
         for epoch in range(epochs):
@@ -78,7 +78,7 @@ def test_every_epochs_loss_is_that_of_the_protocol_step_by_step(model, tmp_path)
                 crops = [crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips, strict=True)]
                 with torch.no_grad():
                     output = encoder(((torch.stack(crops) / 255 - mean) / std).double())
-                features = (output.last_hidden_state[:, 0], output.pooler_output)[place]
+                features = (output.last_hidden_state[:, 0], output.pooler_output)[position]
                 optimizer.zero_grad()
                 loss = torch.nn.functional.cross_entropy(head(features), labels[index])
                 loss.backward()

@@ -19,7 +19,7 @@ from umae.data.inputs import evaluation_processor, normalize
 from umae.evaluation.collapse import effective_rank
 from umae.evaluation.diagnosis import VIEWS
 from umae.evaluation.features import frozen_features
-from umae.evaluation.monitor import SHARE, Monitor, Watched, classes_of, usual_steps, watch
+from umae.evaluation.monitor import SHARE, Monitor, ProbeImages, classes_of, prepare_probe_images, usual_steps
 from umae.evaluation.online import MemoryBank
 from umae.programs import pretrain
 from umae.speed import encoder_flops, training_flops
@@ -29,9 +29,9 @@ def make_monitor(accelerator: Accelerator, batch_size: int = 50, **fields) -> tu
     torch.manual_seed(0)
     model = UMAEForPreTraining._from_config(fresh_config(**fields), attn_implementation="eager").train()
     images, processor = load_images("digits", split="test"), evaluation_processor((16, 16))
-    watched = watch(accelerator, images, processor, (16, 16), batch_size, with_labels=True, seed=0)
+    probe_images = prepare_probe_images(accelerator, images, processor, (16, 16), batch_size, with_labels=True, seed=0)
     labels = load_images("digits").labels()
-    return Monitor(accelerator, model.config, watched, labels, 10, processor, seed=0), model
+    return Monitor(accelerator, model.config, probe_images, labels, 10, processor, seed=0), model
 
 
 def micro_batch(count: int = 16) -> dict:
@@ -43,7 +43,7 @@ def micro_batch(count: int = 16) -> dict:
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_a_look_measures_the_features_of_the_whole_images(pooling):
     monitor, model = make_monitor(Accelerator(cpu=True), pooling=pooling)
-    values, shown = monitor.look(model, micro_batch(), step=1)
+    values, shown = monitor.evaluate(model, micro_batch(), step=1)
     images, processor = load_images("digits", split="test"), evaluation_processor((16, 16))
     pixel_values = torch.cat([processor(images.read(i), return_tensors="pt")["pixel_values"] for i in range(359)])
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_a_look_measures_the_features_of_the_whole_images(pooling):
         assert 0 < values[f"alignment_{name}"] < 4
     assert not {"online_top1", "online_knn_top1"} & values.keys(), "nothing has been observed"
     monitor.observe(torch.randn(300, model.config.hidden_size), torch.arange(300))
-    values, _ = monitor.look(model, micro_batch(), step=2)
+    values, _ = monitor.evaluate(model, micro_batch(), step=2)
     assert 0 <= values["online_top1"] <= 1 and 0 <= values["online_knn_top1"] <= 1
     assert [row.shape for row in shown.values()] == [(8, 16, 16, 3)] * 4
 
@@ -62,12 +62,12 @@ def test_a_look_measures_the_features_of_the_whole_images(pooling):
 def test_a_look_changes_neither_model_nor_gradients_nor_random_numbers_that_training_draws():
     monitor, model = make_monitor(Accelerator(cpu=True), hidden_dropout_prob=0.1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    monitor.look(model, micro_batch(), step=1)
+    monitor.evaluate(model, micro_batch(), step=1)
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     seeding.seed_forward(0, 1, 0, 0)
     expected = torch.rand(3)
-    monitor.look(model, micro_batch(), step=1)
+    monitor.evaluate(model, micro_batch(), step=1)
     seeding.seed_forward(0, 1, 0, 0)
     assert torch.equal(torch.rand(3), expected)
 
@@ -108,12 +108,12 @@ def monitor_of(labels: torch.Tensor, probe_labels: torch.Tensor, trained_on: tor
     """A monitor of features of width 1,000."""
     count = len(probe_labels)
     index, readable = torch.arange(count)[None], torch.ones(1, count, dtype=torch.bool)
-    watched = Watched(
+    probe_images = ProbeImages(
         count, torch.zeros(1, count, 3, 16, 16, dtype=torch.uint8), index, readable, probe_labels, trained_on
     )
     config = fresh_config(hidden_size=1000)
     processor = evaluation_processor((16, 16))
-    return Monitor(Accelerator(cpu=True), config, watched, labels, 1000, processor, seed=0)
+    return Monitor(Accelerator(cpu=True), config, probe_images, labels, 1000, processor, seed=0)
 
 
 def accuracies(monitor: Monitor, features: torch.Tensor) -> dict[str, float]:
@@ -190,7 +190,9 @@ def test_every_process_has_as_many_batches_and_together_they_have_all_images():
 
     images, found = load_images("digits", split="test"), []
     for Rank.process_index in range(3):
-        share = watch(Rank, images, evaluation_processor((8, 8)), (8, 8), 50, True, seed=4, trained_on=True)
+        share = prepare_probe_images(
+            Rank, images, evaluation_processor((8, 8)), (8, 8), 50, True, seed=4, trained_on=True
+        )
         assert share.index.shape == (3, 50) and share.readable.all() and share.count == 359
         found.append(share.index)
     order = torch.stack(found, dim=1).flatten()  # as gathered, batch by batch
@@ -205,12 +207,14 @@ def test_images_that_cannot_be_read_do_not_count(tmp_path):
         Image.fromarray(np.full((8, 8, 3), 40 * i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
     (tmp_path / "2.png").write_bytes(b"<html>")
     accelerator = Accelerator(cpu=True)
-    watched = watch(accelerator, load_images(str(tmp_path)), evaluation_processor((16, 16)), (16, 16), 4, False, 0)
-    assert watched.count == 6 and (watched.index[~watched.readable] == 2).all()
+    probe_images = prepare_probe_images(
+        accelerator, load_images(str(tmp_path)), evaluation_processor((16, 16)), (16, 16), 4, False, 0
+    )
+    assert probe_images.count == 6 and (probe_images.index[~probe_images.readable] == 2).all()
     torch.manual_seed(0)
     model = UMAEForPreTraining(fresh_config()).train()
-    monitor = Monitor(accelerator, model.config, watched, None, None, evaluation_processor((16, 16)), seed=0)
-    values, _ = monitor.look(model, micro_batch(), step=1)
+    monitor = Monitor(accelerator, model.config, probe_images, None, None, evaluation_processor((16, 16)), seed=0)
+    values, _ = monitor.evaluate(model, micro_batch(), step=1)
     assert 1 <= values["effective_rank_cls"] <= 5 and "online_top1" not in values
 
 
@@ -218,7 +222,7 @@ def test_images_that_cannot_be_read_do_not_count(tmp_path):
 def test_a_run_is_evaluated_at_least_eight_times_and_first_within_its_first_eighth(total):
     """1 % of the time would be steps 850 and 920 of 920, and one evaluation of 150 steps."""
     job = SimpleNamespace(
-        args=SimpleNamespace(eval_steps=None, logging_steps=None), watched=load_images("digits", split="test"),
+        args=SimpleNamespace(eval_steps=None, logging_steps=None), probe_images=load_images("digits", split="test"),
         config=fresh_config(), plan=Plan(images=1438, batch_size=8, accumulation=1, processes=1, seed=0),
         schedule=SimpleNamespace(total_steps=total),
     )  # fmt: skip

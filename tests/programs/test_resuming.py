@@ -113,7 +113,7 @@ def test_a_signal_ends_the_run_after_its_step_and_the_next_start_goes_on(tmp_pat
     os.killpg(group, number)  # as a terminal does: the workers get it too
     assert process.wait(30) == 128 + number
     printed = (tmp_path / "run.log").read_text()
-    (step,) = re.findall(r"stopped by a signal after step (\d+); the same command goes on", printed)
+    (step,) = re.findall(r"stopped by a signal after step (\d+); the same command continues", printed)
     assert "Traceback" not in printed
     with lock(tmp_path / "run"):  # the folder is free
         pass
@@ -141,7 +141,7 @@ def test_a_signal_to_the_launcher_ends_two_processes_after_the_same_step(tmp_pat
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=40)
-    (step,) = re.findall(r"stopped by a signal after step (\d+); the same command goes on", printed)
+    (step,) = re.findall(r"stopped by a signal after step (\d+); the same command continues", printed)
     assert process.returncode != 0 and (tmp_path / "run" / f"step-{step}" / "checksums.json").exists()
     with lock(tmp_path / "run"):  # the folder is free
         pass

@@ -62,7 +62,7 @@ def finished(encoder, tmp_path_factory):
 def test_a_run_says_what_it_will_do_and_leaves_a_whole_classifier(finished):
     folder, printed = finished
     for text in (
-        "1,438 from digits (train), judged on 359 from digits (test)",
+        "1,438 from digits (train), evaluated on 359 from digits (test)",
         "labels           10 classes from column 'label': 0, 1, 2, 3, 4, 5, ...",
         "12 (0.2727 epochs), 6 of them warm-up",
         "drop path 0.1, crops from 0.08, horizontal flip 0.5, rand augment 9, random erasing 0.25, mixup 0.8,",
@@ -329,7 +329,7 @@ def test_data_that_cannot_be_learned_from_is_refused_with_what_to_do(encoder, tm
             "--per_device_train_batch_size",
             "7",
         ): "7 is odd, and mixup and cutmix take images in pairs; use 8, or mixup 0",
-        ("--per_device_train_batch_size", "4", "--test_split", "train"): "are both train; a classifier is judged",
+        ("--per_device_train_batch_size", "4", "--test_split", "train"): "are both train; a classifier is evaluated",
         ("--per_device_train_batch_size", "4", "--min_crop_scale", "0"): "crops of nothing",
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -304,7 +304,7 @@ def test_two_processes_report_what_one_does_by_either_protocol(tmp_path):
 def test_the_precision_that_is_reported_is_that_of_training_and_of_evaluation(
     model, folder, tmp_path, monkeypatch, mixed
 ):
-    """Protocol mae trains in the accelerator's precision; what is judged is float32 either way."""
+    """Protocol mae trains in the accelerator's precision; what is evaluated is float32 either way."""
     found = {"training": set(), "evaluation": set()}
 
     def noted(name, function):

@@ -80,8 +80,8 @@ def test_attention_is_brightest_where_the_class_token_looks(monkeypatch, some):
     class_attention(model.vit, some[0], MEAN, STD)
     brightness = shown["attention"].astype(float).sum(axis=3)  # cividis grows brighter from dark blue to yellow
     size, columns = model.config.patch_height_width[0], model.config.grid[1]
-    for image, places in enumerate(weights.argmax(dim=1).tolist()):
-        patch = brightness[image, size * (places // columns), size * (places % columns)]
+    for image, positions in enumerate(weights.argmax(dim=1).tolist()):
+        patch = brightness[image, size * (positions // columns), size * (positions % columns)]
         assert patch == brightness[image].max()
     assert shown["attention"].shape == (3, 16, 16, 3)
 

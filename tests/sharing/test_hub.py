@@ -285,7 +285,7 @@ def test_a_push_in_the_background_harms_nothing_and_leaves_out_what_comes_meanwh
     push.start({**FILES, "config.json": b"[]"}, "Step 3", "step-3")
     push.wait()
     assert set(logged_in.repos["model", "tester/model"].refs) == {"main", "step-1"}
-    assert len(told) == 1 and told[0].startswith("step-3 is not on the Hub (cannot push") and "goes on" in told[0]
+    assert len(told) == 1 and told[0].startswith("step-3 is not on the Hub (cannot push") and "continues" in told[0]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -86,7 +86,7 @@ def test_a_browser_without_a_network_shows_the_whole_page(runs, tmp_path):
     with Image.open(shot) as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
     for colour in COLOURS[:2]:  # of the two runs' lines
-        red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+        red, green, blue = (int(colour[position : position + 2], 16) for position in (1, 3, 5))
         assert (pixels == (red, green, blue)).all(axis=1).sum() > 500, colour
     marked = (pixels == (255, 243, 214)).all(axis=1).sum()
     assert marked > 10_000, "the rows of settings that differ"

@@ -45,14 +45,14 @@ def test_of_many_that_find_a_free_folder_one_takes_it(tmp_path):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that inherit open files")
 def test_a_folder_is_free_as_soon_as_its_process_is_killed_though_a_worker_lives_on(tmp_path):
-    (told, tell), (ends, test_lives) = os.pipe(), os.pipe()
+    (told, log), (ends, test_lives) = os.pipe(), os.pipe()
     process = os.fork()
     if process == 0:
         try:
             os.close(test_lives)
             with lock(tmp_path):
                 os.fork()  # a loader's worker
-                os.write(tell, b"held")
+                os.write(log, b"held")
                 os.read(ends, 1)  # until the test ends
         finally:
             os._exit(0)

@@ -249,8 +249,8 @@ def cut_boxes(share: torch.Tensor, centre: torch.Tensor, height: int, width: int
     inside = []
     for axis, side in enumerate((height, width)):
         length, middle = (side * share.sqrt()).floor(), (side * centre[:, axis]).floor()
-        places, first = torch.arange(side, device=share.device), middle - (length / 2).floor()
-        inside.append((places >= first[:, None]) & (places < (first + length)[:, None]))  # (batch, side)
+        positions, first = torch.arange(side, device=share.device), middle - (length / 2).floor()
+        inside.append((positions >= first[:, None]) & (positions < (first + length)[:, None]))  # (batch, side)
     return inside[0][:, :, None] & inside[1][:, None, :]
 
 

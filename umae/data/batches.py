@@ -147,12 +147,12 @@ class TrainingImages(torch.utils.data.Dataset):
         epoch, indices = micro_batch
         numbers = seeding.uniform(self.seed, seeding.CROP, epoch, indices, CROP_NUMBERS)
         shown, crops, refusals = indices.tolist(), [], {}
-        for place, pixels in enumerate(self._read(shown.copy())):
+        for position, pixels in enumerate(self._read(shown.copy())):
             if isinstance(pixels, UnreadableImage):
-                shown[place], pixels = self._next_readable(epoch, shown[place], pixels, refusals)
-                crops.append(random_crop(pixels, self.seed, epoch, shown[place], self.size, self.min_scale))
+                shown[position], pixels = self._next_readable(epoch, shown[position], pixels, refusals)
+                crops.append(random_crop(pixels, self.seed, epoch, shown[position], self.size, self.min_scale))
             else:
-                crops.append(random_resized_crop(pixels, numbers[place], self.size, (self.min_scale, 1.0)))
+                crops.append(random_resized_crop(pixels, numbers[position], self.size, (self.min_scale, 1.0)))
         index = torch.tensor(shown)
         return {
             "pixel_values": torch.stack(crops if self.augment is None else self.augment(crops, epoch, index)),
@@ -169,13 +169,13 @@ class TrainingImages(torch.utils.data.Dataset):
     def _next_readable(self, epoch: int, index: int, pixels, refusals: dict) -> tuple[int, torch.Tensor]:
         """The first image after `index` in the epoch's order that can be read; notes those that cannot."""
         order = seeding.permutation(self.seed, epoch, len(self)).tolist()
-        place = order.index(index)
+        position = order.index(index)
         while isinstance(pixels, UnreadableImage):
             refusals[index] = pixels
             if len(refusals) == len(self):
                 raise pixels
-            place = (place + 1) % len(order)
-            index = order[place]
+            position = (position + 1) % len(order)
+            index = order[position]
             (pixels,) = self._read([index])
         return index, pixels
 

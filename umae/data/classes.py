@@ -1,4 +1,4 @@
-"""Labelled images in two splits, one to train on and one to judge by, and the classes that they share."""
+"""Labelled images in two splits, one to train on and one to evaluate by, and the classes that they share."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,13 +15,13 @@ def load_labelled(
     test_split: str | None,
     image_column: str | None = None,
     label_column: str | None = None,
-    tell: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> tuple[Images, Images, list[str]]:
-    """The images to train on, those to judge by, and the names of the classes, see `load_images`.
+    """The images to train on, those to evaluate by, and the names of the classes, see `load_images`.
 
     Args:
         test_split: None for `test` or `validation`, the first of them that has labels.
-        tell: prints a line, if `test` has none.
+        log: prints a line, if `test` has none.
 
     Raises:
         ValueError: a split is missing, both are the same, or their labels are missing or differ.
@@ -39,19 +39,19 @@ def load_labelled(
     train = load(train_split)
     train.labels()  # a refusal that names the missing labels rather than a missing split
     if test_split == train_split:
-        raise ValueError(f"train_split and test_split are both {test_split}; a classifier is judged on others")
+        raise ValueError(f"train_split and test_split are both {test_split}; a classifier is evaluated on others")
     splits = [test_split] if test_split else held_out_splits(name, config_name, train_split)
     known = ", ".join(split_names(name, config_name))
     if not splits:
         raise ValueError(f"there is no split test or validation; name one of {known} with test_split")
-    test = load_first_labelled(load, splits, tell)
+    test = load_first_labelled(load, splits, log)
     if not test.has_labels:
         raise ValueError(f"{test.description} {UNLABELLED}; name a split with labels as test_split; there are {known}")
     return train, test, class_names(train, test)
 
 
 def load_first_labelled(
-    load: Callable[[str], Images | Stream], splits: Sequence[str], tell: Callable[[str], None]
+    load: Callable[[str], Images | Stream], splits: Sequence[str], log: Callable[[str], None]
 ) -> Images | Stream:
     """Of some splits the first that has labels, with a word on those before it; if none has any, simply the first."""
     unlabelled = []
@@ -59,7 +59,7 @@ def load_first_labelled(
         images = load(split)
         if images.has_labels:
             for other in unlabelled:
-                tell(f"{other.description} {UNLABELLED}; {images.description} is used instead")
+                log(f"{other.description} {UNLABELLED}; {images.description} is used instead")
             return images
         unlabelled.append(images)
     return unlabelled[0]
@@ -78,7 +78,7 @@ def class_names(train: Images, test: Images) -> list[str]:
     if max(highest, highest_test) >= len(names):
         raise ValueError(
             f"{test.description} has labels up to {highest_test}, {train.description} up to {highest} of {len(names)} "
-            f"classes; a class can be judged only if it was trained on"
+            f"classes; a class can be evaluated only if it was trained on"
         )
     if len(found) < 2:
         raise ValueError(f"{train.description} has the class {names[highest]} only; expected at least 2 classes")

@@ -88,28 +88,28 @@ class Images:
                 yield error
 
     def sample(self, seed: int, count: int) -> Iterator[tuple[int, Image.Image]]:
-        """The indices of at most so many images, and those of them that can be read, see `spread`."""
+        """The indices of at most this many images, and those of them that can be read, see `spread`."""
         return self._readable(self.spread(count, seed))
 
     def spread(self, count: int, seed: int = 0) -> list[int]:
-        """Indices of at most so many images, spread evenly since many data sets are sorted by class, in an order
+        """Indices of at most this many images, spread evenly since many data sets are sorted by class, in an order
         that depends on the seed."""
         count = min(count, len(self))
-        return [place * len(self) // count for place in seeding.permutation(seed, 0, count).tolist()]
+        return [position * len(self) // count for position in seeding.permutation(seed, 0, count).tolist()]
 
     def _readable(self, indices: Iterable[int]) -> Iterator[tuple[int, Image.Image]]:
         for index in indices:
             with contextlib.suppress(UnreadableImage):
                 yield index, self.read(index)
 
-    def place(self, index: int) -> str:
+    def index_name(self, index: int) -> str:
         """An index as people read it."""
         return str(index)
 
     def fingerprint(self) -> str:
         """What tells these images from others of the same name and number: of the bytes of 16 that lie far apart."""
         digest = hashlib.sha256()
-        indices = sorted({round(place * (len(self) - 1) / 15) for place in range(16)})
+        indices = sorted({round(position * (len(self) - 1) / 15) for position in range(16)})
         for source, _ in self._sources(indices):
             with contextlib.suppress(OSError):  # a file that cannot be read differs from one that can
                 digest.update(source if isinstance(source, bytes) else Path(source).read_bytes())

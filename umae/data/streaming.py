@@ -2,7 +2,7 @@
 
 The shards of an epoch are put in a keyed order and dealt out to the readers, which are the loader's workers of all
 processes; the rows of a shard are shuffled by a keyed permutation of every block of BLOCK rows. So where a reader
-stands is four numbers, its cursor, and a run goes on from there with the very next image.
+stands is four numbers, its cursor, and a run continues from there with the very next image.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ class Cursor(NamedTuple):
     """Where a reader stands: epoch, place among its shards of that epoch, block of the shard, rows done of it."""
 
     epoch: int
-    place: int
+    position: int
     block: int
     done: int
 
@@ -42,7 +42,7 @@ START = Cursor(0, 0, 0, 0)
 
 
 class Row(NamedTuple):
-    """An encoded image, and what is needed to go on behind it."""
+    """An encoded image, and what is needed to continue behind it."""
 
     index: int
     epoch: int
@@ -86,7 +86,7 @@ class Stream:
         """As `Images.not_read`: a stream has rows, not files."""
         return ""
 
-    def place(self, index: int) -> str:
+    def index_name(self, index: int) -> str:
         """An index as people read it."""
         return f"row {index % 2**ROW_BITS} of shard {index >> ROW_BITS}"
 
@@ -96,22 +96,22 @@ class Stream:
         Raises:
             ValueError: an epoch of this reader holds no row.
         """
-        epoch, place, first_block, done = start
+        epoch, position, first_block, done = start
         while True:
             shards = seeding.permutation(seed, epoch, self.num_shards).tolist()[reader::readers]
             found = start != START and epoch == start.epoch
-            for place in range(place, len(shards)):  # noqa: B020  # the first epoch begins in the middle
-                for block, rows in enumerate(self._blocks(shards[place], first_block), first_block):
-                    order = seeding.permutation(seed, epoch, len(rows), shards[place], block).tolist()
+            for position in range(position, len(shards)):  # noqa: B020  # the first epoch begins in the middle
+                for block, rows in enumerate(self._blocks(shards[position], first_block), first_block):
+                    order = seeding.permutation(seed, epoch, len(rows), shards[position], block).tolist()
                     for count, row in enumerate(order[done:], done + 1):
-                        index, found = (shards[place] << ROW_BITS) + block * BLOCK + row, True
+                        index, found = (shards[position] << ROW_BITS) + block * BLOCK + row, True
                         source, name = self._source(rows[row], index)
-                        yield Row(index, epoch, source, name, Cursor(epoch, place, block, count))
+                        yield Row(index, epoch, source, name, Cursor(epoch, position, block, count))
                     done = 0
                 first_block = done = 0
             if not found:
                 raise ValueError(f"{self.description}: the shards {shards[:5]} hold no rows")
-            epoch, place = epoch + 1, 0
+            epoch, position = epoch + 1, 0
 
     def _blocks(self, shard: int, first: int) -> Iterator[list[dict]]:
         """The encoded images of a shard, BLOCK of them at a time, from a block on."""
@@ -122,7 +122,7 @@ class Stream:
 
     def _source(self, encoded: dict, index: int) -> tuple[bytes | str, str]:
         source = encoded["path"] if encoded["bytes"] is None else encoded["bytes"]
-        return source, f"{self.description}, {self.place(index)}"
+        return source, f"{self.description}, {self.index_name(index)}"
 
     def _readable(self, rows: Iterable[Row], refusals: list[str]) -> Iterator[tuple[int, Image.Image]]:
         for row in rows:

@@ -1,1 +1,1 @@
-"""What features are worth: extraction, probes, measures of collapse, evaluation while training goes on."""
+"""What features are worth: extraction, probes, measures of collapse, evaluation while training continues."""

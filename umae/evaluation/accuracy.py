@@ -53,10 +53,10 @@ def guess(
     batch_size = min(batch_size, math.ceil(count / processes))
     rounds = math.ceil(count / (batch_size * processes))
     # All have as many batches as any other, with the first images again at the end, which are cut off below
-    places = (torch.arange(rounds * processes * batch_size) % count).view(rounds, processes, batch_size)
+    positions = (torch.arange(rounds * processes * batch_size) % count).view(rounds, processes, batch_size)
     loader = DataLoader(
         EvaluationImages(images, processor),
-        sampler=places[:, accelerator.process_index].tolist(),
+        sampler=positions[:, accelerator.process_index].tolist(),
         batch_size=None,  # an element of the sampler is a whole batch
         num_workers=num_workers,
         worker_init_fn=ignore_signals if num_workers else None,

@@ -34,7 +34,7 @@ def diagnose(
         model: a run folder, or any U-MAE, MAE or ViT, see `encoder_from_pretrained`.
         dataset: what `load_images` knows by this name, or images that it has loaded.
         split: which split, of a name.
-        most_images: so many are enough, spread evenly; those that cannot be read are named and left out.
+        most_images: this many are enough, spread evenly; those that cannot be read are named and left out.
         batch_size: images of a forward pass.
 
     Returns:

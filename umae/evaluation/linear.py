@@ -68,7 +68,7 @@ def train_linear_heads(
 
     Args:
         features: (V, N, D) for each kind, by its name: of the images, and of V - 1 augmentations of them, which take
-            turns from epoch to epoch. What is held out is judged by the first.
+            turns from epoch to epoch. What is held out is evaluated by the first.
         labels: int64 (N,), in [0, num_classes).
         num_classes: C.
         seed: of the held-out part, the initial weights and the order of the images.

@@ -69,7 +69,7 @@ class BatchNormHead:
         self.mean, self.variance = torch.zeros_like(self.weight[0]), torch.ones_like(self.weight[0])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All it needs to go on; written to, they put it back."""
+        """All it needs to continue; written to, they put it back."""
         names = ("weight", "bias", "weight_momentum", "bias_momentum", "mean", "variance")
         return dict(zip(names, (self.weight, self.bias, *self.momenta, self.mean, self.variance), strict=True))
 
@@ -112,12 +112,12 @@ def train_mae_probe(
     """A head on the class token and one on the mean of the patches, trained side by side.
 
     Every process encodes its share of a batch, and takes the same step on all of it. Called again after an
-    interruption, it goes on after the last whole epoch, to the same bits.
+    interruption, it continues after the last whole epoch, to the same bits.
 
     Args:
         encoder: frozen, loaded with `pooling="mean"`; in the accelerator's precision.
         batch_size: images of a step on each process.
-        state: the file for what it needs to go on, in a folder that all processes see; replaced after every epoch.
+        state: the file for what it needs to continue, in a folder that all processes see; replaced after every epoch.
         torch_compile: compile every layer of the encoder.
 
     Returns:
@@ -202,7 +202,7 @@ def encoded_batches(
     )
     for batch in loader:
         for reason in batch["refusals"].values():
-            raise ValueError(f"{reason}: mend or remove it; a probe uses every image")
+            raise ValueError(f"{reason}: repair or remove it; a probe uses every image")
         with torch.no_grad(), accelerator.autocast():
             pixels = flipped_and_normalized(batch, device, plan.seed, processor.image_mean, processor.image_std)
             parts = [frozen_features(encoder, part) for part in pixels.split(ENCODED_AT_ONCE)]

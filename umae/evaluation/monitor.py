@@ -27,7 +27,7 @@ from umae.evaluation.online import MemoryBank, OnlineClassifier
 from umae.evaluation.reconstruction import SHOWN, reconstructions
 from umae.speed import encoder_flops, training_flops
 
-MOST_PICTURES = 512  # that are looked at
+MOST_IMAGES = 512  # that are looked at
 SHARE = 0.01  # of training's arithmetic, by default
 OBSERVED_STEPS = 2  # the online classifier learns from every second step: on tiny models each would cost 1.5 %
 BANK = 16_384  # training features among which neighbours are sought, as many as there are images at most
@@ -47,12 +47,12 @@ def usual_steps(config: UMAEConfig, plan: Plan, count: int) -> int:
     return math.ceil((count * views + gradients) / (SHARE * plan.images_per_step * trained))
 
 
-def classes_of(train: Images | Stream, watched: Images | Stream) -> int | None:
+def classes_of(train: Images | Stream, probe_images: Images | Stream) -> int | None:
     """How many classes both data sets have labels of; None without labels, or with labels that do not agree."""
-    if isinstance(train, Stream) or isinstance(watched, Stream) or train.label_names != watched.label_names:
+    if isinstance(train, Stream) or isinstance(probe_images, Stream) or train.label_names != probe_images.label_names:
         return None
     try:
-        highest = max(int(train.labels().max()), int(watched.labels().max()))
+        highest = max(int(train.labels().max()), int(probe_images.labels().max()))
     except ValueError:
         return None
     count = len(train.label_names or range(highest + 1))
@@ -60,7 +60,7 @@ def classes_of(train: Images | Stream, watched: Images | Stream) -> int | None:
 
 
 @dataclass(frozen=True)
-class Watched:
+class ProbeImages:
     """The images that are looked at: `count` of them, this process' share in batches of one size.
 
     Every process has as many batches as any other, with the first images again at the end.
@@ -81,7 +81,7 @@ class Watched:
     trained_on: torch.Tensor | None = None
 
 
-def watch(
+def prepare_probe_images(
     accelerator: Accelerator,
     images: Images | Stream,
     processor: BaseImageProcessor,
@@ -90,15 +90,15 @@ def watch(
     with_labels: bool,
     seed: int,
     trained_on: bool = False,
-) -> Watched:
-    """Read this process' share of at most MOST_PICTURES; of a stream the first that it gives.
+) -> ProbeImages:
+    """Read this process' share of at most MOST_IMAGES; of a stream the first that it gives.
 
     Args:
         trained_on: `images` are those that the model is trained on.
     """
     # Each is read by one process, but a stream only as a whole
-    streamed = dict(images.sample(seed, MOST_PICTURES)) if isinstance(images, Stream) else {}
-    indices = list(streamed) or images.spread(MOST_PICTURES, seed)
+    streamed = dict(images.sample(seed, MOST_IMAGES)) if isinstance(images, Stream) else {}
+    indices = list(streamed) or images.spread(MOST_IMAGES, seed)
     count, processes = len(indices), accelerator.num_processes
     batch_size = min(batch_size, math.ceil(count / processes))
     batches = math.ceil(count / (batch_size * processes))
@@ -107,22 +107,22 @@ def watch(
     index = index.view(batches, processes, batch_size)[:, accelerator.process_index]
     pixel_values = torch.zeros(*index.shape, 3, *size, dtype=torch.uint8)
     readable = torch.zeros(index.shape, dtype=torch.bool)
-    for place in np.ndindex(*index.shape):
+    for position in np.ndindex(*index.shape):
         try:
-            image = streamed[int(index[place])] if streamed else images.read(int(index[place]))
+            image = streamed[int(index[position])] if streamed else images.read(int(index[position]))
         except UnreadableImage:
             continue
         prepared = processor(images=image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
-        pixel_values[place], readable[place] = prepared[0].round().clamp(0, 255).byte(), True
+        pixel_values[position], readable[position] = prepared[0].round().clamp(0, 255).byte(), True
     labels = images.labels()[indices] if with_labels else None
-    return Watched(count, pixel_values, index, readable, labels, indices if trained_on else None)
+    return ProbeImages(count, pixel_values, index, readable, labels, indices if trained_on else None)
 
 
 class Monitor:
     """Looks at a model that is being trained.
 
     Args:
-        watched: what it is shown.
+        probe_images: what it is shown.
         train_labels: int64 (N,), the labels of the training images, None for no online classifier.
         num_classes: of those labels.
         processor: has the images' mean and standard deviation.
@@ -132,13 +132,13 @@ class Monitor:
         self,
         accelerator: Accelerator,
         config: UMAEConfig,
-        watched: Watched,
+        probe_images: ProbeImages,
         train_labels: torch.Tensor | None,
         num_classes: int | None,
         processor: BaseImageProcessor,
         seed: int,
     ):
-        self.accelerator, self.config, self.watched, self.seed = accelerator, config, watched, seed
+        self.accelerator, self.config, self.probe_images, self.seed = accelerator, config, probe_images, seed
         self.num_classes = num_classes
         self.mean, self.std = processor.image_mean, processor.image_std
         self.train_labels = self.classifier = self.bank = None
@@ -155,7 +155,7 @@ class Monitor:
             self.bank.update(features, index)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All it needs to go on with what it has observed, on the CPU; every process calls it."""
+        """All it needs to continue with what it has observed, on the CPU; every process calls it."""
         if self.classifier is None:
             return {}
         return self.classifier.tensors() | {name: tensor.cpu() for name, tensor in self.bank.gathered().items()}
@@ -168,7 +168,7 @@ class Monitor:
             if bank:  # checkpoints of older versions have none
                 self.bank.restore(bank)
 
-    def look(self, model: nn.Module, batch: dict, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    def evaluate(self, model: nn.Module, batch: dict, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Every process calls it; the main one gets the measures, by name, and reconstructions to look at.
 
         Args:
@@ -183,8 +183,8 @@ class Monitor:
         values = self.gradient_norms(model, batch, step)
         model.eval()
         with torch.compiler.set_stance("force_eager"):  # other shapes than training's are not worth compiling
-            encoded = torch.cat([self._encode(model, place) for place in range(len(self.watched.index))])
-            encoded = encoded[: self.watched.count]
+            encoded = torch.cat([self._encode(model, position) for position in range(len(self.probe_images.index))])
+            encoded = encoded[: self.probe_images.count]
             shown = self._reconstruct(model)
         model.train()
         bank = {} if self.bank is None else self.bank.gathered()
@@ -213,10 +213,10 @@ class Monitor:
         return norms
 
     @torch.no_grad()
-    def _encode(self, model: nn.Module, place: int) -> torch.Tensor:
+    def _encode(self, model: nn.Module, position: int) -> torch.Tensor:
         """One batch of every process, (all their images, 2 * VIEWS + 1, D): as `encode_views`, then what the online
         classifier sees."""
-        pixel_values, index = self._batch(place)
+        pixel_values, index = self._batch(position)
         patches, views = self.config.grid[0] * self.config.grid[1], []
         for view in range(VIEWS):
             noise = seeding.uniform(0, seeding.MASK, view, index, patches)
@@ -228,13 +228,13 @@ class Monitor:
             if view == 0:
                 whole = output.features.float()
         encoded = torch.stack([*views, whole], dim=1)
-        readable = self.watched.readable[place].to(encoded.device)
+        readable = self.probe_images.readable[position].to(encoded.device)
         return self.accelerator.gather(encoded.where(readable[:, None, None], torch.nan))
 
-    def _batch(self, place: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _batch(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         device = self.accelerator.device
-        pixel_values = normalize(self.watched.pixel_values[place].to(device), self.mean, self.std)
-        return pixel_values, self.watched.index[place].to(device)
+        pixel_values = normalize(self.probe_images.pixel_values[position].to(device), self.mean, self.std)
+        return pixel_values, self.probe_images.index[position].to(device)
 
     @torch.no_grad()
     def _reconstruct(self, model: nn.Module) -> dict[str, np.ndarray]:
@@ -253,7 +253,7 @@ class Monitor:
         if not bank or bank["bank_index"].numel() < 2:
             return values
         readable = encoded.isfinite().all(dim=(1, 2))
-        features, labels = encoded[readable, -1].to(self.accelerator.device), self.watched.labels[readable]
+        features, labels = encoded[readable, -1].to(self.accelerator.device), self.probe_images.labels[readable]
         scores = {
             "online_top1": self.classifier.scores(features),
             "online_knn_top1": self._votes(features, readable, bank),
@@ -264,7 +264,7 @@ class Monitor:
     def _votes(self, features: torch.Tensor, readable: torch.Tensor, bank: dict[str, torch.Tensor]) -> torch.Tensor:
         """(N, D) -> (N, C), of the nearest features in the memory bank but those of the same image."""
         index, same = bank["bank_index"].flatten(), None
-        if self.watched.trained_on is not None:
-            same = self.watched.trained_on[readable].to(index.device)[:, None] == index
+        if self.probe_images.trained_on is not None:
+            same = self.probe_images.trained_on[readable].to(index.device)[:, None] == index
         labels, known = self.train_labels[index], bank["bank_features"].flatten(0, 1)
         return knn_classify(known, labels, features, self.num_classes, NEIGHBOURS, same=same)

@@ -69,7 +69,7 @@ class OnlineClassifier:
         return nn.functional.pad(features, (0, 1), value=1.0)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All it needs to go on, on the CPU."""
+        """All it needs to continue, on the CPU."""
         state = self.optimizer.state.get(self.weight, {})
         found = {
             "weight": self.weight.detach(),

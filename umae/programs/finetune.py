@@ -44,7 +44,7 @@ from umae.training.failures import log_on
 from umae.training.finetuning import VALUES, classification_losses
 from umae.training.folder import Run, write_run
 from umae.training.hardware import fast_attention, make_accelerator, set_threads, usual_workers
-from umae.training.log import looks
+from umae.training.log import is_due
 from umae.training.loop import Losses, Settings, Task
 from umae.training.schedules import Schedule, layer_decay_groups, make_schedule
 from umae.training.state import State
@@ -157,7 +157,7 @@ class Job:
 
 
 def load_data(accelerator: Accelerator, args: FinetuneDataArguments) -> tuple[Images, Images, list[str]]:
-    """The images to train on, those to judge by, the names of the classes."""
+    """The images to train on, those to evaluate by, the names of the classes."""
     with accelerator.main_process_first():  # the others find the main process' cache
         return load_labelled(
             args.dataset_name, args.dataset_config_name, args.train_split, args.test_split, args.image_column_name,
@@ -244,7 +244,7 @@ def settings_of(job: Job) -> Settings:
 
 
 def identity_of(job: Job, initial_weights: str) -> dict[str, Any]:
-    """What makes this run this run, whatever machine goes on with it."""
+    """What makes this run this run, whatever machine continues with it."""
     fields = job.config.to_dict()
     return {
         "task": "fine-tuning",
@@ -278,7 +278,7 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForImageClassification
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     changes = {"crops from": job.min_crop_scale, **dataclasses.asdict(job.strengths)}
     lines = {
-        "pictures": f"{len(job.train):,} from {job.train.description}, judged on {len(job.test):,} from "
+        "pictures": f"{len(job.train):,} from {job.train.description}, evaluated on {len(job.test):,} from "
         f"{job.test.description}",
         "labels": job.train.label_summary,
         "model": f"{millions:.1f} million parameters, {height} x {width} pixels, pooling {config.pooling}, from "
@@ -326,10 +326,10 @@ def make_task(job: Job, model: UMAEForImageClassification, record: dict[str, Any
         batches=lambda steps: make_loader(job, steps),
         line=lambda means: (means, f"loss {means['loss']:.3f}"),
         evaluate=lambda state, micro_batch: evaluate(job, state, record),
-        evaluates=lambda step: looks(step, job.schedule.total_steps, job.args.logging_steps, every),
+        evaluates=lambda step: is_due(step, job.schedule.total_steps, job.args.logging_steps, every),
         saved_beside=lambda: ({}, {}),
         restore=lambda tensors, state: None,
-        image_name=job.train.place,
+        image_name=job.train.index_name,
         description=job.train.description,
     )
 
@@ -389,7 +389,7 @@ def finish(job: Job, record: dict[str, Any]) -> None:
 
 
 def protocol(job: Job, record: dict[str, Any], unreadable: list[str]) -> dict[str, Any]:
-    """Everything needed to repeat the numbers and to judge them."""
+    """Everything needed to repeat the numbers and to evaluate them."""
     identity, model = record["identity"], Path(record["identity"]["initial_weights"])
     of_training = (
         "seed", "total_steps", "warmup_steps", "pictures_per_step", "gradient_accumulation_steps", "learning_rate",

@@ -32,7 +32,14 @@ from umae.data.classes import load_first_labelled
 from umae.data.images import Images, held_out_splits, load_images
 from umae.data.inputs import evaluation_processor
 from umae.data.streaming import START, Cursor, Stream, load_stream, streaming_loader
-from umae.evaluation.monitor import MOST_PICTURES, OBSERVED_STEPS, Monitor, classes_of, usual_steps, watch
+from umae.evaluation.monitor import (
+    MOST_IMAGES,
+    OBSERVED_STEPS,
+    Monitor,
+    classes_of,
+    prepare_probe_images,
+    usual_steps,
+)
 from umae.programs.keywords import keywords
 from umae.programs.shell import carry_out
 from umae.sharing import cards, gallery
@@ -40,7 +47,7 @@ from umae.speed import training_flops
 from umae.training import checkpoints
 from umae.training.folder import Run, write_run
 from umae.training.hardware import fast_attention, make_accelerator, set_threads, usual_workers
-from umae.training.log import SPEED, MetricsLog, looks, track_image
+from umae.training.log import SPEED, MetricsLog, is_due, track_image
 from umae.training.loop import Losses, Settings, Task
 from umae.training.pretraining import VALUES, pretraining_losses
 from umae.training.schedules import Schedule, decay_groups, make_schedule
@@ -49,7 +56,7 @@ from umae.training.state import State
 BETAS = (0.9, 0.95)  # of AdamW
 EVALUATIONS = 10  # at least, of a run
 USUAL_LOGGING = 50  # steps
-USUAL_WARMUP = 10  # one in so many steps
+USUAL_WARMUP = 10  # one in this many steps
 
 
 @keywords("pretrain")
@@ -86,7 +93,7 @@ def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, ar
         accelerator=accelerator,
         folder=Path(args.output_dir),
         images=images,
-        watched=load_watched(accelerator, data_args, images) if args.eval_steps != 0 else None,
+        probe_images=load_probe_images(accelerator, data_args, images) if args.eval_steps != 0 else None,
         config=model.config,
         processor=evaluation_processor(model.config.image_height_width),
         plan=plan,
@@ -124,14 +131,14 @@ class Job:
     """What is to be done, and with what; nothing of it changes.
 
     Args:
-        watched: the images that are looked at while training goes on, None if none are.
+        probe_images: the images that are looked at while training continues, None if none are.
         workers: loader processes beside each of training.
     """
 
     accelerator: Accelerator
     folder: Path
     images: Images | Stream
-    watched: Images | Stream | None
+    probe_images: Images | Stream | None
     config: UMAEConfig
     processor: ViTImageProcessorPil
     plan: Plan
@@ -149,16 +156,18 @@ def load_data(accelerator: Accelerator, args: PretrainDataArguments, split: str)
         return load_images(args.dataset_name, args.dataset_config_name, split, *columns)
 
 
-def load_watched(accelerator: Accelerator, args: PretrainDataArguments, images: Images | Stream) -> Images | Stream:
+def load_probe_images(
+    accelerator: Accelerator, args: PretrainDataArguments, images: Images | Stream
+) -> Images | Stream:
     """The images to look at: held-out ones where there are any, if possible with labels, else those of training."""
     try:
         splits = held_out_splits(args.dataset_name, args.dataset_config_name, args.train_split)
         if not images.has_labels:
             splits = splits[:1]
         load = partial(load_data, accelerator, args)
-        watched = load_first_labelled(load, splits, accelerator.print) if splits else images
-        watched.check_readable()
-        return watched
+        probe_images = load_first_labelled(load, splits, accelerator.print) if splits else images
+        probe_images.check_readable()
+        return probe_images
     except (ValueError, OSError) as error:  # they are worth a look, not a refusal
         accelerator.print(f"held-out images cannot be loaded, so those of training are looked at: {error}")
         return images
@@ -254,7 +263,7 @@ def settings_of(job: Job) -> Settings:
 
 
 def identity_of(job: Job, initial_weights: str | None) -> dict[str, Any]:
-    """What makes this run this run, whatever machine goes on with it."""
+    """What makes this run this run, whatever machine continues with it."""
     fields, streaming = job.config.to_dict(), isinstance(job.images, Stream)
     identity = {
         "dataset": job.images.description,
@@ -307,10 +316,10 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
     lines["labels"] = job.images.label_summary
     if job.images.not_read:
         lines["not read"] = job.images.not_read
-    if job.watched is not None:
-        if job.images.has_labels and classes_of(job.images, job.watched) is None:
-            lines["labels"] += f"; without online accuracies: {job.watched.description} has no such labels"
-        lines["looked at"] = f"{job.watched.description}, every {eval_steps(job):,} steps"
+    if job.probe_images is not None:
+        if job.images.has_labels and classes_of(job.images, job.probe_images) is None:
+            lines["labels"] += f"; without online accuracies: {job.probe_images.description} has no such labels"
+        lines["looked at"] = f"{job.probe_images.description}, every {eval_steps(job):,} steps"
     for name, text in lines.items():
         job.accelerator.print(f"  {name:<16} {text}")
 
@@ -356,22 +365,22 @@ def make_task(job: Job, model: UMAEForPreTraining, log: MetricsLog) -> Task:
         losses=losses,
         batches=lambda steps: make_loader(job, steps, cursors),
         line=partial(line_of, accelerator),
-        evaluate=lambda state, micro_batch: look(job, monitor, state, micro_batch),
+        evaluate=lambda state, micro_batch: evaluate_features(job, monitor, state, micro_batch),
         evaluates=lambda step: monitor is not None and evaluates(job, step),
         saved_beside=saved_beside,
         restore=restore,
-        image_name=job.images.place,
+        image_name=job.images.index_name,
         description=job.images.description,
     )
 
 
 def make_monitor(job: Job) -> Monitor | None:
-    if job.watched is None:
+    if job.probe_images is None:
         return None
-    classes, size = classes_of(job.images, job.watched), job.config.image_height_width
-    shown = watch(
-        job.accelerator, job.watched, job.processor, size, job.plan.batch_size, classes is not None, job.args.seed,
-        trained_on=job.watched is job.images,
+    classes, size = classes_of(job.images, job.probe_images), job.config.image_height_width
+    shown = prepare_probe_images(
+        job.accelerator, job.probe_images, job.processor, size, job.plan.batch_size, classes is not None, job.args.seed,
+        trained_on=job.probe_images is job.images,
     )  # fmt: skip
     labels = None if classes is None else job.images.labels()
     return Monitor(job.accelerator, job.config, shown, labels, classes, job.processor, job.args.seed)
@@ -379,14 +388,14 @@ def make_monitor(job: Job) -> Monitor | None:
 
 def eval_steps(job: Job) -> int:
     """Steps between evaluations: as asked, or so that they take 1 % of the time, but ten in a short run."""
-    images = min(MOST_PICTURES, job.watched.num_images or MOST_PICTURES)
+    images = min(MOST_IMAGES, job.probe_images.num_images or MOST_IMAGES)
     usual = min(usual_steps(job.config, job.plan, images), max(1, job.schedule.total_steps // EVALUATIONS))
     return job.args.eval_steps or usual
 
 
 def logging_steps(job: Job) -> int:
     """Steps between lines of `metrics.jsonl`: as asked, or 50, but in a short run one for each evaluation."""
-    if job.args.logging_steps is not None or job.watched is None:
+    if job.args.logging_steps is not None or job.probe_images is None:
         return job.args.logging_steps or USUAL_LOGGING
     return min(USUAL_LOGGING, eval_steps(job))
 
@@ -394,14 +403,14 @@ def logging_steps(job: Job) -> int:
 def evaluates(job: Job, step: int) -> bool:
     """Whether the line of `metrics.jsonl` at a step comes with an evaluation; the first one does by default."""
     is_first = job.args.eval_steps is None and step <= logging_steps(job)
-    return is_first or looks(step, job.schedule.total_steps, logging_steps(job), eval_steps(job))
+    return is_first or is_due(step, job.schedule.total_steps, logging_steps(job), eval_steps(job))
 
 
-def look(job: Job, monitor: Monitor, state: State, batch: dict) -> dict[str, float]:
+def evaluate_features(job: Job, monitor: Monitor, state: State, batch: dict) -> dict[str, float]:
     """Measure the features, and show it: a line on the terminal, images in the run folder and in the trackers."""
-    values, shown = monitor.look(state.model, batch, state.step)
+    values, shown = monitor.evaluate(state.model, batch, state.step)
     if job.accelerator.is_main_process:
-        most = min(monitor.watched.count, job.config.hidden_size)
+        most = min(monitor.probe_images.count, job.config.hidden_size)
         tqdm.write(f"step {state.step:,}: {in_words(values, most)}")
         tile = gallery.save_tile(job.folder, state.step, shown)
         track_image(job.accelerator, "reconstructions", tile, state.step)
@@ -457,8 +466,8 @@ def finish(job: Job, record: dict[str, Any]) -> None:
     for file in (folder / f"step-{job.schedule.total_steps}").iterdir():
         if file.name not in checkpoints.ONLY_FOR_TRAINING:
             files.copy_file(file, folder / file.name)
-    shown = job.images if job.watched is None else job.watched
-    sample = list(shown.sample(job.args.seed, MOST_PICTURES))
+    shown = job.images if job.probe_images is None else job.probe_images
+    sample = list(shown.sample(job.args.seed, MOST_IMAGES))
     gallery.draw(folder, sample, shown.description, job.accelerator.device)
     files.write_text(folder / "README.md", cards.model_card(folder))
     record["finished"] = True

@@ -88,24 +88,26 @@ def run(args: ProbeArguments) -> dict[str, Any]:
     if args.protocol == "mae":
         trained, records = mae_heads(args, output, encoder, train, processor, len(names), seeds, accelerator)
     tokens_in = output if args.attentive else None
-    train_set = Judged.of(
+    train_set = FeatureSet.of(
         extract(train, tokens_in=tokens_in),
         *(extract(train, view=view) for view in range(args.augmented_passes)),
         labels=train.labels(),
     )
-    test_set = Judged.of(extract(test, tokens_in=tokens_in), labels=test.labels())
+    test_set = FeatureSet.of(extract(test, tokens_in=tokens_in), labels=test.labels())
     if accelerator.is_main_process:
         train_set, test_set = train_set.on(accelerator.device), test_set.on(accelerator.device)
         if not trained:
             print(f"training linear heads on {len(train_set.features)} kinds of features")
             trained = [train_linear_heads(train_set.views, train_set.labels, len(names), seed) for seed in seeds]
-        report = judge(train_set, test_set, trained, len(names))
+        report = evaluate(train_set, test_set, trained, len(names))
         if args.attentive:
-            report["attentive"] = judge_attentive(
+            report["attentive"] = evaluate_attentive(
                 train_set, test_set, seeds, len(names), encoder.config.num_attention_heads, accelerator.device
             )
         if shares:
-            report["low_shot"] = {share: judge_part(train_set, test_set, share, seeds, len(names)) for share in shares}
+            report["low_shot"] = {
+                share: evaluate_part(train_set, test_set, share, seeds, len(names)) for share in shares
+            }
         report["protocol"] = protocol(args, train, test, names, pooling, processor, seeds, records)
         output.mkdir(parents=True, exist_ok=True)
         write_text(output / REPORT, json.dumps(report, indent=2) + "\n")
@@ -120,7 +122,7 @@ def run(args: ProbeArguments) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What will be judged
+# What will be evaluated
 
 
 def check_output(output: Path) -> None:
@@ -141,24 +143,24 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def parse_layers(text: str, count: int) -> list[int]:
-    """`3,6` -> [3, 6]; `all` -> all but the last, which is always judged; `last` -> none."""
+    """`3,6` -> [3, 6]; `all` -> all but the last, which is always evaluated; `last` -> none."""
     if text in ("last", "all"):
         return list(range(1, count)) if text == "all" else []
     words = [word.strip() for word in text.split(",")]
     if not all(word.isdecimal() and 1 <= int(word) < count for word in words):
         raise ValueError(
             f"layers {text}: expected `last`, `all`, or numbers from 1 to {count - 1} separated by commas; the "
-            f"encoder has {count} layers and its last is always judged"
+            f"encoder has {count} layers and its last is always evaluated"
         )
     return sorted({int(word) for word in words})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Judging
+# Evaluating
 
 
 @dataclass(frozen=True)
-class Judged:
+class FeatureSet:
     """What is known of a set of images.
 
     Args:
@@ -185,12 +187,12 @@ class Judged:
         """Those of the images themselves, (N, D) each."""
         return {name: views[0] for name, views in self.views.items()}
 
-    def on(self, device: torch.device) -> "Judged":
+    def on(self, device: torch.device) -> "FeatureSet":
         views = {name: values.to(device) for name, values in self.views.items()}
-        return Judged(views, self.labels.to(device), self.tokens)
+        return FeatureSet(views, self.labels.to(device), self.tokens)
 
-    def part(self, rows: torch.Tensor) -> "Judged":
-        return Judged({name: values[:, rows] for name, values in self.views.items()}, self.labels[rows])
+    def part(self, rows: torch.Tensor) -> "FeatureSet":
+        return FeatureSet({name: values[:, rows] for name, values in self.views.items()}, self.labels[rows])
 
 
 def mae_heads(
@@ -216,8 +218,8 @@ def mae_heads(
     return trained, records
 
 
-def judge(
-    train: Judged, test: Judged, trained: Sequence[dict[str, LinearHead]], num_classes: int
+def evaluate(
+    train: FeatureSet, test: FeatureSet, trained: Sequence[dict[str, LinearHead]], num_classes: int
 ) -> dict[str, dict[str, Any]]:
     """What every kind of feature is worth, accuracies in percent.
 
@@ -226,7 +228,7 @@ def judge(
     """
     results = {}
     for name, features in test.features.items():
-        results[name] = over_seeds([judge_head(heads[name], features, test.labels) for heads in trained])
+        results[name] = over_seeds([evaluate_head(heads[name], features, test.labels) for heads in trained])
         for k in NEIGHBOURS:
             votes = knn_classify(
                 train.features[name], train.labels, features, num_classes, k, TEMPERATURE, show_progress=True
@@ -237,30 +239,35 @@ def judge(
     return results
 
 
-def judge_part(
-    train: Judged, test: Judged, share: str, seeds: Sequence[int], num_classes: int
+def evaluate_part(
+    train: FeatureSet, test: FeatureSet, share: str, seeds: Sequence[int], num_classes: int
 ) -> dict[str, dict[str, Any]]:
     """Linear heads trained on a part of every class, another one for each seed."""
     found: dict[str, list] = {name: [] for name in train.views}
     for seed in seeds:
         part = train.part(low_shot(train.labels, share, seed).to(train.labels.device))
         for name, head in train_linear_heads(part.views, part.labels, num_classes, seed).items():
-            found[name].append(judge_head(head, test.features[name], test.labels))
+            found[name].append(evaluate_head(head, test.features[name], test.labels))
     return {name: {"pictures": len(part.labels), **over_seeds(results)} for name, results in found.items()}
 
 
-def judge_attentive(
-    train: Judged, test: Judged, seeds: Sequence[int], num_classes: int, num_attention_heads: int, device: torch.device
+def evaluate_attentive(
+    train: FeatureSet,
+    test: FeatureSet,
+    seeds: Sequence[int],
+    num_classes: int,
+    num_attention_heads: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """An attentive head on the patch tokens, for each seed."""
     heads = (
         train_attentive_head(train.tokens, train.labels, num_classes, num_attention_heads, seed, device)
         for seed in seeds
     )
-    return over_seeds([judge_head(head, test.tokens, test.labels) for head in heads])
+    return over_seeds([evaluate_head(head, test.tokens, test.labels) for head in heads])
 
 
-def judge_head(
+def evaluate_head(
     head: LinearHead | AttentiveHead, features: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, float | None]:
     scores = head(features)
@@ -296,7 +303,7 @@ def protocol(
     seeds: Sequence[int],
     record: dict[int, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Everything needed to repeat the numbers and to judge them."""
+    """Everything needed to repeat the numbers and to evaluate them."""
     model = Path(args.model_name_or_path)
     return {
         "model": model.resolve().name if model.exists() else args.model_name_or_path,

@@ -45,7 +45,7 @@ def carry_out(
     folder, push = settings.folder, None
     if hub_repo is not None and accelerator.is_main_process:  # access is checked now, not after hours of training
         repo_id = hub.check_access(hub_repo[0] or folder.resolve().name, hub_repo[1])
-        push = hub.BackgroundPush(repo_id, folder, tell=tqdm.write)
+        push = hub.BackgroundPush(repo_id, folder, log=tqdm.write)
 
     def publish(step: int) -> None:
         if push is not None and published is not None:

@@ -96,7 +96,7 @@ def _is_hub_name(name: Any) -> bool:
 
 
 def most_dimensions(identity: dict[str, Any]) -> int:
-    """How many dimensions the features of a run's uniformity term can fill, which is of so many images at a time."""
+    """How many dimensions the features of a run's uniformity term can fill, which is of this many images at a time."""
     passes = 1 if identity["exact_uniformity"] else identity["gradient_accumulation_steps"]
     return min(identity["pictures_per_step"] // passes, identity["config"]["hidden_size"])
 
@@ -178,17 +178,19 @@ def probe_card(folder: Path) -> str:
     metrics = {"top1": "linear probe top-1", "top5": "linear probe top-5"}
     metrics |= {f"knn{k}_top1": f"{k}-NN top-1" for k in protocol["knn"]["k"]}
     no_kind = ("protocol", "low_shot", "attentive")
-    judged = {f"{kind} features": result for kind, result in report.items() if kind not in no_kind}
+    evaluated = {f"{kind} features": result for kind, result in report.items() if kind not in no_kind}
     for share, kinds in report.get("low_shot", {}).items():
-        judged |= {f"{kind} features, {share} of the labels": result for kind, result in kinds.items()}
-    values = {f"{title}, {kind}": result.get(key) for kind, result in judged.items() for key, title in metrics.items()}
+        evaluated |= {f"{kind} features, {share} of the labels": result for kind, result in kinds.items()}
+    values = {
+        f"{title}, {kind}": result.get(key) for kind, result in evaluated.items() for key, title in metrics.items()
+    }
     attentive = report.get("attentive", {})
     values |= {f"attentive probe top-{k}": attentive.get(f"top{k}") for k in (1, 5)}
     results = _results(protocol["test"]["data"], values)
     facts = {
         "Encoder": protocol["model"],
         "Heads trained on": f"{protocol['train']['data']}, {protocol['train']['pictures']:,} images",
-        "Judged on": f"{protocol['test']['data']}, {protocol['test']['pictures']:,} images",
+        "Evaluated on": f"{protocol['test']['data']}, {protocol['test']['pictures']:,} images",
         "Classes": protocol["classes"],
         "This classifier's feature": protocol["classifier_pooling"],
         **{f"{result.metric_name}, %": result.metric_value for result in results},
@@ -229,7 +231,7 @@ def finetune_card(folder: Path) -> str:
     facts = {
         "Started from": protocol["model"],
         "Fine-tuned on": f"{protocol['train']['data']}, {protocol['train']['pictures']:,} images",
-        "Judged on": f"{protocol['test']['data']}, {protocol['test']['pictures']:,} images",
+        "Evaluated on": f"{protocol['test']['data']}, {protocol['test']['pictures']:,} images",
         "Classes": protocol["classes"],
         **{f"{result.metric_name}, %": result.metric_value for result in results},
         "Steps": f"{identity['total_steps']:,}, each of {identity['pictures_per_step']:,} images, "

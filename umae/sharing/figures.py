@@ -45,12 +45,12 @@ def spectrum(runs: dict[str, dict[str, Sequence[float]]]) -> Image.Image:
     figure = Figure(figsize=(8, 3), layout="constrained", dpi=100)
     titles = {"cls": "class token", "mean": "mean of the patches"}
     for axis, (pooling, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
-        for place, (name, spectra) in enumerate(runs.items()):
+        for position, (name, spectra) in enumerate(runs.items()):
             values = spectra[pooling]
             rank = effective_rank(torch.diag(torch.tensor(values)))
             label = f"{name}: effective rank {rank:.1f} of {len(values)}".removeprefix(": ")
             largest = values[0] or 1.0
-            axis.plot(range(1, len(values) + 1), [value / largest for value in values], label=label, **_line(place))
+            axis.plot(range(1, len(values) + 1), [value / largest for value in values], label=label, **_line(position))
         axis.set(yscale="log", ylim=(1e-4, 1.5), xlabel="singular value")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
@@ -76,10 +76,10 @@ def training_curves(runs: dict[str, Sequence[dict[str, Any]]]) -> Image.Image:
     height = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(8, 2.4 * height), layout="constrained", dpi=100)
     for axis, (value, title) in zip(figure.subplots(height, 2, squeeze=False).flat, panels.items(), strict=False):
-        for place, (name, lines) in enumerate(runs.items()):
+        for position, (name, lines) in enumerate(runs.items()):
             shown = [line for line in lines if value in line]
             axis.plot(
-                [line["step"] for line in shown], [line[value] for line in shown], label=name, **_line(place),
+                [line["step"] for line in shown], [line[value] for line in shown], label=name, **_line(position),
                 marker="." if len(shown) < 20 else None,
             )  # fmt: skip
         axis.set(xlabel="step")
@@ -105,7 +105,7 @@ def nearest_neighbours(images: np.ndarray, features: torch.Tensor, queries: Sequ
     nearest = cosines.topk(min(5, len(features) - 1), dim=1).indices.T
     names = ("nearest", "2nd", "3rd", "4th", "5th")
     rows = {"image": images[list(queries)]}
-    rows |= {name: images[places.numpy()] for name, places in zip(names, nearest, strict=False)}
+    rows |= {name: images[positions.numpy()] for name, positions in zip(names, nearest, strict=False)}
     return strips(rows)
 
 
@@ -128,13 +128,13 @@ def class_attention(
     return strips({"image": to_pixels(pixel_values, mean, std), "attention": shown})
 
 
-def _line(place: int) -> dict[str, Any]:
+def _line(position: int) -> dict[str, Any]:
     """How the line of the n-th run looks."""
     return {
-        "color": COLOURS[place % len(COLOURS)],
+        "color": COLOURS[position % len(COLOURS)],
         # Dashes over a wider solid line: where curves lie on each other, both are seen
-        "linestyle": ("-", "--", ":", "-.")[place % 4],
-        "linewidth": 2.5 if place % 4 == 0 else 1.8,
+        "linestyle": ("-", "--", ":", "-.")[position % 4],
+        "linewidth": 2.5 if position % 4 == 0 else 1.8,
     }
 
 

@@ -76,11 +76,11 @@ def draw_progress(folder: Path, height: int, width: int) -> None:
     tiles = sorted((folder / STEPS_FOLDER).glob("step-*.png"))
     if not tiles:
         return
-    places = sorted({round(row * (len(tiles) - 1) / (MOST_ROWS - 1)) for row in range(MOST_ROWS)})
+    positions = sorted({round(row * (len(tiles) - 1) / (MOST_ROWS - 1)) for row in range(MOST_ROWS)})
     last = read_tile(tiles[-1], height, width)
     rows = {"original": last["original"], "visible": last["visible"]}
-    for place in places:
-        rows[f"step {int(tiles[place].stem.removeprefix('step-')):,}"] = read_tile(tiles[place], height, width)[
+    for position in positions:
+        rows[f"step {int(tiles[position].stem.removeprefix('step-')):,}"] = read_tile(tiles[position], height, width)[
             "pasted"
         ]
     strips(rows).save(folder / "progress.png")

@@ -112,14 +112,14 @@ def _patiently(call: Callable, *args, **kwargs) -> Any:
 
 
 class BackgroundPush:
-    """Pushes while training goes on: one at a time, what comes meanwhile is left out, and a failure is only told.
+    """Pushes while training continues: one at a time, what comes meanwhile is left out, and a failure is only told.
 
     What is being pushed may be removed meanwhile: until the push has ended it is also in `folder/push-*.tmp`, which is
     removed then, or by the next run where this one is killed.
     """
 
-    def __init__(self, repo_id: str, folder: Path, tell: Callable[[str], None]):
-        self.repo_id, self.folder, self.tell, self.thread = repo_id, folder, tell, None
+    def __init__(self, repo_id: str, folder: Path, log: Callable[[str], None]):
+        self.repo_id, self.folder, self.log, self.thread = repo_id, folder, log, None
 
     def start(self, files: Mapping[str, Path | bytes], message: str, tag: str) -> None:
         """Push, unless the push before is still under way."""
@@ -151,7 +151,7 @@ class BackgroundPush:
                 self._failed(tag, error)
 
     def _failed(self, tag: str, error: Exception) -> None:
-        self.tell(f"{tag} is not on the Hub ({error}); training goes on")
+        self.log(f"{tag} is not on the Hub ({error}); training continues")
 
 
 def _keep(file: Path | bytes, target: Path) -> Path | bytes:

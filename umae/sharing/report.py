@@ -184,13 +184,13 @@ def _accuracies(folder: Path) -> dict[str, Any]:
     if "cls" not in found:
         return {
             "encoder": found["protocol"]["model"],
-            "judged on": found["protocol"]["test"]["data"],
+            "evaluated on": found["protocol"]["test"]["data"],
             **{f"{name}, fine-tuned": found[name] for name in ("top1", "top5")},
         }
     names = ("top1", "top5", "knn20_top1", "effective_rank")
     return {
         "encoder": found["protocol"]["model"],
-        "judged on": found["protocol"]["test"]["data"],
+        "evaluated on": found["protocol"]["test"]["data"],
         "linear protocol": found["protocol"]["linear_protocol"],
         **{f"{name}, {feature}": found[feature][name] for feature in ("cls", "mean") for name in names},
         **{f"{name}, attentive": found["attentive"][name] for name in ("top1", "top5") if "attentive" in found},

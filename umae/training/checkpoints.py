@@ -1,6 +1,6 @@
 """Checkpoints as folders: written beside, made durable, renamed into place; only then are older ones removed.
 
-A folder is the unit. `step-N/` is a model that `from_pretrained` loads, plus what training needs to go on. Whatever
+A folder is the unit. `step-N/` is a model that `from_pretrained` loads, plus what training needs to continue. Whatever
 moment a process is killed at, the newest `step-N/` is whole; what a disk does to it later is seen by its checksums.
 """
 

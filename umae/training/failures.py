@@ -37,14 +37,14 @@ def remember_failure(accelerator, optimizer, values: torch.Tensor, step: int, fa
 
 
 def report_unreadable(
-    found: dict[int, str], record: dict[str, Any], num_images: int, max_share: float, tell: Callable[[str], None]
+    found: dict[int, str], record: dict[str, Any], num_images: int, max_share: float, log: Callable[[str], None]
 ) -> None:
     """Name every unreadable image once, and end a run that leaves out too many; every process calls it.
 
     Args:
         found: the reasons, by index, that this process has come upon; emptied.
         record: of the run; gets them in `unreadable`.
-        tell: prints a line, on the main process only.
+        log: prints a line, on the main process only.
 
     Raises:
         ValueError: they are more than `max_share` of all images.
@@ -53,12 +53,12 @@ def report_unreadable(
     for index, reason in sorted(gather_object(list(found.items()))):
         if str(index) not in known:  # as JSON has it
             known[str(index)] = reason
-            tell(f"left out: {reason}")
+            log(f"left out: {reason}")
     found.clear()
     if len(known) > max_share * num_images:
         raise ValueError(
             f"{len(known)} of {num_images} images cannot be read, more than max_unreadable_share {max_share:g} "
-            f"allows: {'; '.join(list(known.values())[:3])}. Mend or remove them, or allow more"
+            f"allows: {'; '.join(list(known.values())[:3])}. Repair or remove them, or allow more"
         )
 
 
@@ -83,7 +83,7 @@ def explained_out_of_memory(batch_size: int) -> Iterator[None]:
 
 def stop_if_failed(
     failed: torch.Tensor,
-    place: Callable[[int], str],
+    position: Callable[[int], str],
     description: str,
     seen: dict[int, list[int]],
     names: Sequence[str],
@@ -110,7 +110,7 @@ def stop_if_failed(
     indices = [index for _, _, some in failures for index in some]
     found = set().union(*(some for _, some, _ in failures))
     shown_names = [name for name in names if name in found - {"grad_norm"}] or ["grad_norm"]
-    shown = ", ".join(map(place, indices[:16]))
+    shown = ", ".join(map(position, indices[:16]))
     shown += f" and {len(indices) - 16} more" if len(indices) > 16 else ""
     raise FloatingPointError(
         f"{', '.join(shown_names)} was not finite at step {min(step for step, _, _ in failures)}"

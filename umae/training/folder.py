@@ -100,7 +100,7 @@ def write_run(folder: Path, run: dict[str, Any]) -> None:
 
 
 def newest_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
-    """The one to go on from, by the main process' judgement; damaged ones are named and put aside.
+    """The one to continue from, by the main process' judgement; damaged ones are named and put aside.
 
     Raises:
         ValueError: a process does not see it.

@@ -120,8 +120,8 @@ def track_image(accelerator: Accelerator, name: str, pixels: np.ndarray, step: i
             tracker.log_images({name: [pixels]}, step=step)
 
 
-def looks(done: int, total: int, logging_steps: int, steps: int) -> bool:
-    """Whether a line of metrics.jsonl, at step `done`, comes with what is measured every so many steps: the last, and
+def is_due(done: int, total: int, logging_steps: int, steps: int) -> bool:
+    """Whether a line of metrics.jsonl, at step `done`, comes with what is measured every this many steps: the last, and
     the first of any `steps`; 0 is the last only."""
     line_before = (done - 1) // logging_steps * logging_steps
     return done == total or (steps > 0 and done // steps > line_before // steps)

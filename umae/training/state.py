@@ -1,4 +1,4 @@
-"""What training changes, from one step to the next: how it begins, is put into a checkpoint, and goes on from there."""
+"""What training changes from one step to the next: how it begins, is saved in a checkpoint, and continues from there."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -114,7 +114,7 @@ class State:
         accelerator, model = self.accelerator, self.model
         state_dict = checkpoints.model_tensors(model)
         tensors = checkpoints.optimizer_tensors(model, self.optimizer.optimizer)
-        # What every process goes on with, resumed or not
+        # What every process continues with, resumed or not
         self.window.copy_(accelerator.reduce(self.window, "mean"))
         tensors["window"] = self.window.cpu()
         tensors |= {f"{BESIDE}{name}": tensor for name, tensor in beside.items()}
