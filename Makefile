@@ -19,8 +19,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 pretrain: $(VENV)/installed
-	$(BIN)/python run_pretrain.py --output_dir runs/digits
-	$(BIN)/python run_linear_probe.py --model_name_or_path runs/digits --output_dir runs/digits_probe
+	$(BIN)/umae pretrain --output_dir runs/digits
+	$(BIN)/umae probe --model_name_or_path runs/digits --output_dir runs/digits_probe
 	@echo "weights and card: runs/digits; images: runs/digits/reconstructions.png; accuracy: the table above"
 
 test: $(VENV)/installed
@@ -63,6 +63,7 @@ soak: $(VENV)/installed
 quality: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 style: $(VENV)/installed
 	$(BIN)/ruff check --fix .

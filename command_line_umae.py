@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from arguments_umae import PROGRAMS, field_names, nearest
 
@@ -77,7 +77,7 @@ def given_flags(types: Sequence[type], argv: Sequence[str], title: str | None = 
     from transformers.hf_argparser import HfArgumentParser  # takes a second or two
 
     usage = "%(prog)s [--flag value ...] (--help lists the flags)"
-    parser = HfArgumentParser(types, prog=title, allow_abbrev=False, usage=usage, formatter_class=_OneLine)
+    parser = HfArgumentParser(cast(Any, types), prog=title, allow_abbrev=False, usage=usage, formatter_class=_OneLine)
     for action in parser._actions:
         action.required, action.default = False, argparse.SUPPRESS
     given, unknown = parser.parse_known_args(list(argv))

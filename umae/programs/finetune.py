@@ -11,12 +11,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import BaseImageProcessor
-from transformers.utils.logging import disable_progress_bar
 
 from arguments_umae import (
     FINETUNE,
@@ -25,27 +22,26 @@ from arguments_umae import (
     FinetuneModelArguments,
     FinetuneTrainingArguments,
     arguments_of,
-    check_launch,
 )
 from umae import UMAEConfig, UMAEForImageClassification, files
 from umae.convert import load_exactly, read_model, resize_positions
 from umae.data.augmentation import Strengths, augment
-from umae.data.batches import Plan, TrainingImages, check_fills_a_step, decode_all, training_loader
+from umae.data.batches import Plan, TrainingImages, decode_all, training_loader
 from umae.data.classes import load_labelled
 from umae.data.images import Images
 from umae.data.inputs import evaluation_processor, load_processor
 from umae.evaluation.accuracy import guess, percent, topk_accuracy
 from umae.programs.keywords import keywords
-from umae.programs.shell import carry_out
+from umae.programs.shell import begin, carry_out, make_plan, make_settings
 from umae.sharing import cards
 from umae.speed import encoder_flops
 from umae.training import checkpoints
 from umae.training.failures import log_on
 from umae.training.finetuning import VALUES, classification_losses
 from umae.training.folder import Run, write_run
-from umae.training.hardware import fast_attention, make_accelerator, set_threads, usual_workers
+from umae.training.hardware import fast_attention, set_threads, usual_workers
 from umae.training.log import is_due
-from umae.training.loop import Losses, Settings, Task
+from umae.training.loop import Losses, Task
 from umae.training.schedules import Schedule, layer_decay_groups, make_schedule
 from umae.training.state import State
 
@@ -59,7 +55,7 @@ def finetune(**given: Any) -> Run:
     """Fine-tune an encoder on labelled images, by MAE's recipe: `umae finetune` from Python, with the same names as
     keywords.
 
-    Runs again with the same arguments and `output_dir`, it continues from its newest checkpoint.
+    Called again with the same arguments, it continues from the newest checkpoint in `output_dir`.
 
     Returns:
         The run: its folder, metrics and model, a classifier.
@@ -77,17 +73,12 @@ def run(
     augmentation_args: AugmentationArguments,
     args: FinetuneTrainingArguments,
 ) -> Run:
-    accelerator = make_accelerator(
-        os.environ, args.mixed_precision, args.gradient_accumulation_steps, args.report_to, Path(args.output_dir)
-    )
-    check_launch(os.environ, accelerator.num_processes)
-    set_seed(args.seed)
-    disable_progress_bar()  # transformers' own; training has one
-
+    """Fine-tune as the arguments say, in the run folder that they name."""
+    accelerator = begin(args, args.output_dir, args.seed)
     train_images, test_images, names = load_data(accelerator, data_args)
     train_images.check_readable()
     model = make_model(accelerator, model_args, names)
-    plan = make_plan(accelerator, train_images, args)
+    plan = make_plan(accelerator, len(train_images), train_images.description, args, args.seed)
     set_threads(accelerator, os.environ, flops_of(model.config) * plan.batch_size)
     total_steps = args.max_train_steps or args.num_train_epochs * plan.steps_per_epoch
     job = Job(
@@ -112,12 +103,20 @@ def run(
         workers=usual_workers(accelerator.device)
         if data_args.dataloader_num_workers is None
         else data_args.dataloader_num_workers,
-        max_unreadable_share=data_args.max_unreadable_share,
         args=args,
     )
     return carry_out(
         accelerator,
-        settings_of(job),
+        make_settings(
+            args,
+            args.output_dir,
+            job.processor,
+            plan,
+            job.schedule,
+            data_args.max_unreadable_share,
+            args.logging_steps,
+            args.min_learning_rate,
+        ),
         identity_of(job, model_args.model_name_or_path),
         initial_weights=model_args.model_name_or_path,
         make_task=lambda log, record: make_task(job, model, record),
@@ -146,18 +145,17 @@ class Job:
     test: Images
     names: list[str]
     config: UMAEConfig
-    processor: BaseImageProcessor
+    processor: Any  # of transformers, with image_mean and image_std
     plan: Plan
     schedule: Schedule
     min_crop_scale: float
     strengths: Strengths
     workers: int
-    max_unreadable_share: float
     args: FinetuneTrainingArguments
 
 
 def load_data(accelerator: Accelerator, args: FinetuneDataArguments) -> tuple[Images, Images, list[str]]:
-    """The images to train on, those to evaluate by, the names of the classes."""
+    """The images to train on, those to evaluate on, and the names of the classes."""
     with accelerator.main_process_first():  # the others find the main process' cache
         return load_labelled(
             args.dataset_name, args.dataset_config_name, args.train_split, args.test_split, args.image_column_name,
@@ -186,7 +184,7 @@ def make_model(accelerator: Accelerator, args: FinetuneModelArguments, names: li
     return load_exactly(model, tensors, args.model_name_or_path, may_be_fresh=("classifier.", "vit.fc_norm."))
 
 
-def make_processor(args: FinetuneModelArguments, size: tuple[int, int]) -> BaseImageProcessor:
+def make_processor(args: FinetuneModelArguments, size: tuple[int, int]) -> Any:
     """That of the weights; at another image size, one for that size which normalises as theirs does."""
     processor = load_processor(args.model_name_or_path, size)
     if args.image_size is None:
@@ -201,18 +199,6 @@ def flops_of(config: UMAEConfig) -> int:
     return 3 * encoder_flops(config, config.grid[0] * config.grid[1])
 
 
-def make_plan(accelerator: Accelerator, images: Images, args: FinetuneTrainingArguments) -> Plan:
-    plan = Plan(
-        images=len(images),
-        batch_size=args.per_device_train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        processes=accelerator.num_processes,
-        seed=args.seed,
-    )
-    check_fills_a_step(plan, images.description)
-    return plan
-
-
 def make_strengths(args: AugmentationArguments, plan: Plan) -> Strengths:
     if args.min_crop_scale == 0:
         raise ValueError("min_crop_scale 0 would show crops of nothing; use more than 0, 0.08 is usual")
@@ -224,23 +210,6 @@ def make_strengths(args: AugmentationArguments, plan: Plan) -> Strengths:
             f"{plan.batch_size + 1}, or mixup 0 and cutmix 0"
         )
     return strengths
-
-
-def settings_of(job: Job) -> Settings:
-    args = job.args
-    return Settings(
-        folder=job.folder,
-        processor=job.processor,
-        plan=job.plan,
-        schedule=job.schedule,
-        min_learning_rate=args.min_learning_rate,
-        logging_steps=args.logging_steps,
-        checkpointing_steps=args.checkpointing_steps,
-        checkpoints_total_limit=args.checkpoints_total_limit,
-        max_unreadable_share=job.max_unreadable_share,
-        gradient_checkpointing=args.gradient_checkpointing,
-        torch_compile=args.torch_compile,
-    )
 
 
 def identity_of(job: Job, initial_weights: str) -> dict[str, Any]:
@@ -278,7 +247,7 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForImageClassification
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     changes = {"crops from": job.min_crop_scale, **dataclasses.asdict(job.strengths)}
     lines = {
-        "pictures": f"{len(job.train):,} from {job.train.description}, evaluated on {len(job.test):,} from "
+        "images": f"{len(job.train):,} from {job.train.description}, evaluated on {len(job.test):,} from "
         f"{job.test.description}",
         "labels": job.train.label_summary,
         "model": f"{millions:.1f} million parameters, {height} x {width} pixels, pooling {config.pooling}, from "
@@ -329,7 +298,7 @@ def make_task(job: Job, model: UMAEForImageClassification, record: dict[str, Any
         evaluates=lambda step: is_due(step, job.schedule.total_steps, job.args.logging_steps, every),
         saved_beside=lambda: ({}, {}),
         restore=lambda tensors, state: None,
-        image_name=job.train.index_name,
+        index_name=job.train.index_name,
         description=job.train.description,
     )
 
@@ -337,11 +306,11 @@ def make_task(job: Job, model: UMAEForImageClassification, record: dict[str, Any
 def make_loader(job: Job, steps: range) -> DataLoader:
     """This process' micro-batches of some steps."""
     processor, size = job.processor, job.config.image_height_width
-    changed = partial(
+    augmentation = partial(
         augment, seed=job.plan.seed, strengths=job.strengths, mean=processor.image_mean, std=processor.image_std
     )
     decoded = decode_all(job.train, show_progress=job.accelerator.is_main_process)
-    images = TrainingImages(job.train, size, job.plan.seed, decoded, job.min_crop_scale, changed)
+    images = TrainingImages(job.train, size, job.plan.seed, decoded, job.min_crop_scale, augmentation)
     rank, on_gpu = job.accelerator.process_index, job.accelerator.device.type == "cuda"
     return training_loader(images, job.plan, rank, steps.start, steps.stop, job.workers, pin_memory=on_gpu)
 
@@ -353,12 +322,13 @@ def evaluate(job: Job, state: State, record: dict[str, Any]) -> dict[str, float]
         state.model, job.test, job.processor, job.args.per_device_eval_batch_size, job.workers, len(job.names),
         job.accelerator,
     )  # fmt: skip
-    found = topk_accuracy(guesses, job.test.labels())
-    log_on(job.accelerator.is_main_process)(f"step {state.step:,}: {in_words(found)}")
-    return {f"test_{name}": value for name, value in found.items()}
+    accuracy = topk_accuracy(guesses, job.test.labels())
+    log_on(job.accelerator.is_main_process)(f"step {state.step:,}: {in_words(accuracy)}")
+    return {f"test_{name}": value for name, value in accuracy.items()}
 
 
 def in_words(accuracy: dict[str, float]) -> str:
+    """Accuracies in 0..1 on one line, in percent."""
     return ", ".join(f"{name.replace('top', 'top-')} {value:.2%}" for name, value in accuracy.items())
 
 
@@ -369,12 +339,10 @@ def in_words(accuracy: dict[str, float]) -> str:
 def finish(job: Job, record: dict[str, Any]) -> None:
     """Put the last checkpoint's model at the top of the run folder, with what it is worth and a card."""
     folder = job.folder
-    for file in (folder / f"step-{job.schedule.total_steps}").iterdir():
-        if file.name not in checkpoints.ONLY_FOR_TRAINING:
-            files.copy_file(file, folder / file.name)
+    checkpoints.copy_model(folder / f"step-{job.schedule.total_steps}", folder)
     last = cards.read_metrics(folder)[-1]
-    found = {name: last[f"test_{name}"] for name in ("top1", "top5") if f"test_{name}" in last}
-    report = {name: percent(found.get(name)) for name in ("top1", "top5")}
+    accuracy = {name: last[f"test_{name}"] for name in ("top1", "top5") if f"test_{name}" in last}
+    report: dict[str, Any] = {name: percent(accuracy.get(name)) for name in ("top1", "top5")}
     report["protocol"] = protocol(job, record, record.get("unreadable_test", []))
     files.write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
     files.write_text(folder / "README.md", cards.finetune_card(folder))
@@ -383,7 +351,7 @@ def finish(job: Job, record: dict[str, Any]) -> None:
     for error in record.get("unreadable_test", []):
         tqdm.write(f"counted as wrong: {error}")
     print(
-        f"finished in {cards.duration(record['seconds'])}: {in_words(found)} of {len(job.test):,} "
+        f"finished in {cards.duration(record['seconds'])}: {in_words(accuracy)} of {len(job.test):,} "
         f"images from {job.test.description}\nclassifier, {REPORT} and card in {folder}"
     )
 

@@ -25,8 +25,9 @@ def keywords(program: str) -> Callable[[F], F]:
                     )
                 )
                 lines.append(f"        {field.name}: {field.metadata['help'].replace('%%', '%')}")
-        function.__signature__ = inspect.Signature(parameters, return_annotation=get_type_hints(function)["return"])
-        summary, _, rest = function.__doc__.partition("\n    Returns:")
+        signature = inspect.Signature(parameters, return_annotation=get_type_hints(function)["return"])
+        setattr(function, "__signature__", signature)  # noqa: B010  # which no type of functions has
+        summary, _, rest = (function.__doc__ or "").partition("\n    Returns:")
         function.__doc__ = f"{summary}\n    Args:\n" + "\n".join(lines) + f"\n\n    Returns:{rest}"
         return function
 

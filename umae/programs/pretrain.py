@@ -11,23 +11,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import ViTImageProcessorPil
-from transformers.utils.logging import disable_progress_bar
 
 from arguments_umae import (
     PretrainDataArguments,
     PretrainModelArguments,
     PretrainTrainingArguments,
-    check_launch,
     parse_overrides,
     pretraining_arguments,
 )
 from umae import UMAEConfig, UMAEForPreTraining, files
 from umae.convert import load_exactly, read_model, resize_positions
-from umae.data.batches import Plan, TrainingImages, check_fills_a_step, decode_all, training_loader
+from umae.data.batches import Plan, TrainingImages, decode_all, training_loader
 from umae.data.classes import load_first_labelled
 from umae.data.images import Images, held_out_splits, load_images
 from umae.data.inputs import evaluation_processor
@@ -41,14 +39,14 @@ from umae.evaluation.monitor import (
     usual_steps,
 )
 from umae.programs.keywords import keywords
-from umae.programs.shell import carry_out
+from umae.programs.shell import begin, carry_out, make_plan, make_settings
 from umae.sharing import cards, gallery
 from umae.speed import training_flops
 from umae.training import checkpoints
 from umae.training.folder import Run, write_run
-from umae.training.hardware import fast_attention, make_accelerator, set_threads, usual_workers
+from umae.training.hardware import fast_attention, set_threads, usual_workers
 from umae.training.log import SPEED, MetricsLog, is_due, track_image
-from umae.training.loop import Losses, Settings, Task
+from umae.training.loop import Losses, Task
 from umae.training.pretraining import VALUES, pretraining_losses
 from umae.training.schedules import Schedule, decay_groups, make_schedule
 from umae.training.state import State
@@ -63,7 +61,7 @@ USUAL_WARMUP = 10  # one in this many steps
 def pretrain(**given: Any) -> Run:
     """Pre-train on images, without labels: `umae pretrain` from Python, with the same names as keywords.
 
-    Runs again with the same arguments and `output_dir`, it continues from its newest checkpoint.
+    Called again with the same arguments, it continues from the newest checkpoint in `output_dir`.
 
     Returns:
         The run: its folder, metrics and model.
@@ -76,17 +74,12 @@ def pretrain(**given: Any) -> Run:
 
 
 def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, args: PretrainTrainingArguments) -> Run:
-    accelerator = make_accelerator(
-        os.environ, args.mixed_precision, args.gradient_accumulation_steps, args.report_to, Path(args.output_dir)
-    )
-    check_launch(os.environ, accelerator.num_processes)
-    set_seed(args.seed)
-    disable_progress_bar()  # transformers' own; training has one
-
+    """Train as the arguments say, in the run folder that they name."""
+    accelerator = begin(args, args.output_dir, args.seed)
     images = load_data(accelerator, data_args, data_args.train_split)
     images.check_readable()
     model = make_model(accelerator, model_args)
-    plan = make_plan(accelerator, images, args)
+    plan = make_plan(accelerator, images_of_a_run(accelerator, images, args), images.description, args, args.seed)
     set_threads(accelerator, os.environ, training_flops(model.config) * plan.batch_size)
     total_steps = args.max_train_steps or args.num_train_epochs * plan.steps_per_epoch
     job = Job(
@@ -106,12 +99,13 @@ def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, ar
             usual_warmup_steps=total_steps / USUAL_WARMUP,
         ),
         workers=num_workers(accelerator, images, data_args.dataloader_num_workers),
-        max_unreadable_share=data_args.max_unreadable_share,
         args=args,
     )
     return carry_out(
         accelerator,
-        settings_of(job),
+        make_settings(
+            args, args.output_dir, job.processor, plan, job.schedule, data_args.max_unreadable_share, logging_steps(job)
+        ),
         identity_of(job, model_args.model_name_or_path),
         initial_weights=model_args.model_name_or_path,
         make_task=lambda log, record: make_task(job, model, log),
@@ -131,7 +125,7 @@ class Job:
     """What is to be done, and with what; nothing of it changes.
 
     Args:
-        probe_images: the images that are looked at while training continues, None if none are.
+        probe_images: those that the features are evaluated on during training, None for no evaluation.
         workers: loader processes beside each of training.
     """
 
@@ -144,7 +138,6 @@ class Job:
     plan: Plan
     schedule: Schedule
     workers: int
-    max_unreadable_share: float
     args: PretrainTrainingArguments
 
 
@@ -159,7 +152,7 @@ def load_data(accelerator: Accelerator, args: PretrainDataArguments, split: str)
 def load_probe_images(
     accelerator: Accelerator, args: PretrainDataArguments, images: Images | Stream
 ) -> Images | Stream:
-    """The images to look at: held-out ones where there are any, if possible with labels, else those of training."""
+    """The images to evaluate on: held-out ones where there are any, if possible with labels, else those of training."""
     try:
         splits = held_out_splits(args.dataset_name, args.dataset_config_name, args.train_split)
         if not images.has_labels:
@@ -168,17 +161,17 @@ def load_probe_images(
         probe_images = load_first_labelled(load, splits, accelerator.print) if splits else images
         probe_images.check_readable()
         return probe_images
-    except (ValueError, OSError) as error:  # they are worth a look, not a refusal
-        accelerator.print(f"held-out images cannot be loaded, so those of training are looked at: {error}")
+    except (ValueError, OSError) as error:  # no reason to refuse to train
+        accelerator.print(f"held-out images cannot be loaded, so the training images are evaluated: {error}")
         return images
 
 
 def make_model(accelerator: Accelerator, args: PretrainModelArguments) -> UMAEForPreTraining:
-    """A fresh model, or one that starts from weights; what is not said stays as the configuration has it."""
+    """A fresh model, or one that starts from weights; what is not given stays as the configuration has it."""
     names = ("image_size", "patch_size", "mask_ratio", "norm_pix_loss", "uniformity_weight", "pooling")
-    said = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     fields = [field.name for field in dataclasses.fields(UMAEConfig)]
-    overrides = {**parse_overrides(args.config_overrides, fields, "config_overrides"), **said}
+    overrides = {**parse_overrides(args.config_overrides, fields, "config_overrides"), **given}
     attention = fast_attention(accelerator)
     if args.model_name_or_path is None:
         model = UMAEForPreTraining._from_config(UMAEConfig(**overrides), attn_implementation=attention)
@@ -202,8 +195,8 @@ def load_weights(
     for name, value in overrides.items():
         setattr(config, name, value)
     if config.patch_height_width != patch:
-        found = patch[0] if patch[0] == patch[1] else patch
-        raise ValueError(f"patch_size {config.patch_size} is not that of the weights, {found}; leave it out")
+        size = patch[0] if patch[0] == patch[1] else patch
+        raise ValueError(f"patch_size {config.patch_size} is not that of the weights, {size}; leave it out")
     config.name_or_path = name_or_path
     model = UMAEForPreTraining._from_config(config, attn_implementation=attention, dtype=torch.float32)
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("classifier.")}
@@ -230,45 +223,23 @@ def num_workers(accelerator: Accelerator, images: Images | Stream, asked: int | 
     return workers
 
 
-def make_plan(accelerator: Accelerator, images: Images | Stream, args: PretrainTrainingArguments) -> Plan:
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    if images.num_images is None and args.max_train_steps is None:
+def images_of_a_run(accelerator: Accelerator, images: Images | Stream, args: PretrainTrainingArguments) -> int:
+    """How many images there are; for a stream that does not say, as many as the run uses, which is then one epoch."""
+    if images.num_images is not None:
+        return images.num_images
+    if args.max_train_steps is None:
         raise ValueError(f"{images.description} does not say how many images it holds; give max_train_steps")
-    plan = Plan(
-        images=images.num_images or args.max_train_steps * per_step,  # then the whole run is one epoch
-        batch_size=args.per_device_train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        processes=accelerator.num_processes,
-        seed=args.seed,
-    )
-    check_fills_a_step(plan, images.description)
-    return plan
-
-
-def settings_of(job: Job) -> Settings:
-    args = job.args
-    return Settings(
-        folder=job.folder,
-        processor=job.processor,
-        plan=job.plan,
-        schedule=job.schedule,
-        min_learning_rate=0.0,
-        logging_steps=logging_steps(job),
-        checkpointing_steps=args.checkpointing_steps,
-        checkpoints_total_limit=args.checkpoints_total_limit,
-        max_unreadable_share=job.max_unreadable_share,
-        gradient_checkpointing=args.gradient_checkpointing,
-        torch_compile=args.torch_compile,
-    )
+    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    return args.max_train_steps * per_step
 
 
 def identity_of(job: Job, initial_weights: str | None) -> dict[str, Any]:
     """What makes this run this run, whatever machine continues with it."""
-    fields, streaming = job.config.to_dict(), isinstance(job.images, Stream)
+    fields = job.config.to_dict()
     identity = {
         "dataset": job.images.description,
         "pictures": job.images.num_images,
-        "streaming": streaming,
+        "streaming": isinstance(job.images, Stream),
         "dataset_fingerprint": job.images.fingerprint(),
         "initial_weights": initial_weights,
         "config": {name: fields[name] for name in UMAEConfig.__annotations__ if name in fields},
@@ -282,7 +253,7 @@ def identity_of(job: Job, initial_weights: str | None) -> dict[str, Any]:
         "weight_decay": job.args.weight_decay,
         "mixed_precision": job.accelerator.mixed_precision,
     }
-    if streaming:  # there, what a process reads depends on how many readers there are
+    if isinstance(job.images, Stream):  # there, what a process reads depends on how many readers there are
         identity |= {
             "shards": job.images.num_shards,
             "processes": job.accelerator.num_processes,
@@ -299,7 +270,7 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
     features, parts = (plan.images_per_step, 1) if exact else (plan.batch_size * plan.processes, plan.accumulation)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     lines = {
-        "pictures": (f"{identity['pictures']:,} from " if identity["pictures"] else "")
+        "images": (f"{identity['pictures']:,} from " if identity["pictures"] else "")
         + identity["dataset"]
         + (f", streamed from {identity['shards']} shards" if identity["streaming"] else ""),
         "input": f"{height} x {width} pixels, {patches} patches, {patches - config.num_hidden_patches} of them visible",
@@ -319,7 +290,7 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
     if job.probe_images is not None:
         if job.images.has_labels and classes_of(job.images, job.probe_images) is None:
             lines["labels"] += f"; without online accuracies: {job.probe_images.description} has no such labels"
-        lines["looked at"] = f"{job.probe_images.description}, every {eval_steps(job):,} steps"
+        lines["evaluated on"] = f"{job.probe_images.description}, every {eval_steps(job):,} steps"
     for name, text in lines.items():
         job.accelerator.print(f"  {name:<16} {text}")
 
@@ -336,6 +307,7 @@ def make_task(job: Job, model: UMAEForPreTraining, log: MetricsLog) -> Task:
 
     def observe(features: torch.Tensor, index: torch.Tensor) -> None:
         with log.evaluating():
+            assert monitor is not None
             monitor.observe(features, index)
 
     def losses(model: nn.Module, micro_batches: Sequence[dict], step: int) -> Losses:
@@ -344,6 +316,10 @@ def make_task(job: Job, model: UMAEForPreTraining, log: MetricsLog) -> Task:
             mean=job.processor.image_mean, std=job.processor.image_std, exact_uniformity=args.exact_uniformity,
             observe=observe if monitor and step % OBSERVED_STEPS == 0 else None,
         )  # fmt: skip
+
+    def evaluate(state: State, micro_batch: dict) -> dict[str, float]:
+        assert monitor is not None
+        return evaluate_features(job, monitor, state, micro_batch)
 
     def saved_beside() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors = monitor.tensors() if monitor else {}
@@ -365,11 +341,11 @@ def make_task(job: Job, model: UMAEForPreTraining, log: MetricsLog) -> Task:
         losses=losses,
         batches=lambda steps: make_loader(job, steps, cursors),
         line=partial(line_of, accelerator),
-        evaluate=lambda state, micro_batch: evaluate_features(job, monitor, state, micro_batch),
+        evaluate=evaluate,
         evaluates=lambda step: monitor is not None and evaluates(job, step),
         saved_beside=saved_beside,
         restore=restore,
-        image_name=job.images.index_name,
+        index_name=job.images.index_name,
         description=job.images.description,
     )
 
@@ -378,23 +354,24 @@ def make_monitor(job: Job) -> Monitor | None:
     if job.probe_images is None:
         return None
     classes, size = classes_of(job.images, job.probe_images), job.config.image_height_width
-    shown = prepare_probe_images(
+    probe_images = prepare_probe_images(
         job.accelerator, job.probe_images, job.processor, size, job.plan.batch_size, classes is not None, job.args.seed,
         trained_on=job.probe_images is job.images,
     )  # fmt: skip
-    labels = None if classes is None else job.images.labels()
-    return Monitor(job.accelerator, job.config, shown, labels, classes, job.processor, job.args.seed)
+    labels = None if classes is None or isinstance(job.images, Stream) else job.images.labels()
+    return Monitor(job.accelerator, job.config, probe_images, labels, classes, job.processor, job.args.seed)
 
 
 def eval_steps(job: Job) -> int:
-    """Steps between evaluations: as asked, or so that they take 1 % of the time, but ten in a short run."""
-    images = min(MOST_IMAGES, job.probe_images.num_images or MOST_IMAGES)
+    """Steps between evaluations: as asked for, or so that they take 1 % of the time, but ten in a short run."""
+    count = job.probe_images.num_images if job.probe_images is not None else None
+    images = min(MOST_IMAGES, count or MOST_IMAGES)
     usual = min(usual_steps(job.config, job.plan, images), max(1, job.schedule.total_steps // EVALUATIONS))
     return job.args.eval_steps or usual
 
 
 def logging_steps(job: Job) -> int:
-    """Steps between lines of `metrics.jsonl`: as asked, or 50, but in a short run one for each evaluation."""
+    """Steps between lines of `metrics.jsonl`: as asked for, or 50, but in a short run one for each evaluation."""
     if job.args.logging_steps is not None or job.probe_images is None:
         return job.args.logging_steps or USUAL_LOGGING
     return min(USUAL_LOGGING, eval_steps(job))
@@ -407,12 +384,12 @@ def evaluates(job: Job, step: int) -> bool:
 
 
 def evaluate_features(job: Job, monitor: Monitor, state: State, batch: dict) -> dict[str, float]:
-    """Measure the features, and show it: a line on the terminal, images in the run folder and in the trackers."""
-    values, shown = monitor.evaluate(state.model, batch, state.step)
+    """Measure the features; show it by a line on the terminal, and by figures in the run folder and in the trackers."""
+    values, reconstructed = monitor.evaluate(state.model, batch, state.step)
     if job.accelerator.is_main_process:
         most = min(monitor.probe_images.count, job.config.hidden_size)
         tqdm.write(f"step {state.step:,}: {in_words(values, most)}")
-        tile = gallery.save_tile(job.folder, state.step, shown)
+        tile = gallery.save_tile(job.folder, state.step, reconstructed)
         track_image(job.accelerator, "reconstructions", tile, state.step)
     return values
 
@@ -420,13 +397,13 @@ def evaluate_features(job: Job, monitor: Monitor, state: State, batch: dict) -> 
 def in_words(values: dict[str, float], most: int) -> str:
     """Diagnostics on one line; `most` is what the rank of the probe images' features can be."""
     if "effective_rank_cls" not in values:
-        return "nothing that is looked at can be measured: no image can be read, or no feature is finite"
+        return "nothing can be measured: no probe image can be read, or no feature is finite"
     ranks = " and ".join(f"{values[f'effective_rank_{pooling}']:.1f} ({pooling})" for pooling in ("cls", "mean"))
     text = f"effective rank {ranks} of at most {most}"
     for name, title in {"online_top1": "linear classifier", "online_knn_top1": "nearest neighbours"}.items():
         text += f", {title} {values[name]:.1%}" if name in values else ""
-    pulls = [values[f"grad_norm_{term}"] for term in ("reconstruction", "uniformity")]
-    return text + (f", gradient of the terms {pulls[0]:.3g} and {pulls[1]:.2g}" if None not in pulls else "")
+    norms = [values[f"grad_norm_{term}"] for term in ("reconstruction", "uniformity")]
+    return text + (f", gradient of the terms {norms[0]:.3g} and {norms[1]:.2g}" if None not in norms else "")
 
 
 def make_loader(job: Job, steps: range, cursors: list[Cursor]) -> Iterable[dict]:
@@ -442,9 +419,9 @@ def make_loader(job: Job, steps: range, cursors: list[Cursor]) -> Iterable[dict]
 
 def line_of(accelerator: Accelerator, means: dict[str, float | None]) -> tuple[dict[str, float | None], str]:
     """The means since the last line, with the dimensions that the features fill by their uniformity; and in words."""
-    if means["feature_norm"] < 1e-6:  # the uniformity of nothing is 0, the best value there is
+    norm, uniformity = means["feature_norm"], means["uniformity_loss"]
+    if norm is not None and norm < 1e-6:  # the uniformity of nothing is 0, the best value there is
         accelerator.print("\nwarning: the features are zero, so the encoder is dead and their uniformity means nothing")
-    uniformity = means["uniformity_loss"]
     line = {**means, "participation_ratio": 1 / uniformity if uniformity else 0.0}
     return line, f"loss {line['reconstruction_loss']:.3f}, features fill {line['participation_ratio']:.1f} dimensions"
 
@@ -461,14 +438,12 @@ def published_checkpoint(folder: Path, step: int) -> dict[str, Path | bytes]:
 
 
 def finish(job: Job, record: dict[str, Any]) -> None:
-    """Put the last checkpoint's model at the top of the run folder, with images of what it learned and a card."""
+    """Put the last checkpoint's model at the top of the run folder, with figures of what it learned and a card."""
     folder = job.folder
-    for file in (folder / f"step-{job.schedule.total_steps}").iterdir():
-        if file.name not in checkpoints.ONLY_FOR_TRAINING:
-            files.copy_file(file, folder / file.name)
-    shown = job.images if job.probe_images is None else job.probe_images
-    sample = list(shown.sample(job.args.seed, MOST_IMAGES))
-    gallery.draw(folder, sample, shown.description, job.accelerator.device)
+    checkpoints.copy_model(folder / f"step-{job.schedule.total_steps}", folder)
+    images = job.images if job.probe_images is None else job.probe_images
+    sample = list(images.sample(job.args.seed, MOST_IMAGES))
+    gallery.draw(folder, sample, images.description, job.accelerator.device)
     files.write_text(folder / "README.md", cards.model_card(folder))
     record["finished"] = True
     write_run(folder, record)
@@ -485,5 +460,5 @@ def finish(job: Job, record: dict[str, Any]) -> None:
         f"matrix products{mfu}, {speed['data_wait']:.0%} of the time spent waiting for images, "
         f"{diagnostics / record['seconds']:.1%} on diagnostics\n"
         + (f"images left out because they cannot be read: {len(unreadable)}\n" if unreadable else "")
-        + f"weights and card in {folder}, images in {folder / 'reconstructions.png'}"
+        + f"weights and card in {folder}, figures such as {folder / 'reconstructions.png'}"
     )

@@ -1,18 +1,75 @@
 """What pre-training and fine-tuning do alike around their loop: hold the folder, announce, train, finish, push."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from tqdm.auto import tqdm
+from transformers import BaseImageProcessor
+from transformers.utils.logging import disable_progress_bar
 
+from arguments_umae import TrainingArguments, check_launch
+from umae.data.batches import Plan, check_fills_a_step
 from umae.sharing import cards, hub
 from umae.training.folder import Run, hold_folder, open_run
-from umae.training.hardware import close
+from umae.training.hardware import close, make_accelerator
 from umae.training.log import MetricsLog
 from umae.training.loop import Settings, Task, train
+from umae.training.schedules import Schedule
 from umae.training.signals import StopRequest
+
+
+def begin(args: TrainingArguments, output_dir: str, seed: int) -> Accelerator:
+    """The accelerator of a training program, and every random number that is drawn before training seeded."""
+    accelerator = make_accelerator(
+        os.environ, args.mixed_precision, args.gradient_accumulation_steps, args.report_to, Path(output_dir)
+    )
+    check_launch(os.environ, accelerator.num_processes)
+    set_seed(seed)
+    disable_progress_bar()  # transformers' own; training has one
+    return accelerator
+
+
+def make_plan(accelerator: Accelerator, num_images: int, description: str, args: TrainingArguments, seed: int) -> Plan:
+    """Which images every process uses at every step; raises `ValueError` if they do not fill a step."""
+    plan = Plan(
+        images=num_images,
+        batch_size=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        processes=accelerator.num_processes,
+        seed=seed,
+    )
+    check_fills_a_step(plan, description)
+    return plan
+
+
+def make_settings(
+    args: TrainingArguments,
+    output_dir: str,
+    processor: BaseImageProcessor,
+    plan: Plan,
+    schedule: Schedule,
+    max_unreadable_share: float,
+    logging_steps: int,
+    min_learning_rate: float = 0.0,
+) -> Settings:
+    """How a run is trained, from the arguments that all training programs have."""
+    return Settings(
+        folder=Path(output_dir),
+        processor=processor,
+        plan=plan,
+        schedule=schedule,
+        min_learning_rate=min_learning_rate,
+        logging_steps=logging_steps,
+        checkpointing_steps=args.checkpointing_steps,
+        checkpoints_total_limit=args.checkpoints_total_limit,
+        max_unreadable_share=max_unreadable_share,
+        gradient_checkpointing=args.gradient_checkpointing,
+        torch_compile=args.torch_compile,
+    )
 
 
 def carry_out(

@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from umae.files import write_folder
+from umae.files import copy_file, write_folder
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
@@ -77,7 +77,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[Path]]:
 
     What a killed run left half written (`*.tmp`) is no checkpoint.
     """
-    damaged = []
+    damaged: list[Path] = []
     for step in reversed(checkpoint_steps(folder)):
         checkpoint = folder / f"step-{step}"
         try:
@@ -95,6 +95,13 @@ def clear_leftovers(folder: Path) -> None:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
+def copy_model(checkpoint: Path, folder: Path) -> None:
+    """Copy what others can use of a checkpoint to the top of a run folder, file by file."""
+    for path in checkpoint.iterdir():
+        if path.name not in ONLY_FOR_TRAINING:
+            copy_file(path, folder / path.name)
+
+
 def _checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of every file in a checkpoint but that of the checksums."""
     sums = {}
@@ -110,12 +117,12 @@ def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
     Every process calls it; the main one receives the tensors, the others nothing.
     """
-    return get_model_state_dict(model, options=_WHOLE_ON_CPU)
+    return cast(dict[str, torch.Tensor], get_model_state_dict(model, options=_WHOLE_ON_CPU))
 
 
 def restore_model(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
     """Put back what `model_tensors` returned; every process has the tensors."""
-    set_model_state_dict(model, tensors, options=_WHOLE)
+    set_model_state_dict(model, dict[str, Any](tensors), options=_WHOLE)
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -123,17 +130,17 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
     Every process calls it; the main one receives the tensors, the others nothing.
     """
-    state = get_optimizer_state_dict(model, optimizer, options=_WHOLE_ON_CPU).get("state", {})
+    state = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_WHOLE_ON_CPU).get("state", {}))
     return {f"{name}/{key}": tensor.contiguous() for name, values in state.items() for key, tensor in values.items()}
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
     """Put back what `optimizer_tensors` returned. Raises `ValueError` where names or shapes do not fit."""
-    current = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
-    state: dict[str, dict[str, torch.Tensor]] = {}
+    current = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_WHOLE))
+    state: dict[str, Any] = {}
     for key, tensor in tensors.items():
-        name, _, kind = key.rpartition("/")
-        state.setdefault(name, {})[kind] = tensor
+        name, _, moment = key.rpartition("/")
+        state.setdefault(name, {})[moment] = tensor
     expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     expected = {name.removeprefix("module.") for name in expected}  # DistributedDataParallel's own prefix
     if set(state) != expected:

@@ -37,12 +37,12 @@ def remember_failure(accelerator, optimizer, values: torch.Tensor, step: int, fa
 
 
 def report_unreadable(
-    found: dict[int, str], record: dict[str, Any], num_images: int, max_share: float, log: Callable[[str], None]
+    reasons: dict[int, str], record: dict[str, Any], num_images: int, max_share: float, log: Callable[[str], None]
 ) -> None:
     """Name every unreadable image once, and end a run that leaves out too many; every process calls it.
 
     Args:
-        found: the reasons, by index, that this process has come upon; emptied.
+        reasons: why images cannot be read, by index, as this process has found them; emptied.
         record: of the run; gets them in `unreadable`.
         log: prints a line, on the main process only.
 
@@ -50,11 +50,11 @@ def report_unreadable(
         ValueError: they are more than `max_share` of all images.
     """
     known = record["unreadable"]
-    for index, reason in sorted(gather_object(list(found.items()))):
+    for index, reason in sorted(gather_object(list(reasons.items()))):
         if str(index) not in known:  # as JSON has it
             known[str(index)] = reason
             log(f"left out: {reason}")
-    found.clear()
+    reasons.clear()
     if len(known) > max_share * num_images:
         raise ValueError(
             f"{len(known)} of {num_images} images cannot be read, more than max_unreadable_share {max_share:g} "
@@ -83,9 +83,9 @@ def explained_out_of_memory(batch_size: int) -> Iterator[None]:
 
 def stop_if_failed(
     failed: torch.Tensor,
-    position: Callable[[int], str],
+    index_name: Callable[[int], str],
     description: str,
-    seen: dict[int, list[int]],
+    used: dict[int, list[int]],
     names: Sequence[str],
     own: Sequence[str],
 ) -> None:
@@ -93,28 +93,29 @@ def stop_if_failed(
 
     Args:
         failed: as `umae.training.failures.remember_failure` leaves it.
-        place, description: of the images.
-        seen: the indices of the images of every step since the last call.
+        index_name: index of an image -> how people read it.
+        description: of the images, in print.
+        used: the indices of the images of every step since the last call.
         names: of the values that `failed` has flags for; `grad_norm` is among them.
-        own: those that are of one process' images, and tell whose they were; the gradient is everybody's.
+        own: those that one process' images alone make, which shows whose images they were; the gradient is everybody's.
 
     Raises:
         FloatingPointError: with the values, the step and the images.
     """
     step, in_a_row, *flags = (int(value) for value in failed.tolist())
     mine = {name for name, flag in zip(names, flags, strict=True) if flag}
-    failures = [failure for failure in gather_object([(step, mine, seen.get(step, []))]) if failure[0]]
+    failures = [failure for failure in gather_object([(step, mine, used.get(step, []))]) if failure[0]]
     if not failures:
         return
     failures = [failure for failure in failures if failure[1] & set(own)] or failures
-    indices = [index for _, _, some in failures for index in some]
-    found = set().union(*(some for _, some, _ in failures))
-    shown_names = [name for name in names if name in found - {"grad_norm"}] or ["grad_norm"]
-    shown = ", ".join(map(position, indices[:16]))
-    shown += f" and {len(indices) - 16} more" if len(indices) > 16 else ""
+    indices = [index for _, _, used_indices in failures for index in used_indices]
+    not_finite = set().union(*(flagged for _, flagged, _ in failures))
+    causes = [name for name in names if name in not_finite - {"grad_norm"}] or ["grad_norm"]
+    listed = ", ".join(map(index_name, indices[:16]))
+    listed += f" and {len(indices) - 16} more" if len(indices) > 16 else ""
     raise FloatingPointError(
-        f"{', '.join(shown_names)} was not finite at step {min(step for step, _, _ in failures)}"
+        f"{', '.join(causes)} was not finite at step {min(step for step, _, _ in failures)}"
         + (f", the {MOST_OVERFLOWS}th time in a row" if in_a_row >= MOST_OVERFLOWS else "")
-        + f", with the images {shown} of {description}; the weights have not changed since, and the last "
+        + f", with the images {listed} of {description}; the weights have not changed since, and the last "
         f"checkpoint is from before. Lower base_learning_rate, or train with mixed_precision no"
     )

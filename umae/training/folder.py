@@ -40,8 +40,8 @@ class Run:
     def model(self) -> PreTrainedModel:
         """The trained model, in evaluation mode on the CPU: `UMAEForPreTraining`, or the classifier."""
         config = UMAEConfig.from_pretrained(self.folder)
-        kind = getattr(modeling_umae, config.architectures[0])
-        return kind.from_pretrained(self.folder, config=config).eval()
+        (name,) = config.architectures or ["UMAEForPreTraining"]
+        return getattr(modeling_umae, name).from_pretrained(self.folder, config=config).eval()
 
 
 def open_run(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
@@ -71,15 +71,15 @@ def open_run(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) -
         _check_identity(folder, before["identity"], identity)
         run |= {name: before[name] for name in KEPT if name in before}
     elif folder.exists() and (not folder.is_dir() or any(entry.name != LOCK_FILE for entry in folder.iterdir())):
-        found = "is not empty and holds no run" if folder.is_dir() else "is a file"
-        raise ValueError(f"{folder} {found}; give a new or empty folder as output_dir")
+        content = "is not empty and holds no run" if folder.is_dir() else "is a file"
+        raise ValueError(f"{folder} {content}; give a new or empty folder as output_dir")
     return run
 
 
 @contextmanager
 def hold_folder(accelerator: Accelerator, folder: Path, run: dict[str, Any]) -> Iterator[None]:
     """Make the folder this run's for a while; raises `ValueError` if another process trains in it."""
-    accelerator.wait_for_everyone()  # nobody may look after the main process has begun to write
+    accelerator.wait_for_everyone()  # no process may read the folder after the main one has begun to write
     if not accelerator.is_main_process:
         yield
         return
@@ -100,32 +100,34 @@ def write_run(folder: Path, run: dict[str, Any]) -> None:
 
 
 def newest_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
-    """The one to continue from, by the main process' judgement; damaged ones are named and put aside.
+    """The checkpoint to continue from, as the main process sees it; damaged ones are named and put aside.
 
     Raises:
         ValueError: a process does not see it.
     """
-    found = [None]
+    newest: list[Path | None] = [None]
     if accelerator.is_main_process:
-        found[0], damaged = newest_whole(folder)
+        newest[0], damaged = newest_whole(folder)
         for checkpoint in damaged:
             print(
                 f"{checkpoint} is damaged: its files are not those that were written; put aside as {checkpoint}.damaged"
             )
             checkpoint.rename(f"{checkpoint}.damaged")
-    newest = broadcast_object_list(found)[0]
-    if newest is not None and not newest.is_dir():
-        raise ValueError(f"process {accelerator.process_index} does not see {newest}; output_dir must lie where all do")
-    return newest
+    (checkpoint,) = broadcast_object_list(newest)
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise ValueError(
+            f"process {accelerator.process_index} does not see {checkpoint}; output_dir must lie where all see it"
+        )
+    return checkpoint
 
 
 def _check_identity(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     defaults = UMAEConfig().to_dict()  # of fields that are younger than a run
-    flat_before, flat_now = ({**defaults, **one, **one["config"], "config": None} for one in (before, now))
-    for name, value in flat_now.items():
-        if flat_before.get(name) != value:
+    old, new = ({**defaults, **identity, **identity["config"], "config": None} for identity in (before, now))
+    for name, value in new.items():
+        if old.get(name) != value:
             raise ValueError(
-                f"{folder} holds a run with {name} {flat_before.get(name)}, not {value}; use another output_dir (and "
+                f"{folder} holds a run with {name} {old.get(name)}, not {value}; use another output_dir (and "
                 f"model_name_or_path {folder} to start from its weights)"
             )
 

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 from accelerate import Accelerator
+from tqdm.std import tqdm
 
 from umae.files import write_text
 from umae.progress_bar import progress_bar
@@ -32,7 +33,8 @@ class MetricsLog:
     """
 
     def __init__(self, accelerator: Accelerator, folder: Path, images_per_step: int):
-        self.accelerator, self.path, self.bar = accelerator, folder / METRICS_FILE, None
+        self.accelerator, self.path = accelerator, folder / METRICS_FILE
+        self.bar: tqdm | None = None
         self.images_per_step = images_per_step
         self.waited, self.evaluated = 0.0, 0.0  # seconds since the last line
 
@@ -52,7 +54,7 @@ class MetricsLog:
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
             write_text(self.path, "".join(line + "\n" for line in kept))
 
-    def progress(self, total: int) -> Iterator[int]:
+    def progress(self, total: int) -> Iterable[int]:
         """The steps still to do, under a bar that shows rate, time left and the newest numbers."""
         hidden = not self.accelerator.is_main_process
         steps = range(self.last_step, total)
@@ -62,7 +64,7 @@ class MetricsLog:
         return self.bar
 
     def waited_for(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches; the time that they let one wait is counted."""
+        """The same batches; the time spent waiting for each is counted."""
         batches = iter(batches)
         while True:
             start = time.perf_counter()
@@ -79,11 +81,11 @@ class MetricsLog:
         yield
         self.evaluated += time.perf_counter() - start
 
-    def write(self, step: int, values: dict[str, float], shown: str) -> None:
+    def write(self, step: int, values: dict[str, float | None], text: str) -> None:
         """One line for the steps since the last one; every process calls it.
 
         Args:
-            shown: what of it stands beside the bar, in words.
+            text: what stands beside the bar.
         """
         now = time.perf_counter()
         seconds, self.last_time = now - self.last_time - self.evaluated, now
@@ -100,8 +102,9 @@ class MetricsLog:
         if self.accelerator.is_main_process:
             with open(self.path, "a") as file:
                 file.write(json.dumps(line) + "\n")
+        assert self.bar is not None, "`progress` comes first"
         self.bar.set_postfix_str(
-            f"{shown}, {rate:.0f} images/s ({line['matmul_share']:.0%} of the matmul rate, "
+            f"{text}, {rate:.0f} images/s ({line['matmul_share']:.0%} of the matmul rate, "
             + (f"{line['mfu']:.0%} MFU, " if "mfu" in line else "")
             + f"{line['data_wait']:.0%} waiting)"
         )
@@ -110,7 +113,7 @@ class MetricsLog:
 
 
 def track_image(accelerator: Accelerator, name: str, pixels: np.ndarray, step: int) -> None:
-    """Show an image, uint8 (height, width, channels), in all trackers; the main process calls it."""
+    """Log an image, uint8 (height, width, channels), to all trackers; the main process calls it."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
             tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
@@ -121,7 +124,7 @@ def track_image(accelerator: Accelerator, name: str, pixels: np.ndarray, step: i
 
 
 def is_due(done: int, total: int, logging_steps: int, steps: int) -> bool:
-    """Whether a line of metrics.jsonl, at step `done`, comes with what is measured every this many steps: the last, and
-    the first of any `steps`; 0 is the last only."""
+    """Whether a line of metrics.jsonl, at step `done`, comes with an evaluation: the last one does, and
+    the first one after every multiple of `steps`; with 0 only the last."""
     line_before = (done - 1) // logging_steps * logging_steps
     return done == total or (steps > 0 and done // steps > line_before // steps)

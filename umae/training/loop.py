@@ -1,7 +1,7 @@
 """One training loop, for pre-training and for fine-tuning: what they differ in is a `Task`."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class Task:
         evaluates: (steps done) -> whether the line of `metrics.jsonl` at this step comes with an evaluation.
         saved_beside: -> tensors and plain values that belong into a checkpoint; every process calls it.
         restore: takes what `saved_beside` returned when the newest checkpoint was written.
-        image_name: index of an image -> how people read it.
+        index_name: index of an image -> how people read it.
         description: of the images, in print.
     """
 
@@ -60,11 +60,11 @@ class Task:
     losses: Callable[[nn.Module, Sequence[dict], int], Losses]
     batches: Callable[[range], Iterable[dict]]
     line: Callable[[dict[str, float | None]], tuple[dict[str, float | None], str]]
-    evaluate: Callable[[State, dict], dict[str, float]]
+    evaluate: Callable[[State, dict], Mapping[str, float | None]]
     evaluates: Callable[[int], bool]
     saved_beside: Callable[[], tuple[dict[str, torch.Tensor], dict[str, Any]]]
     restore: Callable[[dict[str, torch.Tensor], dict[str, Any]], None]
-    image_name: Callable[[int], str]
+    index_name: Callable[[int], str]
     description: str
 
 
@@ -117,7 +117,8 @@ def train(
     accelerator.init_trackers("umae", config={name: str(value) for name, value in record["identity"].items()})
     log.begin(state.step, task.flops)
     micro_batches = log.waited_for(task.batches(range(state.step, total)))
-    failed, unreadable = no_failure(accelerator.device, len(task.values)), {}
+    failed = no_failure(accelerator.device, len(task.values))
+    unreadable: dict[int, str] = {}
     used: dict[int, list[int]] = {}  # indices of the images of every step since `failed` was last read
     clock, seconds_before = time.perf_counter(), record["seconds"]
 
@@ -137,7 +138,7 @@ def train(
         logs, saves = (last or done % steps == 0 for steps in (settings.logging_steps, settings.checkpointing_steps))
         stopped = stop.has_come(accelerator, done) and not last
         if logs or saves or stopped:
-            stop_if_failed(failed, task.image_name, task.description, used, task.values, task.own_values)
+            stop_if_failed(failed, task.index_name, task.description, used, task.values, task.own_values)
             used.clear()
         if logs:
             report_unreadable(

@@ -3,9 +3,12 @@
 import math
 import re
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
+
+from configuration_umae import UMAEConfig
 
 
 def learning_rate_at(step: float, total_steps: float, warmup_steps: float, peak: float, minimum: float = 0.0) -> float:
@@ -91,7 +94,7 @@ def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float
 
     Source: Bao et al. 2022 (BEiT), appendix; He et al. 2022 (MAE), appendix A.2.
     """
-    top = model.config.num_hidden_layers + 1
+    top = cast(UMAEConfig, model.config).num_hidden_layers + 1
     groups: dict[tuple[int, float], dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -100,6 +103,6 @@ def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float
         depth = 0 if name.startswith("vit.embeddings.") else int(inner[1]) + 1 if inner else top
         spared = parameter.ndim <= 1 or name.endswith((".cls_token", ".position_embeddings"))
         decay = 0.0 if spared else weight_decay
-        group = {"params": [], "weight_decay": decay, "lr_scale": layer_decay ** (top - depth)}
+        group: dict[str, Any] = {"params": [], "weight_decay": decay, "lr_scale": layer_decay ** (top - depth)}
         groups.setdefault((depth, decay), group)["params"].append(parameter)
     return list(groups.values())

@@ -1,4 +1,4 @@
-"""What training changes from one step to the next: how it begins, is saved in a checkpoint, and continues from there."""
+"""What training changes from one step to the next: how it begins, is saved in a checkpoint and continues from there."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
