@@ -1,5 +1,8 @@
 """What README and docs/ say, against what there is."""
 
+import ast
+import importlib
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -14,10 +17,8 @@ from command_line_umae import VERBS, given_flags
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]
-TYPES = {  # of what can be started
-    "run_pretrain.py": arguments_umae.PRETRAIN,
-    "run_linear_probe.py": arguments_umae.PROBE,
-    "run_finetune.py": arguments_umae.FINETUNE,
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+TYPES = {  # of what is started with flags of these dataclasses
     "recipes/slurm.sh": arguments_umae.PRETRAIN,
     **{f"umae {verb}": types for verb, (types, _) in arguments_umae.PROGRAMS.items()},
 }
@@ -58,13 +59,38 @@ def broken_links(page: Path) -> list[str]:
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
-    """The (program, flags) of every command line that is parsed by dataclasses."""
+    """The (program, arguments) of every command line that starts `umae VERB`, also by a launcher, or a shell script."""
     found = []
     for line in text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line.replace("umae ", "umae\u00a0"), comments=True)  # a verb belongs to its command
-        words = [word.replace("\u00a0", " ") for word in words]
-        found += [(word, words[i + 1 :]) for i, word in enumerate(words) if word in TYPES]
+        words = shlex.split(line, comments=True)
+        for i, word in enumerate(words):
+            follows = words[i + 1 :]
+            if word in TYPES:
+                found.append((word, follows))
+            elif word == "umae" and (i == 0 or words[i - 1] == "-m") and follows and not follows[0].startswith("-"):
+                found.append((f"umae {follows[0]}", follows[1:]))
     return found
+
+
+def documented_commands() -> list[tuple[str, list[str]]]:
+    return [command for page in PAGES for block in blocks(page, "bash") for command in commands(block)]
+
+
+def inline_commands(page: Path) -> list[tuple[str, list[str]]]:
+    return [command for code in re.findall(r"`([^`\n]+)`", prose(page)) for command in commands(code)]
+
+
+def commands_of_comments(recipe: Path) -> list[tuple[str, list[str]]]:
+    """The (program, arguments) that a recipe says it is for; `...` stands for more of them."""
+    lines = re.findall(r"^# +((?:accelerate|umae) (?:.*\\\n)*.+)", recipe.read_text(), re.MULTILINE)
+    found = [command for line in lines for command in commands(line.replace("\n#", "\n"))]
+    return [(program, [word for word in words if word != "..."]) for program, words in found]
+
+
+def check_flags(program: str, words: list[str], missing: dict[str, str] | None = None) -> None:
+    """Raises `ValueError` for flags, values or recipes that the program refuses; `missing` are flags left unsaid."""
+    types = TYPES[program]
+    arguments_umae.arguments_of(types, {**(missing or {}), **given_flags(types, words)})
 
 
 def modules(text: str) -> set[str]:
@@ -72,10 +98,50 @@ def modules(text: str) -> set[str]:
     return set(re.findall(r"python -m (benchmarks[.\w]*)", text))
 
 
-def verbs(page: Path) -> set[str]:
-    """What the command `umae` is asked to do."""
-    code = "\n".join(blocks(page, "bash"))
-    return set(re.findall(r"(?:^|-m |`)umae ([a-z]\w*)", code + "\n" + prose(page), re.MULTILINE))
+def resolve(dotted: str) -> object:
+    """What stands behind `umae.data.images.Images`; raises `AttributeError` or `ImportError` if nothing does."""
+    module, *names = dotted.split(".")
+    found: object = importlib.import_module(module)
+    for name in names:
+        module = f"{module}.{name}"
+        found = getattr(found, name, None) or importlib.import_module(module)
+    return found
+
+
+def names_of(block: str) -> dict[str, str]:
+    """What an example calls the package's modules and names, and what they are: {"load_images": "umae.data..."}."""
+    names = {}
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.Import):
+            names |= {alias.asname or "umae": alias.name for alias in node.names if alias.name.split(".")[0] == "umae"}
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "umae":
+            names |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def check_example(block: str) -> set[str]:
+    """The names of the package that an example uses, each of which exists and is called as it can be.
+
+    Raises:
+        ImportError, AttributeError: a name does not exist.
+        TypeError: a function has no such arguments.
+    """
+    names, used = names_of(block), set()
+
+    def dotted(node: ast.AST) -> str | None:
+        text = ast.unparse(node)
+        first, *rest = text.split(".")
+        return ".".join([names[first], *rest]) if first in names and text.replace(".", "").isidentifier() else None
+
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.Name | ast.Attribute) and (name := dotted(node)):
+            used.add(name)
+        if isinstance(node, ast.Call) and (name := dotted(node.func)):
+            given = {keyword.arg: None for keyword in node.keywords}
+            inspect.signature(resolve(name)).bind(*node.args, **given)
+    for name in used | set(names.values()):
+        resolve(name)
+    return used
 
 
 def test_every_relative_link_and_anchor_resolves():
@@ -102,18 +168,40 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
-def test_every_command_line_is_accepted_by_its_program(monkeypatch):
-    monkeypatch.chdir(ROOT)  # recipes are named from there
-    documented = [command for page in PAGES for block in blocks(page, "bash") for command in commands(block)]
+def test_every_command_line_is_accepted_by_its_program():
+    documented = [(program, words) for program, words in documented_commands() if program in TYPES]
     assert {program for program, _ in documented} == set(TYPES)
-    for program, flags in documented:
-        arguments_umae.arguments_of(TYPES[program], given_flags(TYPES[program], flags))
+    for program, words in documented:
+        check_flags(program, words)
+
+
+def test_every_command_line_in_prose_and_in_recipes_is_accepted_by_its_program():
+    in_recipes = [command for recipe in RECIPES for command in commands_of_comments(recipe)]
+    in_prose = [command for page in TEXTS for command in inline_commands(page)]
+    assert len(in_recipes) >= 6 and len(in_prose) > 6
+    for program, words in in_recipes + in_prose:
+        if program in TYPES and words != ["--help"]:
+            check_flags(program, words, missing={"model_name_or_path": "runs/mine", "output_dir": "runs/other"})
 
 
 def test_a_command_line_with_an_unknown_flag_is_refused():
-    ((program, flags),) = commands("accelerate launch run_pretrain.py \\\n    --datset_name my_images  # a typo\n")
+    text = "accelerate launch -m umae pretrain \\\n    --datset_name my_images  # a typo\n"
+    ((program, words),) = commands(text)
     with pytest.raises(ValueError, match="did you mean --dataset_name"):
-        given_flags(TYPES[program], flags)
+        check_flags(program, words)
+
+
+def test_command_lines_are_told_from_folders_and_names_of_the_same_word():
+    text = "for name in umae mae; do\n    umae report runs/umae runs/mae --output x.html\ndone\numae --help\n"
+    assert commands(text) == [("umae report", ["runs/umae", "runs/mae", "--output", "x.html"])]
+
+
+def test_the_pages_start_programs_by_the_command_and_name_the_scripts_once():
+    for script in [path.name for path in ROOT.glob("run_*.py")]:
+        assert [(page.name, page.read_text().count(script)) for page in PAGES if script in page.read_text()] == [
+            ("index.md", 1)
+        ]
+        assert [block for page in PAGES for block in blocks(page, "bash") if script in block] == []
 
 
 def test_every_module_that_is_started_can_be():
@@ -124,7 +212,9 @@ def test_every_module_that_is_started_can_be():
 
 
 def test_every_verb_of_the_command_is_documented_and_every_documented_one_exists():
-    assert set().union(*map(verbs, PAGES)) == set(VERBS)
+    documented = documented_commands() + [command for page in TEXTS for command in inline_commands(page)]
+    verbs = {program.removeprefix("umae ") for program, _ in documented if program.startswith("umae ")}
+    assert verbs == set(VERBS)
 
 
 def test_every_flag_that_is_named_exists():
@@ -135,10 +225,36 @@ def test_every_flag_that_is_named_exists():
     assert named - known == set()
 
 
-def test_every_python_example_compiles():
+def test_every_name_of_the_package_in_a_python_example_exists_and_is_called_as_it_can_be():
+    used = set()
     for page in PAGES:
         for block in blocks(page, "python"):
             compile(block, page.name, "exec")
+            used |= check_example(block)
+    assert used >= {"umae.pretrain", "umae.probe", "umae.finetune", "umae.diagnose", "umae.evaluation.metrics.Collapse"}
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "import umae\numae.pretrian()",
+        "from umae.data.images import load_pictures",
+        "from umae.evaluation.nothing import diagnose",
+        "import umae\numae.pretrain(datset_name='my_images')",
+        "from umae import diagnose as measure\nmeasure('runs/mine', set='my_images')",
+    ],
+)
+def test_an_example_with_a_name_that_does_not_exist_is_found(block):
+    with pytest.raises((AttributeError, ImportError, TypeError)):
+        check_example(block)
+
+
+def test_every_name_of_the_package_in_prose_and_in_the_api_exists():
+    names = {name for page in TEXTS for name in re.findall(r"`(umae(?:\.\w+)+)\b(?!/)", prose(page))}
+    documented = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    assert len(documented) > 20
+    for name in names | set(documented):
+        resolve(name)
 
 
 def test_every_message_in_troubleshooting_is_one_that_the_code_prints():
