@@ -1,4 +1,4 @@
-"""What the programs take: dataclasses whose fields are flags, keys of a recipe and keywords of Python functions alike.
+"""The arguments of the programs: dataclasses whose fields are flags, keys of a recipe and keywords of Python functions alike.
 
 Beside the package rather than in it, whose import takes seconds that `--help` need not wait for.
 """
@@ -31,8 +31,8 @@ class Between:
 
 def flag(default: Any, help: str) -> Any:
     """A dataclass field that becomes a flag; a default that needs no explanation is shown in brackets."""
-    shown = "" if default is None or default is False else f" [{default}]"
-    return field(default=default, metadata={"help": help + shown})
+    explained = "" if default is None or default is False else f" [{default}]"
+    return field(default=default, metadata={"help": help + explained})
 
 
 def required(help: str) -> Any:
@@ -262,18 +262,17 @@ def arguments_of(types: Sequence[type], given: Mapping[str, Any]) -> tuple[Any, 
         values = {**_read_recipe(values["recipe"], hints), **values}
     instances = []
     for kind in types:
-        fields = {one.name: one for one in dataclasses.fields(kind)}
-        for name, one in fields.items():
-            if one.default is dataclasses.MISSING and name not in values:
-                raise ValueError(f"{name} is missing: {one.metadata['help']}")
-        instances.append(kind(**{name: value for name, value in values.items() if name in fields}))
+        for argument in dataclasses.fields(kind):
+            if argument.default is dataclasses.MISSING and argument.name not in values:
+                raise ValueError(f"{argument.name} is missing: {argument.metadata['help']}")
+        instances.append(kind(**{name: values[name] for name in field_names([kind]) if name in values}))
         _check_ranges(instances[-1])
     return tuple(instances)
 
 
 def field_names(types: Sequence[type]) -> list[str]:
     """The names of all arguments."""
-    return [one.name for kind in types for one in dataclasses.fields(kind)]
+    return [argument.name for kind in types for argument in dataclasses.fields(kind)]
 
 
 def parse_overrides(given: Mapping[str, Any] | str | None, names: Sequence[str], argument: str) -> dict[str, Any]:
@@ -323,7 +322,7 @@ _Yaml.add_implicit_resolver(
 
 
 def _recipe_path(recipe: str) -> Path:
-    """A file, or one of ours by its name."""
+    """The path of a recipe file, which may be given by the name of a shipped one."""
     shipped = [folder / f"{recipe}.yaml" for folder in RECIPES]
     for path in (Path(recipe), *shipped):
         if path.is_file():
@@ -369,8 +368,8 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         "one of " + ", ".join(get_args(kind)) if get_origin(kind) is Literal else words.get(kind, "names and values")
         for kind in kinds
     )
-    found = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
-    raise ValueError(f"{name} is {found}, expected {' or '.join([', '.join(others), last] if others else [last])}")
+    text = json.dumps(value) if value is None or isinstance(value, bool) else repr(value)
+    raise ValueError(f"{name} is {text}, expected {' or '.join([', '.join(others), last] if others else [last])}")
 
 
 def nearest(name: str, names: Sequence[str], prefix: str = "") -> str:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Judge a frozen encoder: linear heads and nearest neighbours.
+"""Evaluate a frozen encoder: linear heads and nearest neighbours.
 
     python run_linear_probe.py --model_name_or_path runs/umae --output_dir runs/umae_probe
     accelerate launch run_linear_probe.py --protocol mae --model_name_or_path runs/umae --output_dir runs/umae_mae_probe

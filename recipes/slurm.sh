@@ -16,7 +16,7 @@
 trap 'stopped=yes; kill -TERM "$step"' TERM
 address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun bash -c 'exec torchrun --nnodes "$SLURM_NNODES" --node_rank "$SLURM_NODEID" --nproc_per_node "$0" \
-    --master_addr "$1" --master_port 29500 run_pretrain.py "${@:2}"' "${SLURM_GPUS_ON_NODE:-1}" "$address" "$@" &
+    --master_addr "$1" --master_port 29500 -m umae pretrain "${@:2}"' "${SLURM_GPUS_ON_NODE:-1}" "$address" "$@" &
 step=$!
 wait "$step"
 status=$?

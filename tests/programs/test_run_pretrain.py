@@ -162,9 +162,9 @@ def small_recipe(tmp_path) -> list[str]:
     return ["--recipe", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "run"), "--max_train_steps", "2"]
 
 
-def test_accelerate_launches_the_script(tmp_path):
+def test_accelerate_launches_the_command(tmp_path):
     launcher = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "--mixed_precision", "bf16")
-    result = run(*launcher, "run_pretrain.py", *small_recipe(tmp_path), fresh=True)
+    result = run(*launcher, "-m", "umae", "pretrain", *small_recipe(tmp_path), fresh=True)
     assert "bf16 on 1 x CPU" in result.stdout
     assert (tmp_path / "run" / "model.safetensors").exists()
 

@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_weight(tmp_path, m
 
 
 SPOILED = """
-import os, sys, torch, run_pretrain, modeling_umae
+import os, sys, torch, arguments_umae, command_line_umae, run_pretrain, modeling_umae
 from umae.training import loop
 plain, calls = modeling_umae.UMAEForPreTraining.forward, [0]
 def forward(self, *arguments, **named):
@@ -188,7 +188,7 @@ def test_a_program_refuses_with_the_flag_that_would_help(program, words, message
 
 
 CRAMPED = """
-import resource, sys, run_pretrain
+import resource, sys, arguments_umae, command_line_umae, run_pretrain
 from umae.training import loop
 optimizer_step = loop.optimizer_step
 def cramped(*arguments, **named):

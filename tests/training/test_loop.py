@@ -1,9 +1,17 @@
-"""Steps with fp16's scaler, which needs no GPU itself; other steps are tested by whole runs in test_run_pretrain.py."""
+"""The training loop: steps with fp16's scaler, which needs no GPU itself, and runs of a task without images."""
+
+import json
+import os
+import signal
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from golden_models import fresh_config
+from processes import ROOT, TIMEOUT, start
+from toy_task import STEPS, toy_losses, toy_task, train_toy
+from training_runs import metrics
 
 from modeling_umae import UMAEForPreTraining
 from umae.training.failures import MOST_OVERFLOWS, no_failure
@@ -81,3 +89,79 @@ def test_too_many_overflows_in_a_row_are_a_failure(steps):
 def test_a_loss_that_is_not_finite_freezes_the_weights_in_fp16_too(steps):
     assert [steps.take(spoil) for spoil in ("", "loss", "", "")] == [True, False, False, False]
     assert steps.failure() == (2, ["loss"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop, by a task without images
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "run"
+    assert train_toy(folder, toy_task()) == 0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return folder
+
+
+def assert_same_run(mine, folder):
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert (mine / "step-12" / name).read_bytes() == (folder / "step-12" / name).read_bytes()
+    assert metrics(mine) == metrics(folder)
+    assert {entry.name for entry in mine.glob("step-*")} == {"step-8", "step-12"}
+
+
+def test_the_loop_logs_evaluates_saves_and_publishes_when_it_says(undisturbed, tmp_path):
+    published = []
+    train_toy(tmp_path / "run", toy_task(), publish=published.append)
+    assert published == [4, 8], "the last is the finished run's"
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [3, 6, 9, 12]
+    assert ["evaluations" in line for line in lines] == [False, True, False, True]
+    assert lines[-1]["epoch"] == 1.0
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("when", [1, 4, 5, STEPS - 1])  # 4 is saved anyway
+def test_a_signal_after_any_step_saves_it_and_the_next_start_ends_with_the_same_bits(undisturbed, tmp_path, when):
+    def interrupted(model, micro_batches, step):
+        if step + 1 == when:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return toy_losses(model, micro_batches, step)
+
+    assert train_toy(tmp_path / "run", toy_task(interrupted)) == signal.SIGTERM
+    assert (tmp_path / "run" / f"step-{when}").is_dir() and not (tmp_path / "run" / "step-12").exists()
+    assert train_toy(tmp_path / "run", toy_task()) == 0
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        expected = (undisturbed / "step-12" / name).read_bytes()
+        assert (tmp_path / "run" / "step-12" / name).read_bytes() == expected
+    assert metrics(tmp_path / "run") == metrics(undisturbed)
+
+
+@pytest.mark.parametrize("moment", ["write_training_state", "_fsync", "rename"])
+def test_a_run_that_is_killed_while_it_saves_ends_with_the_same_bits(undisturbed, tmp_path, moment):
+    process = start(ROOT / "tests" / "toy_task.py", tmp_path / "run", moment)
+    assert process.wait(TIMEOUT) == -signal.SIGKILL
+    assert {entry.name for entry in (tmp_path / "run").glob("step-*")} == {"step-4", "step-8.tmp"}
+    train_toy(tmp_path / "run", toy_task())
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("logging_steps", [1, 12])
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved_and_names_its_images(tmp_path, logging_steps):
+    def spoiled(model, micro_batches, step):
+        for part, (loss, values) in enumerate(toy_losses(model, micro_batches, step)):
+            infinite = step == 5 and part == 1
+            yield loss, values + (torch.inf if infinite else 0)
+
+    message = "loss was not finite at step 6, with the images number 20, number 21, number 22, number 23 of the toy"
+    with pytest.raises(FloatingPointError, match=message):
+        train_toy(tmp_path / "run", toy_task(spoiled), logging_steps)
+    assert [entry.name for entry in (tmp_path / "run").glob("step-*")] == ["step-4"]
+
+
+def test_images_that_cannot_be_read_are_kept_in_the_record_and_too_many_end_the_run(tmp_path, capsys):
+    train_toy(tmp_path / "few", toy_task(refusals={2: {9: "a.jpg is truncated"}}))
+    assert json.loads((tmp_path / "few" / "run.json").read_text())["unreadable"] == {"9": "a.jpg is truncated"}
+    assert capsys.readouterr().out.count("left out: a.jpg is truncated") == 1
+    with pytest.raises(ValueError, match=r"5 of 48 images cannot be read, more than max_unreadable_share 0.1"):
+        train_toy(tmp_path / "many", toy_task(refusals={2: {index: f"{index}.jpg" for index in range(5)}}))

@@ -185,7 +185,7 @@ def make_model(accelerator: Accelerator, args: FinetuneModelArguments, names: li
 
 
 def make_processor(args: FinetuneModelArguments, size: tuple[int, int]) -> Any:
-    """That of the weights; at another image size, one for that size which normalises as theirs does."""
+    """The image processor of the weights; at another image size, one for that size with the same normalisation."""
     processor = load_processor(args.model_name_or_path, size)
     if args.image_size is None:
         return processor
@@ -195,7 +195,7 @@ def make_processor(args: FinetuneModelArguments, size: tuple[int, int]) -> Any:
 
 
 def flops_of(config: UMAEConfig) -> int:
-    """Operations that train on one image: the backward pass is two products for each of the forward's."""
+    """Floating-point operations that train on one image: the backward pass has two products for each of the forward's."""
     return 3 * encoder_flops(config, config.grid[0] * config.grid[1])
 
 

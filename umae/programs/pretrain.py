@@ -54,7 +54,7 @@ from umae.training.state import State
 BETAS = (0.9, 0.95)  # of AdamW
 EVALUATIONS = 10  # at least, of a run
 USUAL_LOGGING = 50  # steps
-USUAL_WARMUP = 10  # one in this many steps
+USUAL_WARMUP = 10  # one in ten steps
 
 
 @keywords("pretrain")
@@ -407,7 +407,7 @@ def in_words(values: dict[str, float], most: int) -> str:
 
 
 def make_loader(job: Job, steps: range, cursors: list[Cursor]) -> Iterable[dict]:
-    """This process' micro-batches of some steps; of a stream from `cursors` on, which follow what is taken."""
+    """This process' micro-batches of some steps; of a stream from `cursors` on, which are moved on by what is read."""
     rank, on_gpu = job.accelerator.process_index, job.accelerator.device.type == "cuda"
     size = job.config.image_height_width
     if isinstance(job.images, Stream):

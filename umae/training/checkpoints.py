@@ -36,8 +36,8 @@ _WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on t
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """The steps of the whole checkpoints in a run folder, ascending."""
-    found = (re.fullmatch(r"step-(\d+)", entry.name) for entry in folder.glob("step-*") if entry.is_dir())
-    return sorted(int(match[1]) for match in found if match)
+    matches = (re.fullmatch(r"step-(\d+)", entry.name) for entry in folder.glob("step-*") if entry.is_dir())
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def save_checkpoint(folder: Path, step: int, write: Callable[[Path], None], keep: int, size: int = 0) -> Path:

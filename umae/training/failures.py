@@ -63,7 +63,7 @@ def report_unreadable(
 
 
 def log_on(is_main_process: bool) -> Callable[[str], None]:
-    """Prints a line above the progress bar, on one process."""
+    """A function that prints a line above the progress bar, on the main process only."""
     return tqdm.write if is_main_process else lambda line: None
 
 

@@ -28,7 +28,7 @@ KEPT = ("seconds", "unreadable", "unreadable_test", "finished")  # of `run.json`
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, for use from Python."""
+    """A run, finished or not, by its folder."""
 
     folder: Path
 

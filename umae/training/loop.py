@@ -38,7 +38,7 @@ class Task:
         model: not yet prepared by the accelerator.
         parameter_groups, betas: of AdamW.
         values: names of what every step logs, in order; the norm of the gradient, the last of them, is the loop's.
-        own_values: those that come from one process' images alone, and so tell which images made them not finite.
+        own_values: those that come from one process' images alone, which shows whose images made them not finite.
         flops: floating-point operations that train on one image.
         losses: (model, micro-batches, steps done) -> the loss of each micro-batch, computed when it is asked for.
         batches: steps -> this process' micro-batches of these steps.

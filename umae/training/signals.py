@@ -8,11 +8,11 @@ import torch
 from accelerate import Accelerator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-SECONDS = 2.0  # between two looks that several processes take together
+SECONDS = 2.0  # between two checks that several processes make together
 
 
 class StopRequest:
-    """Remembers the first SIGTERM or Ctrl-C, for the loop to look at between two steps; a second one ends at once.
+    """Remembers the first SIGTERM or Ctrl-C, which the loop checks between two steps; a second one ends the process at once.
 
     Attributes:
         signal: the number of the signal that came, 0 if none has.
@@ -20,7 +20,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal = 0
-        self._looked, self._looked_at, self._next_look = None, 0.0, 0  # last look's step and time, next one's step
+        self._last_step, self._last_time, self._next_step = None, 0.0, 0  # of the last check and of the next one
 
     def __enter__(self) -> "StopRequest":
         self._before = {}
@@ -38,15 +38,16 @@ class StopRequest:
         Several processes wait for each other only once in about SECONDS, at steps that they agree upon.
         """
         if accelerator.num_processes > 1:
-            if step < self._next_look:
+            if step < self._next_step:
                 return False
             steps = 1.0  # where a run starts or is resumed, nothing is known of its pace
-            if self._looked is not None:
-                steps = (step - self._looked) * SECONDS / (time.perf_counter() - self._looked_at)
+            if self._last_step is not None:
+                steps = (step - self._last_step) * SECONDS / (time.perf_counter() - self._last_time)
             everyones = accelerator.gather(torch.tensor([[float(self.signal), steps]], device=accelerator.device))
             agreed, steps = int(everyones[:, 0].max()), int(everyones[:, 1].min())
-            self._looked, self._looked_at, self._next_look = step, time.perf_counter(), step + max(1, steps)
-            self.signal = agreed or self.signal  # one that has come since is for the next look
+            self._last_step, self._last_time = step, time.perf_counter()
+            self._next_step = step + max(1, steps)
+            self.signal = agreed or self.signal  # a signal that has come since is for the next check
             return agreed > 0
         return self.signal > 0
 
