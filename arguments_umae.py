@@ -1,4 +1,4 @@
-"""The arguments of the programs: dataclasses whose fields are flags, keys of a recipe and keywords of Python functions alike.
+"""The arguments of the programs: dataclasses whose fields are flags, keys of recipes and keywords in Python alike.
 
 Beside the package rather than in it, whose import takes seconds that `--help` need not wait for.
 """

@@ -1,9 +1,9 @@
-"""From encoded images to batches of random crops: ours beside a worker that crops and resizes with Pillow.
+"""From encoded images to batches of random crops: our loader against a worker that crops and resizes with Pillow.
 
     python -m benchmarks.loader my_images                         # photographs: 224 x 224 crops, one worker
     python -m benchmarks.loader my_images --small_set cifar10     # and a small set, 32 x 32, in the main process
 
-Every contender makes the same crops (the same boxes) into uint8 batches, through a whole DataLoader.
+Every contender makes uint8 batches of the same crops (the same boxes) with a DataLoader.
 """
 
 import io
@@ -28,7 +28,7 @@ SEED = 0
 
 
 class PillowCrops(torch.utils.data.Dataset):
-    """What most people's worker does: open, convert, `resize(box=)`, to a tensor; normalised there if asked to."""
+    """The common way: open, convert, `resize(box=)`, to a tensor; with `in_float` also normalised in the worker."""
 
     def __init__(self, images: Images, size: tuple[int, int], in_float: bool):
         self.images, self.size, self.in_float = images, size, in_float
@@ -57,7 +57,7 @@ def our_loader(
 
 
 def images_per_second(loader: Iterable, plan: Plan, batches: int) -> float:
-    """After the first batch, so that the start of workers does not count."""
+    """Measured after the first batch, so that the start of the workers does not count."""
     iterator = iter(loader)
     next(iterator)
     start = time.perf_counter()
@@ -67,16 +67,16 @@ def images_per_second(loader: Iterable, plan: Plan, batches: int) -> float:
 
 
 def without_simplejpeg(run: Callable[[], float]) -> float:
-    """Workers are forked, so that they find the module as it is here."""
-    kept, decoding.simplejpeg = decoding.simplejpeg, None
+    """`run` with Pillow decoding; the workers are forked, so they see the change too."""
+    simplejpeg, decoding.simplejpeg = decoding.simplejpeg, None
     try:
         return run()
     finally:
-        decoding.simplejpeg = kept
+        decoding.simplejpeg = simplejpeg
 
 
 def compare(contenders: dict[str, Callable[[], float]], repetitions: int) -> dict[str, list[float]]:
-    """Images per second of every contender, all of them in turn in every repetition."""
+    """Images per second of every contender; every repetition runs all of them in turn."""
     rates = {name: [] for name in contenders}
     for _ in range(repetitions):
         for name, run in contenders.items():
@@ -84,14 +84,14 @@ def compare(contenders: dict[str, Callable[[], float]], repetitions: int) -> dic
     return rates
 
 
-def section(title: str, rates: dict[str, list[float]], yardstick: str) -> str:
-    """Medians, and their ratio to the yardstick's."""
+def section(title: str, rates: dict[str, list[float]], baseline: str) -> str:
+    """Median rates, and their ratios to the baseline's."""
     medians = {name: sorted(values)[len(values) // 2] for name, values in rates.items()}
     rows = [
         [
             name,
             f"{median:,.0f}",
-            f"{median / medians[yardstick]:.2f}",
+            f"{median / medians[baseline]:.2f}",
             f"{min(rates[name]):,.0f}-{max(rates[name]):,.0f}",
         ]
         for name, median in medians.items()
@@ -123,7 +123,7 @@ def small_set(name: str, repetitions: int) -> str:
     images, workers = load_images(name), 0
     pixels = decode_all(images)
     if pixels is None:
-        raise SystemExit(f"{name} is no small set: its images differ in size or do not fit into memory")
+        raise SystemExit(f"{name} is not a small data set: its images differ in size or do not fit into memory")
     size = tuple(pixels.shape[2:])
     plan = Plan(len(images), batch_size=256, accumulation=1, processes=1, seed=SEED)
 
@@ -143,7 +143,7 @@ def small_set(name: str, repetitions: int) -> str:
 def main() -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("folder", help="folder of photographs (JPEG)")
-    parser.add_argument("--small_set", help="a data set of small images of one size")
+    parser.add_argument("--small_set", help="a data set of small images, all of the same size")
     args = measure.start(parser)
     sections = [photographs(args.folder, args.repetitions)]
     if args.small_set:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: fair timing, counting, and a report that says where its numbers come from."""
+"""Shared by the benchmarks: interleaved timing, counting of FLOPs and bytes, and reports."""
 
 import argparse
 import platform
@@ -23,7 +23,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """A parser with the options of every benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, choices=["cpu", "cuda"], help=f"default here: {default}")
@@ -47,7 +47,7 @@ def start(parser: argparse.ArgumentParser) -> argparse.Namespace:
 def interleave(contenders: dict[str, Callable[[], object]], repetitions: int, device: str) -> dict[str, float]:
     """Median seconds of every contender, after one call each to warm up.
 
-    A repetition runs all of them once, in turn, so that whatever else the machine does meets everyone alike.
+    Every repetition runs all of them in turn, so that other load on the machine affects all alike.
     """
     for run in contenders.values():
         run()
@@ -77,10 +77,10 @@ def synchronize(device: str) -> None:
 
 
 def flops(run: Callable[[], object]) -> int:
-    """Floating-point operations of the matrix products in a call, a multiplication and an addition being two.
+    """Floating-point operations of the matrix products in a call; a multiplication and an addition count as two.
 
-    Attention is counted as the products that it consists of, whatever kernel computes it: the counter does not know
-    the CPU's, and what a fused kernel computes twice is no gain.
+    Attention is counted as its matrix products, whatever kernel computes it: the counter does not know the CPU's
+    kernels, and must not count what a fused kernel computes twice.
     """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
@@ -88,7 +88,7 @@ def flops(run: Callable[[], object]) -> int:
 
 
 def saved_bytes(run: Callable[[], object], model: torch.nn.Module) -> int:
-    """Bytes that a forward pass keeps for the backward pass: every storage once, the model's own left out."""
+    """Bytes that a forward pass saves for the backward pass: every storage once, without those of the model."""
     saved = []
 
     def pack(tensor):
@@ -101,7 +101,7 @@ def saved_bytes(run: Callable[[], object], model: torch.nn.Module) -> int:
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """The most that a call holds at once, of what it allocates itself; on CPUs without what a kernel uses inside."""
+    """Peak bytes of a call's own allocations; on CPUs without the temporaries inside of kernels."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -113,7 +113,7 @@ def peak_bytes(run: Callable[[], object], device: str) -> int:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts, after every operation inside, the bytes of the tensors that were made inside and still exist."""
+    """Counts, after every operation in the context, the bytes of tensors that were created in it and still exist."""
 
     def __init__(self):
         super().__init__()
@@ -135,7 +135,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def storages(tensors) -> set[torch.UntypedStorage]:
-    """What the tensors in a list, tuple or dict, however nested, lie in."""
+    """The storages of all tensors in nested lists, tuples and dicts."""
     return {leaf.untyped_storage() for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor)}
 
 
@@ -144,7 +144,7 @@ def storages(tensors) -> set[torch.UntypedStorage]:
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table, the first column to the left, the others to the right."""
+    """A Markdown table, the first column left-aligned, the others right-aligned."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     first, *others = (max(map(len, column)) for column in zip(*cells, strict=True))
     form = f"| {{:<{first}}} | " + " | ".join(f"{{:>{width}}}" for width in others) + " |"
@@ -158,7 +158,7 @@ def report(name: str, title: str, device: str, *parts: str, repetitions: int | N
     Args:
         name: of the benchmark.
         parts: paragraphs and tables.
-        repetitions: of which times are the medians, None if the benchmark takes no times.
+        repetitions: number over which times are medians; None if the benchmark measures no times.
     """
     hardware, threads = hardware_name(device), torch.get_num_threads()
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "transformers"))
@@ -179,5 +179,5 @@ def report(name: str, title: str, device: str, *parts: str, repetitions: int | N
 def hardware_name(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
-    found = re.search(r"model name\s*: (.+)", CPU_INFO.read_text()) if CPU_INFO.exists() else None
-    return found[1] if found else platform.machine()
+    model_name = re.search(r"model name\s*: (.+)", CPU_INFO.read_text()) if CPU_INFO.exists() else None
+    return model_name[1] if model_name else platform.machine()

@@ -1,11 +1,10 @@
-"""What evaluating a frozen encoder costs: features once and all heads on them, against 90 epochs through the encoder.
+"""Cost of evaluating a frozen encoder: features once and all heads on them, against 90 epochs through the encoder.
 
     python -m benchmarks.probe
 
 One pass of the tiny encoder over synthetic images is measured, and so are `train_linear_heads` (100 epochs, every
 learning rate and weight decay) and `knn_classify` on its features. The usual protocol, a head trained for 90 epochs
-with the encoder run in each, is taken as 90 such passes and nothing else: loading images and training the head come
-for free.
+that run the encoder, is calculated as 90 such passes; loading images and training the head are not counted.
 """
 
 import torch
@@ -24,7 +23,7 @@ HEADS = len(LEARNING_RATES) * len(WEIGHT_DECAYS)
 
 @torch.inference_mode()
 def encode(encoder: UMAEModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """(N, channels, height, width) -> (N, D), float32, nothing masked."""
+    """(N, channels, height, width) -> (N, D), float32, unmasked."""
     return torch.cat([encoder(batch).pooler_output for batch in pixel_values.split(BATCH_SIZE)])
 
 
@@ -52,15 +51,11 @@ def main() -> None:
     ours, usual = sum(seconds.values()), EPOCHS * seconds["encoder"]
     rows = [
         ["one pass through the encoder", "measured", f"{seconds['encoder']:.3f}"],
-        [
-            f"linear heads, {HEADS} settings and the best anew",
-            "measured",
-            f"{seconds['heads']:.3f}",
-        ],
+        [f"linear heads, {HEADS} settings, then the best on all images", "measured", f"{seconds['heads']:.3f}"],
         [f"k-NN of {len(evaluated):,} images", "measured", f"{seconds['k-NN']:.3f}"],
         ["all of these", "sum", f"{ours:.3f}"],
-        [f"{EPOCHS} epochs through the encoder, 1 learning rate", "arithmetic", f"{usual:.1f}"],
-        [f"the same, {HEADS} settings", "arithmetic", f"{HEADS * usual:.1f}"],
+        [f"{EPOCHS} epochs through the encoder, 1 learning rate", "calculated", f"{usual:.1f}"],
+        [f"the same, {HEADS} settings", "calculated", f"{HEADS * usual:.1f}"],
     ]
     measure.report(
         "probe",
@@ -69,7 +64,7 @@ def main() -> None:
         measure.table(("", "", "seconds"), rows),
         f"{args.images:,} synthetic images of 32 x 32, {CLASSES} classes, tiny encoder (192 x 12), float32, one of "
         f"the two poolings.\nFeatures once: **{usual / ours:.0f} times cheaper** than {EPOCHS} epochs with one "
-        f"learning rate, {HEADS * usual / ours:.0f} times than with as many as are tried here.",
+        f"learning rate, {HEADS * usual / ours:.0f} times than with as many settings as here.",
         repetitions=args.repetitions,
     )
 

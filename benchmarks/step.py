@@ -1,10 +1,10 @@
-"""One optimiser step (forward, backward, AdamW), ours beside transformers' ViTMAE.
+"""One optimiser step (forward, backward, AdamW): our model against transformers' ViTMAE.
 
     python -m benchmarks.step
     python -m benchmarks.step --size vit_base --batch_size 128      # on a GPU
 
-ViTMAE gets our weights and position tables, since a fresh one starts with position tables of zeros. All contenders see
-the same images and the same noise. Loading, flipping and logging are not part of the step.
+ViTMAE gets our weights and position embeddings, since its own are initialised to zeros here. All contenders get the
+same images and noise. Loading, flipping and logging are not part of the step.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from umae import UMAEConfig
 from umae.convert import rename
 from umae.speed import compile_layers
 
-# Fields that differ from the defaults of both configurations (ViT-B/16 on 224 x 224), and images of a batch.
+# Fields that differ from the defaults of both configurations (ViT-B/16 on 224 x 224), and batch size
 SIZES = {
     "vit_base": ({}, 8),
     "tiny": (
@@ -38,7 +38,7 @@ DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float32: "float32", torch.float16: 
 
 @dataclass
 class Contender:
-    """A model, its optimiser and the precision of its autocast (float32: none)."""
+    """A model, its optimiser and the dtype of its autocast (float32: no autocast)."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -59,13 +59,13 @@ class Contender:
         self.optimizer.zero_grad()
 
     def resting_bytes(self) -> int:
-        """Bytes of what lives between two steps: weights, tables, the optimiser's state."""
-        state = [value for values in self.optimizer.state.values() for value in values.values()]
-        return sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers(), *state))
+        """Bytes held between two steps: parameters, buffers, optimiser state."""
+        states = [tensor for state in self.optimizer.state.values() for tensor in state.values()]
+        return sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers(), *states))
 
 
 def ours(size: str, dtype: torch.dtype, device: str) -> Contender:
-    """Our model as run_pretrain.py trains it: attention written out for bf16 on CPUs, fused otherwise."""
+    """Our model as run_pretrain.py trains it: eager attention for bf16 on CPUs, fused otherwise."""
     attention = "eager" if device == "cpu" and dtype == torch.bfloat16 else "sdpa"
     config = UMAEConfig(**SIZES[size][0], uniformity_weight=0.01)
     model = UMAEForPreTraining._from_config(config, attn_implementation=attention).to(device).train()
@@ -73,36 +73,36 @@ def ours(size: str, dtype: torch.dtype, device: str) -> Contender:
 
 
 def vitmae(size: str, dtype: torch.dtype, device: str, weights: dict[str, torch.Tensor], fused: bool) -> Contender:
-    """Transformers' ViTMAE, with our weights and position tables."""
-    config = ViTMAEConfig(**SIZES[size][0], norm_pix_loss=True)  # one for each model: _from_config writes into it
+    """transformers' ViTMAE with our weights and position embeddings."""
+    config = ViTMAEConfig(**SIZES[size][0], norm_pix_loss=True)  # one per model: `_from_config` modifies it
     model = ViTMAEForPreTraining._from_config(config, attn_implementation="sdpa").to(device).train()
     model.load_state_dict({name: weights[our_name(name)] for name in model.state_dict()})
     return Contender(model, adamw(model, fused=fused), dtype, device)
 
 
 def our_name(name: str) -> str:
-    """A parameter of `ViTMAEForPreTraining` as our model calls it."""
+    """Our name of a parameter of `ViTMAEForPreTraining`."""
     encoder = "vit." if name.startswith("vit.") else ""
     return encoder + rename(name.removeprefix(encoder))
 
 
 def adamw(model: nn.Module, fused: bool) -> torch.optim.Optimizer:
-    """AdamW at a rate at which the weights hardly move; without `fused`, torch chooses as it does for its users."""
+    """AdamW with a learning rate that hardly changes the weights; without `fused`, torch chooses the implementation."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(parameters, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.05, fused=fused or None)
 
 
 def contenders(size: str, device: str) -> dict[str, Contender]:
-    found = {f"ours, {DTYPE_NAMES[dtype]}": ours(size, dtype, device) for dtype in (torch.bfloat16, torch.float32)}
-    weights = found["ours, bf16"].model.state_dict()
+    by_name = {f"ours, {DTYPE_NAMES[dtype]}": ours(size, dtype, device) for dtype in (torch.bfloat16, torch.float32)}
+    weights = by_name["ours, bf16"].model.state_dict()
     for dtype in (torch.bfloat16, torch.float32):
         for fused in (False, True):
             optimizer = "fused AdamW" if fused else "default AdamW"
-            found[f"ViTMAE, {DTYPE_NAMES[dtype]}, {optimizer}"] = vitmae(size, dtype, device, weights, fused)
+            by_name[f"ViTMAE, {DTYPE_NAMES[dtype]}, {optimizer}"] = vitmae(size, dtype, device, weights, fused)
     if device == "cuda":
-        found["ours, float16"] = ours(size, torch.float16, device)
-        found["ours, bf16, layers compiled"] = ours(size, torch.bfloat16, device)
-    return found
+        by_name["ours, float16"] = ours(size, torch.float16, device)
+        by_name["ours, bf16, layers compiled"] = ours(size, torch.bfloat16, device)
+    return by_name
 
 
 def random_batch(size: str, batch_size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,7 +114,7 @@ def random_batch(size: str, batch_size: int, device: str) -> tuple[torch.Tensor,
 
 
 class Matmuls:
-    """The feed-forward products of a forward pass, nothing else: what the machine's matmul rate is taken from.
+    """Only the feed-forward matrix products of a forward pass, to measure the machine's matmul rate.
 
     (tokens, D) x (D, 4 D) x (4 D, D), once for each layer of encoder and decoder, always with the same weights.
     """
@@ -142,33 +142,34 @@ class Matmuls:
 
 
 def section(size: str, args: argparse.Namespace) -> str:
-    """The table of one size."""
+    """The table of one model size."""
     batch_size = args.batch_size or SIZES[size][1]
     batch = random_batch(size, batch_size, args.device)
-    found = contenders(size, args.device)
+    compared = contenders(size, args.device)
 
-    one, two = (random_batch(size, count, args.device) for count in (1, 2))
+    batch_of_one, batch_of_two = (random_batch(size, count, args.device) for count in (1, 2))
     gflop, saved, peak = {}, {}, {}
-    for name, contender in found.items():
-        gflop[name] = measure.flops(lambda c=contender: c.loss(*two).backward()) / 2 / 1e9
-        more = measure.saved_bytes(lambda c=contender: c.loss(*two), contender.model)
-        saved[name] = (more - measure.saved_bytes(lambda c=contender: c.loss(*one), contender.model)) / 1e6
+    for name, contender in compared.items():
+        gflop[name] = measure.flops(lambda c=contender: c.loss(*batch_of_two).backward()) / 2 / 1e9
+        bytes_of_two = measure.saved_bytes(lambda c=contender: c.loss(*batch_of_two), contender.model)
+        bytes_of_one = measure.saved_bytes(lambda c=contender: c.loss(*batch_of_one), contender.model)
+        saved[name] = (bytes_of_two - bytes_of_one) / 1e6
         contender.optimizer.zero_grad()
         if name.endswith("compiled"):
             compile_layers(contender.model)
-            saved[name] = None  # the compiler decides anew what is kept
+            saved[name] = None  # the compiler decides what is kept
         contender.step(*batch)
         transient = measure.peak_bytes(lambda c=contender: c.step(*batch), args.device)
         peak[name] = (contender.resting_bytes() + transient) / 1e9
 
-    dtypes = {contender.dtype for contender in found.values()}
+    dtypes = {contender.dtype for contender in compared.values()}
     matmuls = {dtype: Matmuls(size, batch_size, dtype, args.device) for dtype in dtypes}
-    runs = {name: lambda c=contender: c.step(*batch) for name, contender in found.items()}
+    runs = {name: lambda c=contender: c.step(*batch) for name, contender in compared.items()}
     seconds = measure.interleave({**runs, **matmuls}, args.repetitions, args.device)
     rates = {dtype: matmul.flops / seconds[dtype] for dtype, matmul in matmuls.items()}
 
     rows = []
-    for name, contender in found.items():
+    for name, contender in compared.items():
         rate = gflop[name] * 1e9 * batch_size / seconds[name]
         rows.append(
             [
@@ -187,20 +188,20 @@ def section(size: str, args: argparse.Namespace) -> str:
 
 
 NOTES = """\
-- GFLOP/image: matrix products of one forward and backward pass, counted (FlopCounterMode) for each contender itself;
+- GFLOP/image: matrix products of one forward and backward pass, counted (FlopCounterMode) for each contender;
   attention as plain products, whatever kernel computes it.
 - Share of matmul rate: the contender's own FLOPs over its time, against the feed-forward products of the same model and
-  batch in the same precision, timed in the same repetitions with nothing around them.
-- Kept for backward: storages saved by autograd, without weights; batch of 2 less batch of 1, so that what does not grow
-  with the batch (weights cast to bf16) drops out.
-- Peak memory: weights, gradients, the optimiser's state, and whatever else torch allocates during a step.
-- ViTMAE has our weights and position tables; default AdamW is what `torch.optim.AdamW(parameters)` does."""
+  batch in the same precision, timed alone in the same repetitions.
+- Kept for backward: storages saved by autograd, without weights; a batch of 2 minus a batch of 1, so that what does not
+  grow with the batch (weights cast to bf16) is not counted.
+- Peak memory: weights, gradients, the optimiser's state, and all that torch allocates during a step.
+- ViTMAE has our weights and position embeddings; default AdamW is `torch.optim.AdamW(parameters)`."""
 
 
 def main() -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("--size", choices=SIZES, help="default: both")
-    parser.add_argument("--batch_size", type=int, help="images of a step (default: 8 for vit_base, 256 for tiny)")
+    parser.add_argument("--batch_size", type=int, help="images per step (default: 8 for vit_base, 256 for tiny)")
     args = measure.start(parser)
     sections = [section(size, args) for size in ([args.size] if args.size else SIZES)]
     measure.report("step", "One training step", args.device, *sections, NOTES, repetitions=args.repetitions)

@@ -62,7 +62,7 @@ def test_flags_override_the_recipe_which_overrides_the_defaults(tmp_path):
         (["--mask_ratio=nan"], "^mask_ratio must be at least 0 and at most 1, got nan"),
         (["--mask_ratio", "1.5"], "^mask_ratio must be at least 0 and at most 1, got 1.5"),
         (["--num_train_epochs", "0"], "^num_train_epochs must be at least 1, got 0"),
-        (["pictures"], "unknown argument images"),
+        (["images"], "unknown argument images"),
         (["--recipe", "nowhere.yaml"], "there is no recipe nowhere.yaml"),
     ],
     ids=str,

@@ -18,12 +18,12 @@ def test_the_head_is_that_of_the_paper_with_its_gradients():
     shapes = ((WIDTH,), (WIDTH, WIDTH), (WIDTH, WIDTH), (CLASSES, WIDTH), (CLASSES,))
     both = {
         name: torch.randn(2, *shape, generator=generator, dtype=torch.float64).requires_grad_()
-        for name, shape in zip(attentive.NAMES, shapes, strict=True)
+        for name, shape in zip(attentive.PARAMETER_NAMES, shapes, strict=True)
     }
     mean = tokens.mean(dim=(0, 1))
     scale = (tokens.var(dim=(0, 1), correction=0) + 1e-6).rsqrt()
     logits = attend(both, tokens, mean, scale, HEADS)
-    found = torch.autograd.grad(logits.square().sum(), both.values())
+    found_gradients = torch.autograd.grad(logits.square().sum(), both.values())
 
     norm = torch.nn.BatchNorm1d(WIDTH, affine=False, eps=1e-6).double()
     plain, split = norm(tokens.transpose(1, 2)).transpose(1, 2), (HEADS, WIDTH // HEADS)
@@ -38,19 +38,19 @@ def test_the_head_is_that_of_the_paper_with_its_gradients():
         expected = pooled.transpose(1, 2).flatten(1) @ weight.T + bias
         assert (logits[:, position] - expected).abs().max() < 1e-9 * expected.abs().max()
         gradients = torch.autograd.grad(expected.square().sum(), both.values(), retain_graph=True)
-        for one, other in zip(found, gradients, strict=True):
-            assert (one[position] - other[position]).abs().max() < 1e-9 * other[position].abs().max()
+        for found, expected in zip(found_gradients, gradients, strict=True):
+            assert (found[position] - expected[position]).abs().max() < 1e-9 * expected[position].abs().max()
 
 
 def marked(count, generator):
-    """One token of each image is marked, and says its class; all others say any class, so that their mean tells
-    little."""
+    """One token of each image is marked and encodes its class; the others encode random classes, so that their mean
+    says little."""
     labels = torch.randint(CLASSES, (count,), generator=generator)
-    said = torch.randint(CLASSES, (count, TOKENS), generator=generator)
+    token_classes = torch.randint(CLASSES, (count, TOKENS), generator=generator)
     position = torch.randint(TOKENS, (count,), generator=generator)
-    said[torch.arange(count), position] = labels
+    token_classes[torch.arange(count), position] = labels
     tokens = 0.1 * torch.randn(count, TOKENS, WIDTH, generator=generator)
-    tokens[:, :, :CLASSES] += 3 * torch.nn.functional.one_hot(said, CLASSES)
+    tokens[:, :, :CLASSES] += 3 * torch.nn.functional.one_hot(token_classes, CLASSES)
     tokens[torch.arange(count), position, -1] += 3
     return tokens.half(), labels
 
@@ -59,7 +59,7 @@ def top1(head, features, labels):
     return (head(features).argmax(dim=1) == labels).float().mean().item()
 
 
-def test_it_finds_the_token_that_tells_which_the_mean_hides(capsys):
+def test_it_finds_the_token_with_the_class_which_the_mean_hides(capsys):
     generator, device = torch.Generator().manual_seed(0), torch.device("cpu")
     (tokens, labels), test = marked(800, generator), marked(300, generator)
     head = train_attentive_head(tokens, labels, CLASSES, HEADS, 0, device)
@@ -71,7 +71,7 @@ def test_it_finds_the_token_that_tells_which_the_mean_hides(capsys):
     for text in ("moments of the tokens", "0/800", "evaluating an attentive head", "0/300"):
         assert text in printed, "each of them reads tokens from the disk"
     again = train_attentive_head(tokens, labels, CLASSES, HEADS, 0, device)
-    assert all(torch.equal(head.parameters[name], again.parameters[name]) for name in attentive.NAMES)
+    assert all(torch.equal(head.parameters[name], again.parameters[name]) for name in attentive.PARAMETER_NAMES)
 
 
 def test_heads_side_by_side_are_those_trained_one_by_one():
@@ -86,7 +86,7 @@ def test_heads_side_by_side_are_those_trained_one_by_one():
 
     for rate, head in zip(attentive.LEARNING_RATES, train(attentive.LEARNING_RATES), strict=True):
         (alone,) = train([rate])
-        for name in attentive.NAMES:
+        for name in attentive.PARAMETER_NAMES:
             assert (alone[name] - head[name]).norm() < 1e-6 * alone[name].norm(), (rate, name)
 
 
@@ -102,15 +102,15 @@ def test_the_learning_rate_is_chosen_on_images_that_the_heads_did_not_see(monkey
 
     monkeypatch.setattr(attentive, "_train", spy)
     chosen = train_attentive_head(tokens, labels, CLASSES, HEADS, 0, torch.device("cpu")).chosen
-    (rows, rates, heads, standard), (every, again, _, _) = calls
+    (rows, rates, heads, settings), (every, again, _, _) = calls
     assert (len(set(rows.tolist())), len(set(every.tolist()))) == (180, 200)
     held_out = torch.tensor(sorted(set(range(200)) - set(rows.tolist())))
-    found = [top1(AttentiveHead(head, *standard, {}), tokens[held_out], labels[held_out]) for head in heads]
-    assert len(set(found)) > 1 and chosen["validation_top1"] == max(found)
-    assert found[rates.index(chosen["learning_rate"])] == max(found) and again == [chosen["learning_rate"]]
+    accuracies = [top1(AttentiveHead(head, *settings, {}), tokens[held_out], labels[held_out]) for head in heads]
+    assert len(set(accuracies)) > 1 and chosen["validation_top1"] == max(accuracies)
+    assert accuracies[rates.index(chosen["learning_rate"])] == max(accuracies) and again == [chosen["learning_rate"]]
 
 
-def test_tokens_wait_in_a_file_that_nothing_can_leave_behind(tmp_path):
+def test_tokens_are_kept_in_a_file_that_is_always_removed(tmp_path):
     tokens = scratch_tensor(tmp_path / "out", (4, 3, 2))
     tokens[1:3] = torch.arange(12.0).view(2, 3, 2)
     assert tokens.dtype == torch.float16 and tokens.sum() == 66
@@ -123,5 +123,5 @@ def test_tokens_wait_in_a_file_that_nothing_can_leave_behind(tmp_path):
 def test_tokens_that_float16_cannot_hold_are_refused():
     tokens, labels = marked(40, torch.Generator().manual_seed(0))
     tokens[3, 2, 1] = torch.inf
-    with pytest.raises(ValueError, match="tokens beyond what float16 holds"):
+    with pytest.raises(ValueError, match="tokens exceed float16's range"):
         train_attentive_head(tokens, labels, CLASSES, HEADS, 0, torch.device("cpu"))

@@ -128,7 +128,7 @@ def test_the_command_leaves_out_and_names_what_it_cannot_read(run, folder, tmp_p
     assert [entry.name for entry in tmp_path.iterdir() if "tmp" in entry.name] == []
 
 
-def test_the_command_refuses_what_makes_no_sense_and_writes_nothing(run, folder, tmp_path):
+def test_the_command_refuses_invalid_arguments_and_writes_nothing(run, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "only.png").write_bytes(b"not an image")
@@ -140,18 +140,18 @@ def test_the_command_refuses_what_makes_no_sense_and_writes_nothing(run, folder,
         ((run, tmp_path / "nowhere" / "at_all", out), "nowhere"),
         ((tmp_path / "empty", folder, out), "has no config.json"),
         ((run, folder, tmp_path / "features.csv"), "name a file that ends in .parquet"),
-        ((run, folder, tmp_path / "note.parquet"), "is no parquet file"),
+        ((run, folder, tmp_path / "note.parquet"), "is not a parquet file"),
         ((run, folder, tmp_path / "nowhere" / "features.parquet"), "there is no folder"),
         ((run, folder, out, "--batch_size", "0"), "batch_size must be at least 1"),
     ):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(ValueError, match=message):
             main([str(word) for word in words])
     assert not out.exists() and (tmp_path / "note.parquet").read_text() == "mine"
     (run / "preprocessor_config.json").write_text('{"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0.9}')
-    with pytest.raises(SystemExit, match="prepares its images by ConvNextImageProcessor"):
+    with pytest.raises(ValueError, match="prepares its images by ConvNextImageProcessor"):
         main([str(run), str(folder), str(out)])
     (run / "preprocessor_config.json").unlink()
-    with pytest.raises(SystemExit, match="does not say how its images are prepared"):
+    with pytest.raises(ValueError, match="does not say how its images are prepared"):
         main([str(run), str(folder), str(out)])
 
 

@@ -86,19 +86,19 @@ def test_folding_the_standardisation_into_the_head_is_exact():
 
 
 def test_heads_side_by_side_are_those_trained_one_by_one():
-    """On two kinds of feature, in float64."""
+    """On two features, in float64."""
     features, labels = clusters(100)
-    kinds = [features.double()[None], features.double().square()[None]]
+    both = [features.double()[None], features.double().square()[None]]
     grid = [(0.01, 0.0), (0.03, 1e-3), (0.1, 1e-2)]
-    weights, biases = train_heads(kinds, labels, 4, [grid, grid[::-1]], torch.Generator().manual_seed(0))
-    for kind, settings in enumerate((grid, grid[::-1])):
+    weights, biases = train_heads(both, labels, 4, [grid, grid[::-1]], torch.Generator().manual_seed(0))
+    for position, settings in enumerate((grid, grid[::-1])):
         for head, setting in enumerate(settings):
-            weight, bias = train_heads([kinds[kind]], labels, 4, [[setting]], torch.Generator().manual_seed(0))
-            assert (weights[kind, head] - weight[0, 0]).norm() < 1e-6 * weight.norm()
-            assert (biases[kind, head] - bias[0, 0]).norm() < 1e-6 * bias.norm()
+            weight, bias = train_heads([both[position]], labels, 4, [[setting]], torch.Generator().manual_seed(0))
+            assert (weights[position, head] - weight[0, 0]).norm() < 1e-6 * weight.norm()
+            assert (biases[position, head] - bias[0, 0]).norm() < 1e-6 * bias.norm()
 
 
-def test_the_best_learning_rate_wins_and_of_equal_ones_the_surest():
+def test_the_best_learning_rate_wins_and_of_equal_ones_the_one_with_the_lowest_loss():
     labels = torch.tensor([0, 1])
     right, surer, wrong = (torch.tensor(m).float() for m in ([[1, 0], [0, 1]], [[2, 0], [0, 2]], [[9, 0], [9, 0]]))
     assert linear.best_head(torch.stack([wrong, right, surer]), labels) == (2, 1.0)
@@ -130,7 +130,7 @@ def test_a_small_training_set_keeps_as_much_of_every_class():
     assert torch.equal(low_shot(labels, "5", 1), low_shot(labels, "5", 1))
     assert not torch.equal(low_shot(labels, "5", 1), low_shot(labels, "5", 2))
     for share in ("0", "0%", "100%", "-1", "1.5", "some", "nan%"):
-        with pytest.raises(ValueError, match="is no part of a training set"):
+        with pytest.raises(ValueError, match="expected a percentage such as"):
             low_shot(labels, share, 0)
 
 
@@ -190,7 +190,7 @@ def test_what_takes_minutes_on_many_images_shows_how_far_it_is(capsys):
         assert text in printed
 
 
-def test_knn_of_fewer_images_than_neighbours_asks_them_all():
+def test_knn_of_fewer_images_than_neighbours_uses_all_of_them():
     features, labels = torch.eye(3), torch.tensor([0, 1, 1])
     scores = knn_classify(features, labels, torch.tensor([[2.0, 0, 0]]), 2, k=20, temperature=1.0)
     assert scores[0].tolist() == pytest.approx([math.e, 2.0])
@@ -204,8 +204,8 @@ def test_classes_are_ranked_best_first_and_of_equal_ones_the_first():
 
 def test_an_image_that_is_the_same_has_no_vote():
     features, labels = clusters(60)
-    found = knn_classify(features, labels, features, 4, k=7, same=torch.eye(60, dtype=torch.bool))
+    all_votes = knn_classify(features, labels, features, 4, k=7, same=torch.eye(60, dtype=torch.bool))
     for i in range(60):
         rest = torch.arange(60) != i
         votes = knn_classify(features[rest], labels[rest], features[i : i + 1], 4, k=7)
-        torch.testing.assert_close(found[i : i + 1], votes)
+        torch.testing.assert_close(all_votes[i : i + 1], votes)

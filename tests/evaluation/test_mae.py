@@ -72,8 +72,8 @@ def test_every_epochs_loss_is_that_of_the_protocol_step_by_step(model, tmp_path)
                 numbers = seeding.uniform(seed, seeding.CROP, epoch, index, 22)
                 flips = seeding.uniform(seed, seeding.FLIP, epoch, index, 1)[:, 0] < 0.5
                 crops = [
-                    random_resized_crop(pixels, some, (8, 8), (0.08, 1.0))
-                    for pixels, some in zip(images.read_pixels(index.tolist()), numbers, strict=True)
+                    random_resized_crop(pixels, crop_numbers, (8, 8), (0.08, 1.0))
+                    for pixels, crop_numbers in zip(images.read_pixels(index.tolist()), numbers, strict=True)
                 ]
                 crops = [crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips, strict=True)]
                 with torch.no_grad():
@@ -115,7 +115,7 @@ def test_the_learning_rate_is_that_of_the_published_probe():
     assert schedule.learning_rate(90 * per_epoch, plan) == pytest.approx(0, abs=1e-12)
 
 
-def test_a_probe_that_was_interrupted_goes_on_to_the_same_bits(model, tmp_path, monkeypatch):
+def test_an_interrupted_probe_continues_to_the_same_bits(model, tmp_path, monkeypatch):
     def train(state, base_learning_rate=1.0):
         encoder, schedule = encoder_from_pretrained(model, pooling="mean"), ProbeSchedule(3, 1, base_learning_rate)
         rest = (10, schedule, 256, 0, 0, Accelerator(cpu=True), tmp_path / state)
@@ -151,5 +151,5 @@ def test_too_few_images_and_too_long_a_warm_up_are_refused(model, tmp_path):
     first, rest = (load_processor(model), 10), (0, 0, Accelerator(cpu=True), tmp_path / "state")
     with pytest.raises(ValueError, match=r"holds 1438 images, fewer than one step of 2000 .*; lower per_device"):
         train_mae_probe(encoder, images, *first, ProbeSchedule(), 2000, *rest)
-    with pytest.raises(ValueError, match="warmup_epochs 10 is no less than num_train_epochs 5; lower it"):
+    with pytest.raises(ValueError, match="warmup_epochs 10 must be less than num_train_epochs 5; lower it"):
         train_mae_probe(encoder, images, *first, ProbeSchedule(epochs=5), 256, *rest)

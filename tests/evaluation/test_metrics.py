@@ -77,10 +77,10 @@ def test_shapes_that_do_not_match_are_refused(accuracy, predictions, references)
 
 def test_the_collapse_metrics_are_the_measures_of_the_matrix(accuracy, tmp_path):
     features, others = torch.randn(2, 40, 8, generator=torch.Generator().manual_seed(0))
-    found = Collapse(cache_dir=tmp_path / "cache").compute(predictions=features)
-    assert found == {name: pytest.approx(measure(features), rel=1e-9) for name, measure in collapse.MEASURES.items()}
-    found = Alignment(cache_dir=tmp_path / "cache").compute(predictions=features, references=others)
-    assert found == {"alignment": pytest.approx(collapse.alignment(features, others), rel=1e-12)}
+    measures = Collapse(cache_dir=tmp_path / "cache").compute(predictions=features)
+    assert measures == {name: pytest.approx(measure(features), rel=1e-9) for name, measure in collapse.MEASURES.items()}
+    aligned = Alignment(cache_dir=tmp_path / "cache").compute(predictions=features, references=others)
+    assert aligned == {"alignment": pytest.approx(collapse.alignment(features, others), rel=1e-12)}
     metric = Collapse(cache_dir=tmp_path / "cache")
     for batch in features.split(16):
         metric.add_batch(predictions=batch)

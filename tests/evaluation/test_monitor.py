@@ -1,4 +1,4 @@
-"""Looking at a model while it is trained, which must change nothing."""
+"""Evaluation during training, which must not change it."""
 
 from types import SimpleNamespace
 
@@ -41,9 +41,9 @@ def micro_batch(count: int = 16) -> dict:
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_a_look_measures_the_features_of_the_whole_images(pooling):
+def test_an_evaluation_measures_the_features_of_the_unmasked_images(pooling):
     monitor, model = make_monitor(Accelerator(cpu=True), pooling=pooling)
-    values, shown = monitor.evaluate(model, micro_batch(), step=1)
+    values, images_by_name = monitor.evaluate(model, micro_batch(), step=1)
     images, processor = load_images("digits", split="test"), evaluation_processor((16, 16))
     pixel_values = torch.cat([processor(images.read(i), return_tensors="pt")["pixel_values"] for i in range(359)])
     with torch.no_grad():
@@ -56,10 +56,10 @@ def test_a_look_measures_the_features_of_the_whole_images(pooling):
     monitor.observe(torch.randn(300, model.config.hidden_size), torch.arange(300))
     values, _ = monitor.evaluate(model, micro_batch(), step=2)
     assert 0 <= values["online_top1"] <= 1 and 0 <= values["online_knn_top1"] <= 1
-    assert [row.shape for row in shown.values()] == [(8, 16, 16, 3)] * 4
+    assert [row.shape for row in images_by_name.values()] == [(8, 16, 16, 3)] * 4
 
 
-def test_a_look_changes_neither_model_nor_gradients_nor_random_numbers_that_training_draws():
+def test_an_evaluation_changes_neither_model_nor_gradients_nor_random_numbers_of_training():
     monitor, model = make_monitor(Accelerator(cpu=True), hidden_dropout_prob=0.1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     monitor.evaluate(model, micro_batch(), step=1)
@@ -75,7 +75,7 @@ def test_a_look_changes_neither_model_nor_gradients_nor_random_numbers_that_trai
 def test_gradient_norms_are_those_of_the_two_terms():
     monitor, model = make_monitor(Accelerator(cpu=True), uniformity_weight=0.5)
     batch = micro_batch()
-    found = monitor.gradient_norms(model, batch, step=1)
+    norms = monitor.gradient_norms(model, batch, step=1)
     noise = seeding.uniform(0, seeding.MASK, 0, batch["index"], 16)
     flipped = seeding.uniform(0, seeding.FLIP, 0, batch["index"], 1)[:, 0] < 0.5
     pixels = torch.where(flipped[:, None, None, None], batch["pixel_values"].flip(-1), batch["pixel_values"])
@@ -83,11 +83,11 @@ def test_gradient_norms_are_those_of_the_two_terms():
     encoder = list(model.vit.parameters())
     (0.5 * uniformity_loss(output.features)).backward(retain_graph=True)
     expected = torch.cat([parameter.grad.flatten() for parameter in encoder if parameter.grad is not None]).norm()
-    assert found["grad_norm_uniformity"] == pytest.approx(expected.item(), rel=1e-5)
+    assert norms["grad_norm_uniformity"] == pytest.approx(expected.item(), rel=1e-5)
     model.zero_grad()
     output.reconstruction_loss.backward()
     expected = torch.cat([parameter.grad.flatten() for parameter in encoder]).norm()
-    assert found["grad_norm_reconstruction"] == pytest.approx(expected.item(), rel=1e-5)
+    assert norms["grad_norm_reconstruction"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_no_gradient_of_the_online_classifier_reaches_the_model():
@@ -117,7 +117,7 @@ def monitor_of(labels: torch.Tensor, probe_labels: torch.Tensor, trained_on: tor
 
 
 def accuracies(monitor: Monitor, features: torch.Tensor) -> dict[str, float]:
-    """What is measured if every view of the probe images has these features."""
+    """The measures if every view of the probe images has these features."""
     return monitor._measures(features[:, None].expand(-1, 2 * VIEWS + 1, -1), monitor.bank.gathered())
 
 
@@ -133,7 +133,7 @@ def test_perfect_features_of_a_thousand_classes_have_perfect_neighbours():
 def test_a_probe_image_that_is_trained_on_has_no_vote_for_itself(trained_on, top1):
     index, labels = torch.arange(20), torch.arange(20) % 2
     monitor = monitor_of(labels, labels[:10], index[:10] if trained_on else None)
-    monitor.observe(one_hot(index), index)  # all alike far from another: 9 others of the own class, 10 of the other
+    monitor.observe(one_hot(index), index)  # all equally far apart: 9 others of the same class, 10 of the other
     assert accuracies(monitor, one_hot(index[:10]))["online_knn_top1"] == top1
 
 
@@ -145,18 +145,18 @@ def test_the_memory_bank_holds_the_newest_micro_batches_and_is_restored_in_their
     assert held["bank_index"].tolist() == [[step] * 32 for step in (4, 5, 6)]
     again = MemoryBank(100, Accelerator(cpu=True))
     again.restore(held)
-    for one in (bank, again):
-        one.update(torch.full((32, 4), 7.0), torch.full((32,), 7))
+    for memory_bank in (bank, again):
+        memory_bank.update(torch.full((32, 4), 7.0), torch.full((32,), 7))
     assert all(torch.equal(tensor, again.gathered()[name]) for name, tensor in bank.gathered().items())
 
 
-def test_the_rank_that_is_printed_is_held_against_what_so_few_images_can_reach():
+def test_the_rank_is_printed_with_the_largest_one_that_this_many_images_can_have():
     values = {"effective_rank_cls": 300.0, "effective_rank_mean": 20.0}
     values |= {"grad_norm_reconstruction": None, "grad_norm_uniformity": None}
     assert pretrain.in_words(values, 512) == "effective rank 300.0 (cls) and 20.0 (mean) of at most 512"
 
 
-def test_looking_takes_its_share_of_trainings_arithmetic():
+def test_evaluation_takes_its_share_of_the_trainings_flops():
     config = fresh_config()
     plan = Plan(images=1000, batch_size=8, accumulation=2, processes=2, seed=0)
     steps = usual_steps(config, plan, count=100)
@@ -165,8 +165,8 @@ def test_looking_takes_its_share_of_trainings_arithmetic():
         monitor._encode(model.eval(), 0)
     views = encoder_flops(config, 16) + 2 * encoder_flops(config, 16 - config.num_hidden_patches)
     assert counter.get_total_flops() == 60 * views
-    look = 100 * views + 2 * 16 * training_flops(config)
-    assert look / (steps * 32 * training_flops(config)) == pytest.approx(SHARE, rel=0.02)
+    evaluation = 100 * views + 2 * 16 * training_flops(config)
+    assert evaluation / (steps * 32 * training_flops(config)) == pytest.approx(SHARE, rel=0.02)
 
 
 def images_of(labels: list[int], names: list[str]) -> Images:
@@ -177,25 +177,25 @@ def images_of(labels: list[int], names: list[str]) -> Images:
 
 
 def test_labels_are_used_only_where_both_data_sets_agree_on_them():
-    some = images_of([0, 1, 1], ["a", "b"])
-    assert classes_of(some, images_of([1, 0], ["a", "b"])) == 2
-    assert classes_of(some, images_of([1, 0], ["b", "a"])) is None, "other classes"
-    assert classes_of(some, images_of([-1, -1], ["a", "b"])) is None, "hidden labels"
+    train = images_of([0, 1, 1], ["a", "b"])
+    assert classes_of(train, images_of([1, 0], ["a", "b"])) == 2
+    assert classes_of(train, images_of([1, 0], ["b", "a"])) is None, "other classes"
+    assert classes_of(train, images_of([-1, -1], ["a", "b"])) is None, "hidden labels"
     assert classes_of(images_of([0], ["a"]), images_of([0], ["a"])) is None, "one class"
 
 
-def test_every_process_has_as_many_batches_and_together_they_have_all_images():
+def test_every_process_has_the_same_number_of_batches_and_together_they_have_all_images():
     class Rank:
         num_processes = 3
 
-    images, found = load_images("digits", split="test"), []
+    images, indices = load_images("digits", split="test"), []
     for Rank.process_index in range(3):
         share = prepare_probe_images(
             Rank, images, evaluation_processor((8, 8)), (8, 8), 50, True, seed=4, trained_on=True
         )
         assert share.index.shape == (3, 50) and share.readable.all() and share.count == 359
-        found.append(share.index)
-    order = torch.stack(found, dim=1).flatten()  # as gathered, batch by batch
+        indices.append(share.index)
+    order = torch.stack(indices, dim=1).flatten()  # as gathered, batch by batch
     assert sorted(order[:359].tolist()) == list(range(359)) and torch.equal(order[359:], order[:91])
     assert torch.equal(share.labels, images.labels()[order[:359]]) and torch.equal(share.trained_on, order[:359])
 
@@ -230,7 +230,7 @@ def test_a_run_is_evaluated_at_least_eight_times_and_first_within_its_first_eigh
     logged = [step for step in steps if step == total or step % pretrain.logging_steps(job) == 0]
     evaluated = [step for step in logged if pretrain.evaluates(job, step)]
     assert len(evaluated) >= 8 and evaluated[0] <= total / 8 and evaluated[-1] == total
-    job.args.eval_steps, job.args.logging_steps = 40, 30  # what is asked for is done
+    job.args.eval_steps, job.args.logging_steps = 40, 30  # arguments take precedence
     assert [step for step in steps if step % 30 == 0 and pretrain.evaluates(job, step)][:3] == [
         step for step in (60, 90, 120) if step <= total
     ]

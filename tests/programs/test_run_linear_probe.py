@@ -34,26 +34,26 @@ def model(tmp_path_factory):
     return folder
 
 
-def image(kind: str, numbers) -> Image.Image:
+def image(name: str, numbers) -> Image.Image:
     pixels = numbers.integers(0, 60, (16, 20, 3), dtype=np.uint8)
-    pixels += np.uint8({"dark": 0, "white": 190}.get(kind, 90))
-    pixels[:, :, {"green": 1, "red": 0}.get(kind, slice(None))] += np.uint8(60 if kind in ("green", "red") else 0)
-    if kind in ("striped", "turned"):  # the same, but for the camera's orientation
+    pixels += np.uint8({"dark": 0, "white": 190}.get(name, 90))
+    pixels[:, :, {"green": 1, "red": 0}.get(name, slice(None))] += np.uint8(60 if name in ("green", "red") else 0)
+    if name in ("striped", "turned"):  # equal except for the EXIF orientation
         pixels[:, 10:] = 0
     image = Image.fromarray(pixels)
-    return image.convert("L") if kind in ("dark", "white") else image
+    return image.convert("L") if name in ("dark", "white") else image
 
 
 def write_split(folder: Path, seed: int, count: int, classes=CLASSES) -> None:
-    """One sub-folder for each class; two classes are greyscale, one is another only once turned as EXIF says."""
+    """One sub-folder per class; two classes are greyscale, and `turned` is `striped` with an EXIF orientation."""
     numbers = np.random.default_rng(seed)
-    for kind in classes:
-        (folder / kind).mkdir(parents=True)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
         exif = Image.Exif()
-        if kind == "turned":
+        if name == "turned":
             exif[0x0112] = 6
         for i in range(count):
-            image(kind, numbers).save(folder / kind / f"{i}.jpg", quality=95, exif=exif)
+            image(name, numbers).save(folder / name / f"{i}.jpg", quality=95, exif=exif)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def report(output):
 
 
 def own_predictions(model, output, images, feature):
-    """What the probe's head says, from features and the saved head."""
+    """The classes that the saved head predicts from extracted features."""
     encoder = encoder_from_pretrained(model, pooling="mean")
     features = extract_features(encoder, images, load_processor(model), 256)[feature]
     head = UMAEForImageClassification.from_pretrained(output).classifier
@@ -126,7 +126,7 @@ def test_a_pipeline_predicts_as_the_probe_does(model, folder, probed):
     assert set(classify.model.config.id2label.values()) == set(CLASSES)
 
 
-def test_the_card_tells_the_results_and_its_code_runs(probed, tmp_path):
+def test_the_card_states_the_results_and_its_code_runs(probed, tmp_path):
     text = (probed / "README.md").read_text()
     assert f"| linear probe top-1, mean features, % | {report(probed)['mean']['top1']} |" in text
     assert "base_model:\n- facebook/vit-mae-base\n" in text
@@ -148,14 +148,14 @@ def test_the_classifier_has_the_pooling_asked_for_or_that_of_the_run(model, fold
     assert round(100 * correct.float().mean().item(), 2) == report(tmp_path / "cls")["cls"]["top1"]
 
 
-def test_the_test_images_have_no_say_in_the_head(model, folder, probed, tmp_path):
+def test_the_test_images_do_not_influence_the_head(model, folder, probed, tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "train").symlink_to(folder / "train")
     write_split(tmp_path / "images" / "test", 2, 3)
-    for kind in CLASSES[:-1]:  # and every label but one is wrong
-        (tmp_path / "images" / "test" / kind).rename(tmp_path / "images" / "test" / f"_{kind}")
-    for kind, other in zip(CLASSES[:-1], reversed(CLASSES[:-1]), strict=True):
-        (tmp_path / "images" / "test" / f"_{kind}").rename(tmp_path / "images" / "test" / other)
+    for name in CLASSES[:-1]:  # and every label but one is wrong
+        (tmp_path / "images" / "test" / name).rename(tmp_path / "images" / "test" / f"_{name}")
+    for name, other in zip(CLASSES[:-1], reversed(CLASSES[:-1]), strict=True):
+        (tmp_path / "images" / "test" / f"_{name}").rename(tmp_path / "images" / "test" / other)
     probe(model, tmp_path / "images", tmp_path / "out")
     assert report(tmp_path / "out")["mean"]["top1"] != report(probed)["mean"]["top1"]
     for feature in ("cls", "mean"):
@@ -194,7 +194,7 @@ def test_five_classes_or_fewer_have_no_top5(model, tmp_path, capsys):
     assert report(tmp_path / "out")["protocol"]["test"]["data"] == "folder images (validation)"
 
 
-def test_nonsense_is_refused_before_any_work(model, folder, tmp_path, monkeypatch):
+def test_invalid_inputs_are_refused_before_any_work(model, folder, tmp_path, monkeypatch):
     def no_work(*args, **kwargs):
         raise AssertionError("work began")
 
@@ -209,11 +209,11 @@ def test_nonsense_is_refused_before_any_work(model, folder, tmp_path, monkeypatc
             write_split(tmp_path / name / split, 0, 2, classes)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
     for name, train, test in (("one_label", [2, 2], [1, 2]), ("labels_differ", [0, 1], [7, 1])):
-        kind = datasets.Value("int64") if name == "labels_differ" else features["label"]
+        label_type = datasets.Value("int64") if name == "labels_differ" else features["label"]
         for split, labels in (("train", train), ("test", test)):
             rows = {"image": [image("red", numbers())] * 2, "label": labels}
             (tmp_path / name).mkdir(exist_ok=True)
-            datasets.Dataset.from_dict(rows, features=datasets.Features({**features, "label": kind})).to_parquet(
+            datasets.Dataset.from_dict(rows, features=datasets.Features({**features, "label": label_type})).to_parquet(
                 tmp_path / name / f"{split}-00000-of-00001.parquet"
             )
     (tmp_path / "mine").mkdir()
@@ -268,7 +268,7 @@ def test_two_processes_count_each_image_once_and_report_what_one_does(model, fol
 
 
 @pytest.mark.slow
-def test_the_command_ends_with_one_line_on_nonsense(model, tmp_path):
+def test_the_command_ends_with_one_line_on_invalid_input(model, tmp_path):
     words = ("--model_name_or_path", tmp_path / "no" / "model", "--output_dir", tmp_path / "out")
     result = run(ROOT / "run_linear_probe.py", *words, check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
@@ -282,15 +282,15 @@ def test_two_processes_report_what_one_does_by_either_protocol(tmp_path):
     flags = ("--model_name_or_path", tmp_path / "model", "--dataset_name", "digits", "--layers", "1")
     cached = (*flags, "--attentive", "--augmented_passes", "1")
     mae = (*flags[:4], "--protocol", "mae", "--num_train_epochs", "3", "--warmup_epochs", "1")
-    for kind, words, batch in (("cached", cached, ()), ("mae", mae, ("--per_device_train_batch_size",))):
-        found = []
+    for protocol, words, batch in (("cached", cached, ()), ("mae", mae, ("--per_device_train_batch_size",))):
+        reports = []
         for processes in (1, 2):
-            output = tmp_path / f"{kind}{processes}"
+            output = tmp_path / f"{protocol}{processes}"
             share = (*batch, 256 // processes) if batch else ()
             together(processes, "run_linear_probe.py", *words, "--output_dir", output, *share)
-            found.append(report(output))
-        for name in found[0].keys() - {"protocol"}:
-            assert found[0][name] == found[1][name], (kind, name)
+            reports.append(report(output))
+        for name in reports[0].keys() - {"protocol"}:
+            assert reports[0][name] == reports[1][name], (protocol, name)
     attentive = report(tmp_path / "cached1")["attentive"]
     assert 60 < attentive["top1"] <= attentive["top5"] and "cls@1" in report(tmp_path / "cached1")
     card = (tmp_path / "cached1" / "README.md").read_text()
@@ -305,21 +305,22 @@ def test_the_precision_that_is_reported_is_that_of_training_and_of_evaluation(
     model, folder, tmp_path, monkeypatch, mixed
 ):
     """Protocol mae trains in the accelerator's precision; what is evaluated is float32 either way."""
-    found = {"training": set(), "evaluation": set()}
+    precisions = {"training": set(), "evaluation": set()}
 
-    def noted(name, function):
+    def recorded(name, function):
         def call(*args, **kwargs):
-            found[name].add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+            precisions[name].add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
             return function(*args, **kwargs)
 
         return call
 
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", mixed)
-    monkeypatch.setattr(mae, "frozen_features", noted("training", mae.frozen_features))
-    monkeypatch.setattr(features, "_encode", noted("evaluation", features._encode))
+    monkeypatch.setattr(mae, "frozen_features", recorded("training", mae.frozen_features))
+    monkeypatch.setattr(features, "_encode", recorded("evaluation", features._encode))
     epochs = ("--num_train_epochs", "2", "--warmup_epochs", "1", "--per_device_train_batch_size", "60")
     probe(model, folder, tmp_path / "out", "--protocol", "mae", *epochs)
-    assert found == {"training": {torch.bfloat16 if mixed == "bf16" else torch.float32}, "evaluation": {torch.float32}}
+    expected = {"training": {torch.bfloat16 if mixed == "bf16" else torch.float32}, "evaluation": {torch.float32}}
+    assert precisions == expected
     trained = {"no": "float32", "bf16": "encoder in bf16 autocast, heads in float32"}[mixed]
     assert report(tmp_path / "out")["protocol"]["precision"] == {"training": trained, "evaluation": "float32"}
     card = (tmp_path / "out" / "README.md").read_text()
@@ -328,17 +329,18 @@ def test_the_precision_that_is_reported_is_that_of_training_and_of_evaluation(
 
 def test_seeds_layers_and_parts_are_reported_with_their_deviation(model, folder, tmp_path, capsys):
     probe(model, folder, tmp_path / "out", "--seeds", "0,1,2", "--layers", "all", "--low_shot", "50%,2")
-    found = report(tmp_path / "out")
+    results = report(tmp_path / "out")
     layers = encoder_from_pretrained(model).config.num_hidden_layers
-    kinds = {"cls", "mean", *(f"{name}@{layer}" for layer in range(1, layers) for name in ("cls", "mean"))}
-    assert set(found) == {*kinds, "low_shot", "protocol"} and found["protocol"]["seeds"] == [0, 1, 2]
-    assert set(found["low_shot"]) == {"50%", "2"} and set(found["low_shot"]["2"]) == kinds
-    assert found["low_shot"]["2"]["cls"]["pictures"] == 12 and found["low_shot"]["50%"]["cls"]["pictures"] == 60
-    for result in (found["cls"], found["low_shot"]["2"]["mean@1"]):
-        values = [one["top1"] for one in result["of_each_seed"]]
+    expected = {"cls", "mean", *(f"{name}@{layer}" for layer in range(1, layers) for name in ("cls", "mean"))}
+    low_shot = results["low_shot"]
+    assert set(results) == {*expected, "low_shot", "protocol"} and results["protocol"]["seeds"] == [0, 1, 2]
+    assert set(low_shot) == {"50%", "2"} and set(low_shot["2"]) == expected
+    assert low_shot["2"]["cls"]["pictures"] == 12 and low_shot["50%"]["cls"]["pictures"] == 60
+    for result in (results["cls"], low_shot["2"]["mean@1"]):
+        values = [of_seed["top1"] for of_seed in result["of_each_seed"]]
         assert result["top1"] == round(sum(values) / 3, 2)
         assert result["deviation"]["top1"] == pytest.approx(np.std(values, ddof=1), abs=0.01)
-    assert found["low_shot"]["2"]["mean"]["top1"] < found["mean"]["top1"]
+    assert low_shot["2"]["mean"]["top1"] < results["mean"]["top1"]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "linear probe top-1, mean features, 50% of the labels" in card and "10-NN top-1, cls@1 features" in card
     assert re.search(r"cls, 50% +\d+\.?\d* \+-\d", capsys.readouterr().out)
@@ -350,13 +352,13 @@ def test_seeds_layers_and_parts_are_reported_with_their_deviation(model, folder,
         (("--layers", "2,99"), "expected `last`, `all`, or numbers from 1 to"),
         (("--seeds", "0,0"), "expected different whole numbers"),
         (("--seeds", "-1"), "expected different whole numbers"),
-        (("--low_shot", "0%"), "'0%' is no part of a training set"),
-        (("--protocol", "mae", "--low_shot", "5"), "leave out --protocol mae"),
-        (("--protocol", "mae", "--augmented_passes", "1"), "leave out --protocol mae"),
+        (("--low_shot", "0%"), "low_shot '0%': expected a percentage"),
+        (("--protocol", "mae", "--low_shot", "5"), "leave out protocol mae"),
+        (("--protocol", "mae", "--augmented_passes", "1"), "leave out protocol mae"),
     ],
     ids=str,
 )
-def test_a_probe_that_cannot_be_is_refused_before_images_are_encoded(model, folder, tmp_path, words, message):
+def test_invalid_arguments_are_refused_before_images_are_encoded(model, folder, tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
         probe(model, folder, tmp_path / "out", *words)
     assert not (tmp_path / "out").exists()

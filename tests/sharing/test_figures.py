@@ -1,4 +1,4 @@
-"""What the images show."""
+"""What the figures show."""
 
 import numpy as np
 import pytest
@@ -18,16 +18,16 @@ def colours(image) -> set[tuple[int, int, int]]:
 
 
 @pytest.fixture
-def some():
-    """Images, and their bytes."""
+def images():
+    """Normalised images, and their uint8 pixels."""
     pixels = torch.randint(256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     return (pixels / 255 - mean) / std, pixels.permute(0, 2, 3, 1).byte().numpy()
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
-def test_a_perfect_prediction_is_the_original(some, norm_pix_loss):
-    pixel_values, expected = some
+def test_a_perfect_prediction_is_the_original(images, norm_pix_loss):
+    pixel_values, expected = images
     model = UMAEForPreTraining(fresh_config(norm_pix_loss=norm_pix_loss)).eval()
     output = model(pixel_values)
     true = patchify(pixel_values, model.config.patch_height_width)
@@ -40,8 +40,8 @@ def test_a_perfect_prediction_is_the_original(some, norm_pix_loss):
         assert np.abs(rows[name].astype(int) - expected).max() <= 1, name
 
 
-def test_visible_patches_stay_and_hidden_ones_are_grey_or_pasted(some):
-    pixel_values, expected = some
+def test_visible_patches_stay_and_hidden_ones_are_grey_or_pasted(images):
+    pixel_values, expected = images
     model = UMAEForPreTraining(fresh_config()).eval()
     output = model(pixel_values)
     rows = reconstructions(output, pixel_values, model.config, MEAN, STD)
@@ -54,36 +54,36 @@ def test_visible_patches_stay_and_hidden_ones_are_grey_or_pasted(some):
             assert (rows["visible"][box] == ([128, 102, 76] if hidden else expected[box])).all()
 
 
-def test_a_tile_is_read_as_it_was_saved(some, tmp_path):
-    _, pixels = some
+def test_a_tile_is_read_as_it_was_saved(images, tmp_path):
+    _, pixels = images
     rows = dict.fromkeys(("original", "visible", "predicted"), pixels[:, :8]) | {"pasted": 255 - pixels[:, :8]}
     gallery.save_tile(tmp_path, 7, rows)
-    found = gallery.read_tile(tmp_path / "reconstructions" / "step-00000007.png", 8, 16)
-    assert all((found[name] == rows[name]).all() for name in rows)
+    read = gallery.read_tile(tmp_path / "reconstructions" / "step-00000007.png", 8, 16)
+    assert all((read[name] == rows[name]).all() for name in rows)
 
 
 def test_the_neighbours_are_those_with_the_largest_cosines(monkeypatch):
-    shown = {}
-    monkeypatch.setattr(figures, "strips", shown.update)
+    rows = {}
+    monkeypatch.setattr(figures, "strips", rows.update)
     values = np.arange(8, dtype=np.uint8)[:, None, None, None] * np.ones((1, 4, 4, 3), dtype=np.uint8)
     angles = torch.tensor([0.0, 0.1, 0.3, 3.0, 1.0, 0.6, 2.0, -0.2])
     features = torch.stack([angles.cos(), angles.sin()], dim=1) * torch.arange(1, 9)[:, None]
     nearest_neighbours(values, features, [0])
-    assert [int(row[0, 0, 0, 0]) for row in shown.values()] == [0, 1, 7, 2, 5, 4]
+    assert [int(row[0, 0, 0, 0]) for row in rows.values()] == [0, 1, 7, 2, 5, 4]
 
 
-def test_attention_is_brightest_where_the_class_token_looks(monkeypatch, some):
-    shown = {}
-    monkeypatch.setattr(figures, "strips", shown.update)
+def test_attention_maps_are_brightest_at_the_largest_attention_weight(monkeypatch, images):
+    rows = {}
+    monkeypatch.setattr(figures, "strips", rows.update)
     model = UMAEForPreTraining._from_config(fresh_config(), attn_implementation="eager").eval()
-    weights = model.vit(some[0], output_attentions=True).attentions[-1].mean(dim=1)[:, 0, 1:]
-    class_attention(model.vit, some[0], MEAN, STD)
-    brightness = shown["attention"].astype(float).sum(axis=3)  # cividis grows brighter from dark blue to yellow
+    weights = model.vit(images[0], output_attentions=True).attentions[-1].mean(dim=1)[:, 0, 1:]
+    class_attention(model.vit, images[0], MEAN, STD)
+    brightness = rows["attention"].astype(float).sum(axis=3)  # cividis grows brighter from dark blue to yellow
     size, columns = model.config.patch_height_width[0], model.config.grid[1]
     for image, positions in enumerate(weights.argmax(dim=1).tolist()):
         patch = brightness[image, size * (positions // columns), size * (positions % columns)]
         assert patch == brightness[image].max()
-    assert shown["attention"].shape == (3, 16, 16, 3)
+    assert rows["attention"].shape == (3, 16, 16, 3)
 
 
 def test_every_run_has_a_colour_of_its_own_in_curves_and_spectra():
@@ -96,16 +96,16 @@ def test_every_run_has_a_colour_of_its_own_in_curves_and_spectra():
     assert names <= colours(image) and image.width <= 800
 
 
-def test_two_colours_differ_for_eyes_that_miss_a_kind_of_cone():
-    """Luminance and blue against yellow remain to red-green blind eyes, the more frequent kind."""
-    for first, one in enumerate(figures.COLOURS):
-        for other in figures.COLOURS[:first]:
-            (r, g, b), (r2, g2, b2) = (tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in (one, other))
+def test_colours_differ_for_colour_blind_readers():
+    """Red-green blindness, the most frequent kind, leaves luminance and the contrast of blue and yellow."""
+    for position, colour in enumerate(figures.COLOURS):
+        for other in figures.COLOURS[:position]:
+            (r, g, b), (r2, g2, b2) = (tuple(int(c[i : i + 2], 16) for i in (1, 3, 5)) for c in (colour, other))
             luminance, blue = 0.3 * (r - r2) + 0.6 * (g - g2) + 0.1 * (b - b2), b - b2
-            assert abs(luminance) + abs(blue) > 30, (one, other)
+            assert abs(luminance) + abs(blue) > 30, (colour, other)
 
 
-def test_curves_have_no_offset_and_two_of_the_same_values_are_both_seen(monkeypatch):
+def test_curves_have_no_offset_and_two_that_coincide_are_both_visible(monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "_rendered", lambda figure: drawn.append(figure))
     lines = [{"step": step, "reconstruction_loss": 0.40001 + step * 1e-7} for step in range(0, 100, 10)]

@@ -52,7 +52,7 @@ def server():
 
 
 def online(server, home) -> dict[str, str]:
-    """The environment of somebody who is logged in to that server, with nothing cached."""
+    """The environment of a user who is logged in to that server, with an empty cache."""
     login = {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_test", "HF_HOME": str(home)}
     return {**login, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
 
@@ -79,7 +79,7 @@ def test_a_run_is_pushed_in_one_commit_and_loads_by_its_name(server, tmp_path):
     assert torch.equal(torch.load(tmp_path / "features.pt", weights_only=True), expected)
 
 
-def test_a_finished_run_is_pushed_when_asked_for_later(server, tmp_path):
+def test_a_finished_run_is_pushed_later_on_request(server, tmp_path):
     command = ("run_pretrain.py", "--output_dir", tmp_path / "digits", "--max_train_steps", "1")
     run(*command)
     card = tmp_path / "digits" / "README.md"
@@ -121,7 +121,7 @@ def test_a_fine_tuned_classifier_is_pushed_and_classifies_by_its_name(server, tm
 
 
 @pytest.mark.parametrize("name", ["../../outside", "a/../../b", "/etc/model", "a/b/c", "a b"])
-def test_names_that_are_none_are_refused_and_reach_no_server(name):
+def test_invalid_names_are_refused_and_reach_no_server(name):
     with pytest.raises(ValueError, match=f"cannot write to {name} on the Hub: (Repo id must|Cannot have)"):
         hub.check_access(name)
 
@@ -150,7 +150,7 @@ def test_an_index_on_the_hub_writes_nothing_outside_of_the_cache(server, tmp_pat
     assert not Path("/evil.safetensors").exists()
 
 
-def test_no_token_is_written_and_nothing_published_tells_of_the_machine(server, tmp_path):
+def test_no_token_is_written_and_nothing_published_reveals_the_machine(server, tmp_path):
     run("run_pretrain.py", "--output_dir", tmp_path / "first", "--max_train_steps", "1")
     result = run(
         "run_pretrain.py", "--output_dir", tmp_path / "digits", "--max_train_steps", "2", "--report_to", "tensorboard",
@@ -185,12 +185,12 @@ def test_a_run_that_could_not_be_pushed_is_refused_before_training(server, tmp_p
     assert "hf_test" not in result.stdout + result.stderr
 
 
-# ------------------------------------------------------------------------------------- what the Hub may do meanwhile
+# ------------------------------------------------------------------------------------- failures of the Hub
 
 
 @pytest.fixture
 def logged_in(server, monkeypatch):
-    """This process as somebody who is logged in to that server, and does not wait long."""
+    """Log this process in to that server, with short waits."""
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_test")
@@ -205,8 +205,8 @@ FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 16}
 
 
 def names(server, repo="tester/model") -> set[str]:
-    found = server.repos["model", repo]
-    return set(found.commits[found.refs["main"]])
+    repository = server.repos["model", repo]
+    return set(repository.commits[repository.refs["main"]])
 
 
 def attempts(server, request: str) -> int:
@@ -244,7 +244,7 @@ def test_a_hub_that_recovers_gets_everything_in_one_commit(logged_in, fault):
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-def test_a_hub_that_refuses_the_repository_is_told_of_before_any_work(logged_in, status):
+def test_a_hub_that_refuses_the_repository_is_reported_before_any_work(logged_in, status):
     logged_in.faults.append({"match": "POST /api/repos/create", "status": status, "times": -1})
     with pytest.raises(ValueError, match=r"cannot write to tester/model on the Hub: .*Log in with `hf auth login`"):
         hub.check_access("tester/model")
@@ -264,19 +264,19 @@ def test_a_hub_that_refuses_the_repository_is_told_of_before_any_work(logged_in,
     ],
     ids=str,
 )
-def test_a_hub_that_does_not_is_told_of_and_shows_nothing_by_halves(logged_in, fault, tried):
+def test_a_hub_that_does_not_recover_is_reported_and_shows_nothing_incomplete(logged_in, fault, tried):
     hub.check_access("tester/model")
     logged_in.faults.append(fault)
     with pytest.raises(ValueError, match="cannot push to tester/model: "):
         hub.push(FILES, "tester/model", "Upload")
-    assert attempts(logged_in, COMMIT) == tried, "a refusal is not asked for again"
+    assert attempts(logged_in, COMMIT) == tried, "a refusal is not retried"
     assert names(logged_in) == {".gitattributes"}
 
 
-def test_a_push_in_the_background_harms_nothing_and_leaves_out_what_comes_meanwhile(logged_in, tmp_path):
+def test_a_failed_background_push_is_only_logged_and_one_requested_meanwhile_is_skipped(logged_in, tmp_path):
     hub.check_access("tester/model")
-    told = []
-    push = hub.BackgroundPush("tester/model", tmp_path, told.append)
+    logged = []
+    push = hub.BackgroundPush("tester/model", tmp_path, logged.append)
     logged_in.faults.append({"match": COMMIT, "delay": 1})
     push.start(FILES, "Step 1", "step-1")
     push.start(FILES, "Step 2", "step-2")  # the first one is still under way
@@ -285,23 +285,24 @@ def test_a_push_in_the_background_harms_nothing_and_leaves_out_what_comes_meanwh
     push.start({**FILES, "config.json": b"[]"}, "Step 3", "step-3")
     push.wait()
     assert set(logged_in.repos["model", "tester/model"].refs) == {"main", "step-1"}
-    assert len(told) == 1 and told[0].startswith("step-3 is not on the Hub (cannot push") and "continues" in told[0]
+    assert len(logged) == 1 and "continues" in logged[0]
+    assert logged[0].startswith("step-3 is not on the Hub (cannot push")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["linked", "copied"])
-def test_a_checkpoint_that_is_removed_while_it_is_pushed_arrives_whole(logged_in, tmp_path, monkeypatch, links):
+def test_a_checkpoint_that_is_removed_during_its_push_arrives_complete(logged_in, tmp_path, monkeypatch, links):
     def refused(*args, **kwargs):
         raise OSError("no hard links here")
 
     if not links:
         monkeypatch.setattr(os, "link", refused)
     hub.check_access("tester/model")
-    told, checkpoint = [], tmp_path / "step-1"
+    logged, checkpoint = [], tmp_path / "step-1"
     checkpoint.mkdir()
     for name, content in FILES.items():
         (checkpoint / name).write_bytes(content)
-    push = hub.BackgroundPush("tester/model", tmp_path, told.append)
+    push = hub.BackgroundPush("tester/model", tmp_path, logged.append)
     logged_in.faults.append({"match": "POST .*/preupload/", "delay": 1})
     push.start({**{path.name: path for path in checkpoint.iterdir()}, "README.md": b"card"}, "Step 1", "step-1")
     shutil.rmtree(checkpoint)
@@ -309,9 +310,9 @@ def test_a_checkpoint_that_is_removed_while_it_is_pushed_arrives_whole(logged_in
     assert kept.suffix == ".tmp", "what a kill leaves of it is removed by the next run"
     push.wait()
     repo = logged_in.repos["model", "tester/model"]
-    found = {name: blob.data for name, blob in repo.commits[repo.refs["step-1"]].items()}
-    assert {name: found[name] for name in FILES} == FILES and found["README.md"] == b"card"
-    assert told == [] and list(tmp_path.iterdir()) == []
+    pushed = {name: blob.data for name, blob in repo.commits[repo.refs["step-1"]].items()}
+    assert {name: pushed[name] for name in FILES} == FILES and pushed["README.md"] == b"card"
+    assert logged == [] and list(tmp_path.iterdir()) == []
 
 
 def test_a_run_outlives_the_hub_and_the_command_it_names_repeats_the_push(server, tmp_path):

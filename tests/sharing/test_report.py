@@ -20,7 +20,7 @@ FLAGS = ("--max_train_steps", "6", "--logging_steps", "2")
 
 
 class Page(HTMLParser):
-    """What a browser would show, and fetch."""
+    """What a browser would show and load."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -28,10 +28,10 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
-        found = dict(attributes)
+        values = dict(attributes)
         self.tags.add(tag)
-        self.sources += [found[name] for name in ("src", "href") if name in found]
-        self._marked = (tag == "tr" and found.get("class") == "differs") or (self._marked and tag == "th")
+        self.sources += [values[name] for name in ("src", "href") if name in values]
+        self._marked = (tag == "tr" and values.get("class") == "differs") or (self._marked and tag == "th")
 
     def handle_data(self, data):
         if self._marked and data.strip():
@@ -41,7 +41,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """With the term and without, the latter under a name that is markup."""
+    """With the uniformity term and without, the latter under a name that is HTML markup."""
     folder = tmp_path_factory.mktemp("runs")
     run("run_pretrain.py", "--output_dir", folder / "umae", *FLAGS)
     others = ("--uniformity_weight", "0", "--model_name_or_path", folder / "umae")
@@ -63,7 +63,7 @@ def test_a_report_holds_all_it_shows_and_marks_what_differs(runs, tmp_path):
     assert page.differing == ["initial_weights", "uniformity_weight"], "and nothing else"
     settings = re.findall(r"<th>(\w+)</th>\s*<td>", text[text.index("<h2>Settings") :])
     assert settings[:2] == page.differing, "they come first"
-    assert len(page.sources) == 2 + 2 * 4, "the curves, the spectra, and four images of each run"
+    assert len(page.sources) == 2 + 2 * 4, "the curves, the spectra, and four figures of each run"
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert not page.tags & {"script", "link", "iframe"} and "<img src=x" not in text
     assert str(runs) not in text and "http" not in text
@@ -92,7 +92,7 @@ def test_a_browser_without_a_network_shows_the_whole_page(runs, tmp_path):
     assert marked > 10_000, "the rows of settings that differ"
 
 
-def test_runs_of_one_name_are_told_apart_by_their_parents(runs, tmp_path):
+def test_runs_of_the_same_name_are_shown_with_their_parents_names(runs, tmp_path):
     for parent in ("a", "b"):
         (tmp_path / parent).mkdir()
         (tmp_path / parent / "umae").symlink_to(runs / "umae")
@@ -115,7 +115,7 @@ def test_what_is_no_run_is_refused(runs, tmp_path):
     with pytest.raises(ValueError, match="holds neither a run"):
         report.report([tmp_path])
     (tmp_path / "run.json").write_text((runs / "umae" / "run.json").read_text())
-    with pytest.raises(ValueError, match="has not logged a line yet"):
+    with pytest.raises(ValueError, match="has not logged any metrics yet"):
         report.report([tmp_path])
 
 

@@ -1,1 +1,1 @@
-"""What features are worth: extraction, probes, measures of collapse, evaluation while training continues."""
+"""Evaluation of features: extraction, probes, measures of collapse, and evaluation during training."""

@@ -1,4 +1,4 @@
-"""Which classes a model finds most likely, and how often they are right."""
+"""The most likely classes of images, and top-k accuracy."""
 
 import math
 
@@ -14,10 +14,10 @@ from umae.data.images import Images
 
 
 def topk_accuracy(guesses: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Top-1 and, with at least five guesses, top-5, in 0..1.
+    """Top-1 accuracy and, with at least five guesses per image, top-5, as fractions in [0, 1].
 
     Args:
-        guesses: int64 (N, guesses), classes, best first; -1 is no class.
+        guesses: int64 (N, guesses), class indices, best first; -1 for no class.
         labels: int64 (N,).
     """
     hits = guesses.cpu() == labels.cpu()[:, None]  # (N, guesses)
@@ -25,7 +25,7 @@ def topk_accuracy(guesses: torch.Tensor, labels: torch.Tensor) -> dict[str, floa
 
 
 def percent(fraction: float | None) -> float | None:
-    """A share as reports have it; None stays None."""
+    """A fraction in [0, 1] as percent, rounded to 2 decimals; None stays None."""
     return None if fraction is None else round(100 * fraction, 2)
 
 
@@ -39,20 +39,20 @@ def guess(
     num_classes: int,
     accelerator: Accelerator,
 ) -> tuple[torch.Tensor, list[str]]:
-    """The most likely classes of images, each counted exactly once on any number of processes, which all call this.
+    """The most likely classes of every image, each image evaluated exactly once; every process must call this.
 
     Args:
-        model: as prepared by the accelerator, in training mode; left so.
-        batch_size: images of a batch; every process looks at one batch at a time.
+        model: as prepared by the accelerator, in training mode; left in that mode.
+        batch_size: images per batch and process.
 
     Returns:
-        int64 (N, 5), or as many as there are classes, best first, on every process; -1, no class, for an image that
-        cannot be read. And why those cannot.
+        On every process: int64 (N, min(5, num_classes)), class indices, best first, -1 for an image that cannot be
+        read; and the error messages of those images.
     """
     count, processes, best = len(images), accelerator.num_processes, min(5, num_classes)
     batch_size = min(batch_size, math.ceil(count / processes))
     rounds = math.ceil(count / (batch_size * processes))
-    # All have as many batches as any other, with the first images again at the end, which are cut off below
+    # Every process has the same number of batches: the first images repeat at the end, and are cut off below
     positions = (torch.arange(rounds * processes * batch_size) % count).view(rounds, processes, batch_size)
     loader = DataLoader(
         EvaluationImages(images, processor),
@@ -62,14 +62,15 @@ def guess(
         worker_init_fn=ignore_signals if num_workers else None,
         pin_memory=accelerator.device.type == "cuda",
     )
-    guesses, errors = [], set()
+    guesses: list[torch.Tensor] = []
+    errors: set[str] = set()
     model.eval()
     for batch in loader:
-        mine = torch.full((batch_size, best), -1, device=accelerator.device)
+        batch_guesses = torch.full((batch_size, best), -1, device=accelerator.device)
         errors |= set(batch["errors"])
         if batch["pixel_values"] is not None:
             logits = model(batch["pixel_values"].to(accelerator.device, non_blocking=True)).logits.float()
-            mine[batch["rows"].to(accelerator.device)] = logits.topk(best, dim=1).indices
-        guesses.append(accelerator.gather(mine))  # one batch after the other
+            batch_guesses[batch["rows"].to(accelerator.device)] = logits.topk(best, dim=1).indices
+        guesses.append(accelerator.gather(batch_guesses))  # in the order of the processes, as `positions`
     model.train()
     return torch.cat(guesses)[:count].cpu(), sorted(set(gather_object(list(errors))))

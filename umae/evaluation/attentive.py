@@ -1,8 +1,8 @@
-"""The attentive probe: a learned query pools the patch tokens of a frozen encoder, and a linear layer reads the result.
+"""The attentive probe: a learned query pools the patch tokens of a frozen encoder, a linear layer classifies them.
 
 The head is that of AIM (El-Nouby et al. 2024; apple/ml-aim, `AttentionPoolingClassifier`): batch norm of the tokens
-without a learned scale, keys and values without biases, one learned query. N is a number of images, T of their
-tokens, D the width of a token, C the number of classes, R the number of heads trained side by side.
+without a learned scale, keys and values without biases, one learned query. Shapes: N images, T tokens per image, D the
+width of a token, C classes, R heads trained side by side.
 """
 
 import math
@@ -22,7 +22,7 @@ WEIGHT_DECAY = 0.1
 EPOCHS = 50
 BATCH_SIZE = 1024
 QUERY_STD = 0.02
-NAMES = ("query", "key", "value", "weight", "bias")
+PARAMETER_NAMES = ("query", "key", "value", "weight", "bias")
 ATTENTIVE_PROTOCOL = {
     "features": "patch tokens of the unmasked image after the encoder's norm, kept in float16",
     "head": "one learned query, as many attention heads as the encoder's, keys and values without biases, then linear "
@@ -39,13 +39,13 @@ ATTENTIVE_PROTOCOL = {
 
 @dataclass(frozen=True)
 class AttentiveHead:
-    """A classifier of tokens.
+    """A classifier of patch tokens.
 
     Args:
-        parameters: by the names in `NAMES`: (1, D), (1, D, D), (1, D, D), (1, C, D), (1, C).
-        mean, scale: (D,), the standardisation.
-        num_attention_heads: over which the query is split.
-        chosen: what was chosen by accuracy on images held out of the training set, and that accuracy, in [0, 1].
+        parameters: by the names in PARAMETER_NAMES: (1, D), (1, D, D), (1, D, D), (1, C, D), (1, C).
+        mean, scale: (D,), the standardisation of the tokens.
+        num_attention_heads: heads that the query is split into.
+        chosen: the learning rate chosen on held-out training images, and its accuracy on them, in [0, 1].
     """
 
     parameters: dict[str, torch.Tensor]
@@ -56,13 +56,13 @@ class AttentiveHead:
 
     @torch.no_grad()
     def __call__(self, tokens: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        """(N, T, D), or some rows of it, -> (N, C), the logits, where the head is."""
+        """(N, T, D) -> (N, C), the logits on the head's device; with `rows` only of these images."""
         rows = torch.arange(len(tokens)) if rows is None else rows
-        standard = (self.mean, self.scale, self.num_attention_heads)
+        settings = (self.mean, self.scale, self.num_attention_heads)
         logits = []
         with progress_bar(total=len(rows), desc="evaluating an attentive head", unit="image", leave=False) as bar:
             for block in rows.split(BATCH_SIZE):
-                logits.append(attend(self.parameters, tokens[block].to(self.mean), *standard)[:, 0])
+                logits.append(attend(self.parameters, tokens[block].to(self.mean), *settings)[:, 0])
                 bar.update(len(block))
         return torch.cat(logits)
 
@@ -76,10 +76,10 @@ def attend(
 ) -> torch.Tensor:
     """The logits of R heads: (N, T, D) -> (N, R, C).
 
-    Neither keys nor values of the tokens are computed. A query meets a key as `q . (K x) = (K' q) . x`; values are a
-    linear map, and so is the pooling, so that only what has been pooled is mapped; and the standardisation moves all
-    scores of an image by the same, and what was pooled like every token. It is the same function of the parameters,
-    for a tenth of the arithmetic.
+    Neither keys nor values of the tokens are computed: a score is `q . (K x) = (K' q) . x`; the value map is linear, as
+    is the pooling, so it is applied to the pooled token; the mean of the standardisation shifts all scores of an image
+    equally, so it is subtracted after the pooling. The function of the parameters is the same, with a tenth of the
+    operations.
     """
     count, heads = len(parameters["query"]), num_attention_heads
     query = parameters["query"].unflatten(1, (heads, -1))  # (R, heads, D / heads)
@@ -99,34 +99,34 @@ def train_attentive_head(
     seed: int,
     device: torch.device,
 ) -> AttentiveHead:
-    """A head with the learning rate that is best for a part of the images, trained anew on all of them.
+    """A head trained on all images with the learning rate that is best on held-out ones.
 
-    The same arguments give the same bits on the same device.
+    The same arguments give bit-identical results on the same device.
 
     Args:
-        tokens: (N, T, D), on any device; a batch at a time is moved to `device`.
+        tokens: (N, T, D), on any device; moved to `device` batch by batch.
         labels: int64 (N,), in [0, C).
         num_classes: C.
-        seed: of the held-out part, the initial weights and the order of the images.
+        seed: of the held-out images, the initial weights and the order of the images.
 
     Raises:
-        ValueError: fewer than 2 classes or images, labels outside of the classes, or tokens that are not finite.
+        ValueError: fewer than 2 classes or images, labels outside of [0, C), or tokens that are not finite.
     """
     check_labels(tokens, labels, num_classes)
     generator = torch.Generator().manual_seed(seed)
     held_out, rest = split_off(len(labels), generator)
-    standard = (*_moments(tokens, device), num_attention_heads)
-    train = partial(_train, tokens, labels.to(device), num_classes, *standard, generator=generator)
+    settings = (*_moments(tokens, device), num_attention_heads)
+    train = partial(_train, tokens, labels.to(device), num_classes, *settings, generator=generator)
     heads = train(rows=rest, learning_rates=LEARNING_RATES, description="choosing an attentive head")
-    logits = torch.stack([AttentiveHead(head, *standard, {})(tokens, held_out) for head in heads])
+    logits = torch.stack([AttentiveHead(head, *settings, {})(tokens, held_out) for head in heads])
     best, top1 = best_head(logits, labels[held_out].to(device))
     rate = LEARNING_RATES[best]
     (head,) = train(rows=torch.arange(len(labels)), learning_rates=[rate], description="training the attentive head")
-    return AttentiveHead(head, *standard, {"learning_rate": rate, "validation_top1": top1})
+    return AttentiveHead(head, *settings, {"learning_rate": rate, "validation_top1": top1})
 
 
 def _moments(tokens: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of all tokens: their mean, and what scales them to a variance of 1."""
+    """Mean (D,) of all tokens, and the factor (D,) that scales them to a variance of 1."""
     sums = torch.zeros(2, tokens.shape[-1], dtype=torch.float64, device=device)
     with progress_bar(total=len(tokens), desc="moments of the tokens", unit="image", leave=False) as bar:
         for block in tokens.split(BATCH_SIZE):
@@ -134,20 +134,20 @@ def _moments(tokens: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, 
             sums += torch.stack([block.sum(dim=(0, 1)), block.square().sum(dim=(0, 1))])
             bar.update(len(block))
     if not sums.isfinite().all():
-        raise ValueError("the encoder gives tokens beyond what float16 holds, 65,504; leave out the attentive head")
+        raise ValueError("the encoder's tokens exceed float16's range, +-65,504; leave out the attentive head")
     mean, square = sums / (tokens.shape[0] * tokens.shape[1])
     return mean.float(), ((square - mean.square()).clamp(min=0) + EPSILON).rsqrt().float()
 
 
-def _fresh(num_classes: int, width: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Initial parameters of a head; those of the layers as `nn.Linear` draws them."""
+def _initial_parameters(num_classes: int, width: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Initial parameters of a head; those of the layers are initialised as in `nn.Linear`."""
 
     def linear(*shape: int) -> torch.Tensor:
         return torch.empty(1, *shape).uniform_(-(width**-0.5), width**-0.5, generator=generator)
 
     query = QUERY_STD * torch.randn(1, width, generator=generator)
     tensors = query, linear(width, width), linear(width, width), linear(num_classes, width), linear(num_classes)
-    return dict(zip(NAMES, tensors, strict=True))
+    return dict(zip(PARAMETER_NAMES, tensors, strict=True))
 
 
 def _train(
@@ -162,9 +162,11 @@ def _train(
     description: str,
     generator: torch.Generator,
 ) -> list[dict[str, torch.Tensor]]:
-    """One head for each learning rate, from the same weights, on the images `rows`, all in the same order."""
-    device, fresh = mean.device, _fresh(num_classes, tokens.shape[-1], generator)
-    heads = [{name: nn.Parameter(tensor.to(mean, copy=True)) for name, tensor in fresh.items()} for _ in learning_rates]
+    """One head for each learning rate, from the same initial weights, on the images `rows` in the same order."""
+    device, initial = mean.device, _initial_parameters(num_classes, tokens.shape[-1], generator)
+    heads = []
+    for _ in learning_rates:
+        heads.append({name: nn.Parameter(tensor.to(mean, copy=True)) for name, tensor in initial.items()})
     groups = [{"params": list(head.values()), "lr": rate} for head, rate in zip(heads, learning_rates, strict=True)]
     optimizer = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
     batch_size = min(BATCH_SIZE, max(len(rows) // 16, 1))
@@ -173,11 +175,11 @@ def _train(
     with progress_bar(total=total, desc=description, unit="step") as bar:
         for _ in range(EPOCHS):
             for batch in rows[torch.randperm(len(rows), generator=generator)].split(batch_size):
-                some = tokens[batch.to(tokens.device)].to(mean, non_blocking=True)
-                stacked = {name: torch.cat([head[name] for head in heads]) for name in NAMES}
-                logits = attend(stacked, some, mean, scale, num_attention_heads)  # (N, R, C)
-                wanted = labels[batch.to(device)].repeat_interleave(len(heads))
-                loss = nn.functional.cross_entropy(logits.flatten(0, 1), wanted) * len(heads)  # the sum over the heads
+                inputs = tokens[batch.to(tokens.device)].to(mean, non_blocking=True)
+                stacked = {name: torch.cat([head[name] for head in heads]) for name in PARAMETER_NAMES}
+                logits = attend(stacked, inputs, mean, scale, num_attention_heads)  # (N, R, C)
+                targets = labels[batch.to(device)].repeat_interleave(len(heads))
+                loss = nn.functional.cross_entropy(logits.flatten(0, 1), targets) * len(heads)  # the sum over the heads
                 for group, rate in zip(optimizer.param_groups, learning_rates, strict=True):
                     group["lr"] = learning_rate_at(step, total, 0, rate)
                 optimizer.zero_grad()

@@ -1,9 +1,9 @@
-"""How far features have collapsed: pure functions of a matrix (images, dimensions), here N and D.
+"""Measures of collapse: pure functions of a feature matrix (N, D) of N images and D dimensions.
 
-`FeatureStatistics` gives the same measures of features that come batch by batch. All compute in float64 on the CPU,
-return Python floats and never NaN, and raise ValueError for anything but a matrix of finite numbers with at least one
-row and one column. An image's direction is its row divided by its length; a row of zeros keeps the direction zero,
-whose cosine with every row, itself included, is 0.
+`FeatureStatistics` computes the same measures batch by batch. All compute in float64 on the CPU, return Python floats
+and never NaN, and raise ValueError for anything but a matrix of finite numbers with at least one row and one column.
+An image's direction is its row divided by its length; the direction of a row of zeros is zero, and its cosine with
+every row, itself included, is 0.
 """
 
 import math
@@ -14,19 +14,19 @@ from torch.nn.functional import normalize
 
 
 def singular_values(features: torch.Tensor, center: bool = False) -> list[float]:
-    """The spectrum: min(N, D) singular values, descending. With center the mean row is subtracted first."""
+    """The spectrum: min(N, D) singular values, descending; with `center` of the features minus their mean row."""
     features = _checked(features)
     if center:
         features = features - features.mean(dim=0)
-    # The square roots of the Gram matrix's eigenvalues would be faster, but drown all below 1e-8 of the largest.
+    # Eigenvalues of the Gram matrix would be faster, but lose all singular values below 1e-8 of the largest
     return torch.linalg.svdvals(features).tolist()
 
 
 def effective_rank(features: torch.Tensor) -> float:
-    """exp of the entropy of the singular values as shares of their sum (Roy & Vetterli 2007).
+    """exp of the entropy of the singular values divided by their sum (Roy & Vetterli 2007).
 
-    From 1, all rows on one line through zero, to min(N, D), all directions equally strong; 0 where all features are
-    zero. RankMe (Garrido et al. 2023) is this number up to its epsilon.
+    From 1 (all rows on one line through zero) to min(N, D) (all singular values equal); 0 if all features are zero.
+    RankMe (Garrido et al. 2023) is this number up to its epsilon.
     """
     return _entropy_rank(singular_values(features))
 
@@ -47,8 +47,8 @@ def _rankme(values: Sequence[float], epsilon: float = 1e-7) -> float:
 
 
 def dead_dimensions(features: torch.Tensor, relative: float = 1e-6) -> int:
-    """How many dimensions hardly differ from image to image: their standard deviation is at most `relative` of the
-    largest one. All of them do where all images have the same features."""
+    """Number of dimensions whose standard deviation over the images is at most `relative` of the largest one: all D
+    if all images have the same features."""
     return _dead(_checked(features).std(dim=0, correction=0), relative)
 
 
@@ -57,9 +57,9 @@ def _dead(deviations: torch.Tensor, relative: float = 1e-6) -> int:
 
 
 def uniformity(features: torch.Tensor) -> float:
-    """Mean squared cosine over all N * N pairs, each image with itself included: U-MAE's term (Zhang et al. 2022).
+    """Mean squared cosine over all N * N pairs, each image with itself included: U-MAE's loss (Zhang et al. 2022).
 
-    From 1 / min(N, D), directions evenly spread, to 1, all on one line through zero.
+    From 1 / min(N, D) (directions evenly spread) to 1 (all on one line through zero).
     """
     return _second_moment(features).square().sum().item()
 
@@ -67,8 +67,8 @@ def uniformity(features: torch.Tensor) -> float:
 def participation_ratio(features: torch.Tensor) -> float:
     """sum(e)**2 / sum(e**2) over the eigenvalues e of the directions' second moment about zero, a (D, D) matrix.
 
-    From 1, all directions on one line through zero, to min(N, D), evenly spread; 0 where all features are zero.
-    It is 1 / uniformity wherever no row is zero.
+    From 1 (all directions on one line through zero) to min(N, D) (evenly spread); 0 if all features are zero. It is
+    1 / uniformity if no row is zero.
     """
     return _participation(_second_moment(features))
 
@@ -79,17 +79,17 @@ def _participation(moment: torch.Tensor) -> float:
 
 
 def mean_cosine(features: torch.Tensor) -> float:
-    """Mean cosine over all N * N pairs, each image with itself included: 1 if all directions are one, else less.
+    """Mean cosine over all N * N pairs, each image with itself included: in [0, 1], 1 if all directions are equal.
 
-    It is the squared length of the mean direction, so never negative.
+    It equals the squared length of the mean direction.
     """
     return _directions(features).mean(dim=0).square().sum().item()
 
 
 def alignment(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Mean squared distance of the directions of paired rows (Wang & Isola 2020, with alpha = 2).
+    """Mean squared distance between the directions of paired rows (Wang & Isola 2020, with alpha = 2).
 
-    0, each pair points one way, to 4, each pair points opposite ways.
+    From 0 (the same direction in each pair) to 4 (opposite directions).
     """
     if first.shape != second.shape:
         raise ValueError(f"features of shapes {tuple(first.shape)} and {tuple(second.shape)}; expected paired rows")
@@ -101,7 +101,7 @@ def mean_norm(features: torch.Tensor) -> float:
     return torch.linalg.vector_norm(_checked(features), dim=1).mean().item()
 
 
-# Of one matrix, by the names that metrics and reports have for them
+# Measures of one matrix, by their names in metrics and reports
 MEASURES = {
     "effective_rank": effective_rank,
     "rankme": rankme,
@@ -116,29 +116,29 @@ MEASURES = {
 class FeatureStatistics:
     """MEASURES of features that come batch by batch, in memory that does not grow with their number.
 
-    What is kept of N rows is the triangular factor of their QR decomposition (min(N, D) rows of D, whose singular
-    values are exactly those of all rows), sums over their directions, and mean and deviation of every dimension.
+    It keeps the triangular factor of the QR decomposition of the N rows (min(N, D) rows of D numbers, with exactly the
+    singular values of all rows), sums over their directions, and the mean and squared deviations of every dimension.
     """
 
-    def __init__(self):
-        self.count, self.lengths = 0, 0.0
+    def __init__(self) -> None:
+        self.count, self.norm_sum = 0, 0.0
         self.rows: list[torch.Tensor] = []  # the factor, and rows that are not in it yet
-        self.direction = self.moment = self.mean = self.squares = None
+        self.direction_sum = self.moment_sum = self.mean = self.squared_deviations = torch.empty(0)
 
     def add(self, features: torch.Tensor) -> None:
-        """Take in some more rows, (images, dimensions)."""
+        """Add rows: (images, D)."""
         rows = _checked(features)
         directions, count = _directions(rows), len(rows)
         if self.count == 0:
             width = rows.shape[1]
-            self.direction, self.mean, self.squares = torch.zeros(3, width, dtype=torch.float64)
-            self.moment = torch.zeros(width, width, dtype=torch.float64)
-        self.lengths += torch.linalg.vector_norm(rows, dim=1).sum().item()
-        self.direction += directions.sum(dim=0)
-        self.moment += directions.T @ directions
-        shift = rows.mean(dim=0) - self.mean  # of the means: Chan, Golub & LeVeque 1983
-        self.squares += (rows - rows.mean(dim=0)).square().sum(dim=0)
-        self.squares += shift.square() * (self.count * count / (self.count + count))
+            self.direction_sum, self.mean, self.squared_deviations = torch.zeros(3, width, dtype=torch.float64)
+            self.moment_sum = torch.zeros(width, width, dtype=torch.float64)
+        self.norm_sum += torch.linalg.vector_norm(rows, dim=1).sum().item()
+        self.direction_sum += directions.sum(dim=0)
+        self.moment_sum += directions.T @ directions
+        shift = rows.mean(dim=0) - self.mean  # combining two means: Chan, Golub & LeVeque 1983
+        self.squared_deviations += (rows - rows.mean(dim=0)).square().sum(dim=0)
+        self.squared_deviations += shift.square() * (self.count * count / (self.count + count))
         self.mean += shift * (count / (self.count + count))
         self.count += count
         self.rows.append(rows)
@@ -146,27 +146,27 @@ class FeatureStatistics:
             self.rows = [torch.linalg.qr(torch.cat(self.rows), mode="r").R]
 
     def singular_values(self) -> list[float]:
-        """As `singular_values` of all rows."""
+        """`singular_values` of all rows added so far."""
         return singular_values(torch.cat(self.rows)) if self.count else singular_values(torch.empty(0, 0))
 
     def measures(self) -> dict[str, float]:
-        """All MEASURES of all rows. Raises `ValueError` if there were none."""
+        """MEASURES of all rows added so far. Raises `ValueError` if there are none."""
         values = self.singular_values()
-        moment = self.moment / self.count
+        moment = self.moment_sum / self.count
         return {
             "effective_rank": _entropy_rank(values),
             "rankme": _rankme(values),
             "participation_ratio": _participation(moment),
             "uniformity": moment.square().sum().item(),
-            "mean_cosine": (self.direction / self.count).square().sum().item(),
-            "feature_norm": self.lengths / self.count,
-            "dead_dimensions": _dead((self.squares / self.count).sqrt()),
+            "mean_cosine": (self.direction_sum / self.count).square().sum().item(),
+            "feature_norm": self.norm_sum / self.count,
+            "dead_dimensions": _dead((self.squared_deviations / self.count).sqrt()),
         }
 
 
 def _checked(features: torch.Tensor) -> torch.Tensor:
     if features.ndim != 2 or features.numel() == 0:
-        raise ValueError(f"features of shape {tuple(features.shape)}; expected (images, dimensions), neither 0")
+        raise ValueError(f"features of shape {tuple(features.shape)}; expected (images, dimensions), both at least 1")
     features = features.detach().to("cpu", torch.float64)
     if not features.isfinite().all():
         count = (~features.isfinite()).sum().item()
@@ -175,12 +175,12 @@ def _checked(features: torch.Tensor) -> torch.Tensor:
 
 
 def _directions(features: torch.Tensor) -> torch.Tensor:
-    tiny = torch.finfo(torch.float64).tiny  # the default epsilon would shorten rows below 1e-12
-    features = normalize(_checked(features), p=math.inf, eps=tiny)  # else the squares may overflow or vanish
+    tiny = torch.finfo(torch.float64).tiny  # the default epsilon would change rows shorter than 1e-12
+    features = normalize(_checked(features), p=math.inf, eps=tiny)  # else the squares may overflow or underflow
     return normalize(features, eps=tiny)
 
 
 def _second_moment(features: torch.Tensor) -> torch.Tensor:
-    """(D, D), positive semi-definite; its squares sum to the mean square of the (N, N) cosines."""
+    """(D, D), positive semi-definite; the sum of its squares is the mean of the squared (N, N) cosines."""
     directions = _directions(features)
     return directions.T @ directions / len(directions)

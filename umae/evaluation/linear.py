@@ -1,7 +1,7 @@
-"""What features are worth for classification: linear heads and k nearest neighbours, pure functions of matrices.
+"""Linear probing and k-NN classification: pure functions of feature matrices.
 
-N is a number of images, D the width of their features, C the number of classes, H the number of heads. Everything
-runs where the features are.
+Shapes: N images, D the width of their features, C classes, H heads, V views (augmentations) of every image. Everything
+runs on the device of the features.
 """
 
 import math
@@ -21,10 +21,10 @@ BATCH_SIZE = 1024
 MOMENTUM = 0.9
 INIT_STD = 0.01
 EPSILON = 1e-6  # of the standardisation, as in MAE's probe
-HELD_OUT = 0.1  # share of the training images that chooses learning rate and weight decay
-BLOCK = 2**26  # cosines that k-NN holds at once, 256 MB
+HELD_OUT = 0.1  # share of the training images on which learning rate and weight decay are chosen
+BLOCK = 2**26  # cosines that k-NN holds in memory at once, 256 MB
 
-# The cached linear protocol in words and numbers, for reports.
+# The cached linear protocol, for reports
 LINEAR_PROTOCOL = {
     "standardisation": f"per feature, mean and variance of the training set, epsilon {EPSILON:g}",
     "optimiser": f"SGD, momentum {MOMENTUM}, learning rate by half a cosine to 0",
@@ -34,7 +34,7 @@ LINEAR_PROTOCOL = {
     "learning_rates": list(LEARNING_RATES),
     "weight_decays": list(WEIGHT_DECAYS),
     "selection": f"best top-1 on {HELD_OUT:.0%} of the training images, held out at random (of equal ones the lowest "
-    "cross entropy); then trained anew with that learning rate and weight decay on all training images",
+    "cross entropy); then trained again with that learning rate and weight decay on all training images",
 }
 
 
@@ -45,7 +45,7 @@ class LinearHead:
     Args:
         weight: (C, D), the standardisation of the features folded in.
         bias: (C,).
-        chosen: what was chosen by accuracy on images held out of the training set, and that accuracy, in [0, 1].
+        chosen: the settings chosen on held-out training images, and their accuracy on them, in [0, 1].
     """
 
     weight: torch.Tensor
@@ -60,40 +60,40 @@ class LinearHead:
 def train_linear_heads(
     features: dict[str, torch.Tensor], labels: torch.Tensor, num_classes: int, seed: int
 ) -> dict[str, LinearHead]:
-    """A linear classifier for each kind of feature, with what is best for a part of the images.
+    """A linear classifier of each feature (`cls`, `mean`, ...), with the best learning rate and weight decay.
 
-    One head for each kind of feature, learning rate and weight decay is trained on 90 % of the images, all heads at
-    once (as in DINOv2's evaluation, Oquab et al. 2023); for each kind, what is best on the other 10 % says how a head
-    is then trained on all. The same arguments give the same bits on the same device.
+    For each feature, one head per learning rate and weight decay is trained on 90 % of the images, all heads at once
+    (as in DINOv2's evaluation, Oquab et al. 2023). The setting that is best on the other 10 % is then trained on all
+    images. The same arguments give bit-identical results on the same device.
 
     Args:
-        features: (V, N, D) for each kind, by its name: of the images, and of V - 1 augmentations of them, which take
-            turns from epoch to epoch. What is held out is evaluated by the first.
+        features: (V, N, D) by name: of the images, and of V - 1 augmentations of them, used in turn from epoch to
+            epoch. Held-out images are evaluated without augmentation.
         labels: int64 (N,), in [0, num_classes).
         num_classes: C.
-        seed: of the held-out part, the initial weights and the order of the images.
+        seed: of the held-out images, the initial weights and the order of the images.
 
     Raises:
-        ValueError: fewer than 2 classes or images, labels outside of the classes, features that are not finite.
+        ValueError: fewer than 2 classes or images, labels outside of [0, C), features that are not finite.
     """
-    kinds = list(features.values())
-    for kind in kinds:
-        for view in kind:
+    all_views = list(features.values())
+    for views in all_views:
+        for view in views:
             _check(view, labels, num_classes)
     generator = torch.Generator().manual_seed(seed)
     held_out, rest = (rows.to(labels.device) for rows in split_off(len(labels), generator))
     grid = [(rate, decay) for rate in LEARNING_RATES for decay in WEIGHT_DECAYS]
     weights, biases = train_heads(
-        [kind[:, rest] for kind in kinds], labels[rest], num_classes, [grid] * len(kinds), generator,
+        [views[:, rest] for views in all_views], labels[rest], num_classes, [grid] * len(all_views), generator,
         description="choosing linear heads",
     )  # fmt: skip
     chosen = []
-    for kind, weight, bias in zip(kinds, weights, biases, strict=True):
-        logits = kind[0, held_out] @ weight.transpose(1, 2) + bias[:, None]  # (H, held out, C)
+    for views, weight, bias in zip(all_views, weights, biases, strict=True):
+        logits = views[0, held_out] @ weight.transpose(1, 2) + bias[:, None]  # (H, held out, C)
         best, top1 = best_head(logits, labels[held_out])
         chosen.append({"learning_rate": grid[best][0], "weight_decay": grid[best][1], "validation_top1": top1})
-    settings = [[(one["learning_rate"], one["weight_decay"])] for one in chosen]
-    weights, biases = train_heads(kinds, labels, num_classes, settings, generator)
+    settings = [[(choice["learning_rate"], choice["weight_decay"])] for choice in chosen]
+    weights, biases = train_heads(all_views, labels, num_classes, settings, generator)
     heads = zip(weights[:, 0], biases[:, 0], chosen, strict=True)
     return {name: LinearHead(*head) for name, head in zip(features, heads, strict=True)}
 
@@ -106,23 +106,23 @@ def train_heads(
     generator: torch.Generator,
     description: str = "training linear heads",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """H heads on each of F kinds of feature, all side by side: weights (F, H, C, D) and biases (F, H, C).
+    """H heads on each of F features, trained side by side: weights (F, H, C, D) and biases (F, H, C).
 
     Args:
-        features: F tensors (V, N, D); an epoch is of one of the V.
-        settings: of every kind, (learning rate, weight decay) of each of its H heads.
+        features: F tensors (V, N, D); every epoch uses one of the V views.
+        settings: for each feature, (learning rate, weight decay) of each of its H heads.
         generator: draws the initial weights, the same for all heads, and the order of the images.
         description: of the progress bar.
     """
-    (views, count, width), kinds, heads = features[0].shape, len(features), len(settings[0])
+    (num_views, count, width), num_features, num_heads = features[0].shape, len(features), len(settings[0])
     device, dtype = features[0].device, features[0].dtype
-    moments = [torch.var_mean(kind, dim=(0, 1), correction=0) for kind in features]
+    moments = [torch.var_mean(views, dim=(0, 1), correction=0) for views in features]
     scale = torch.stack([(variance + EPSILON).rsqrt() for variance, _ in moments])[:, None]  # (F, 1, D)
     mean = torch.stack([mean for _, mean in moments])[:, None]
 
     weight = INIT_STD * torch.randn(width, num_classes, generator=generator)
-    weight = weight.to(device, dtype).repeat(kinds, 1, heads)  # (F, D, H * C)
-    bias = torch.zeros(kinds, 1, heads * num_classes, device=device, dtype=dtype)
+    weight = weight.to(device, dtype).repeat(num_features, 1, num_heads)  # (F, D, H * C)
+    bias = torch.zeros(num_features, 1, num_heads * num_classes, device=device, dtype=dtype)
     weight_momentum, bias_momentum = torch.zeros_like(weight), torch.zeros_like(bias)
     rates, decays = torch.tensor(settings, device=device, dtype=dtype).repeat_interleave(num_classes, 1).unbind(-1)
     rates, decays = rates[:, None], decays[:, None]  # (F, 1, H * C)
@@ -131,8 +131,8 @@ def train_heads(
     step, bar = 0, progress_bar(total=steps, desc=description, unit="step")
     for epoch in range(EPOCHS):
         for batch in torch.randperm(count, generator=generator).to(device).split(batch_size):
-            inputs = (torch.stack([kind[epoch % views, batch] for kind in features]) - mean) * scale  # (F, B, D)
-            logits = torch.baddbmm(bias, inputs, weight).unflatten(2, (heads, num_classes))  # (F, B, H, C)
+            inputs = (torch.stack([views[epoch % num_views, batch] for views in features]) - mean) * scale  # (F, B, D)
+            logits = torch.baddbmm(bias, inputs, weight).unflatten(2, (num_heads, num_classes))  # (F, B, H, C)
             error = cross_entropy_gradient(logits, labels[batch, None]).flatten(2)  # (F, B, H * C)
             weight_momentum.mul_(MOMENTUM).baddbmm_(inputs.transpose(1, 2), error).addcmul_(decays, weight)
             bias_momentum.mul_(MOMENTUM).add_(error.sum(dim=1, keepdim=True))
@@ -142,16 +142,16 @@ def train_heads(
             step += 1
             bar.update()
     bar.close()
-    weight = weight.unflatten(2, (heads, num_classes)).permute(0, 2, 3, 1) * scale[:, None]  # for raw features
-    return weight, bias.view(kinds, heads, num_classes) - (weight * mean[:, None]).sum(dim=-1)
+    weight = weight.unflatten(2, (num_heads, num_classes)).permute(0, 2, 3, 1) * scale[:, None]  # for raw features
+    return weight, bias.view(num_features, num_heads, num_classes) - (weight * mean[:, None]).sum(dim=-1)
 
 
 def cross_entropy_gradient(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The gradient of the mean cross entropy for its logits: `(softmax(logits) - one_hot(labels)) / images`.
+    """Gradient of the mean cross entropy with respect to the logits: `(softmax(logits) - one_hot(labels)) / images`.
 
     Args:
         logits: (..., C).
-        labels: int64, images along its first dimension; broadcast to the shape of the logits without C.
+        labels: int64, (images, ...), broadcastable to the logits' shape without C.
     """
     error = logits.softmax(dim=-1)
     index = labels.expand(error.shape[:-1])[..., None]
@@ -159,13 +159,14 @@ def cross_entropy_gradient(logits: torch.Tensor, labels: torch.Tensor) -> torch.
 
 
 def split_off(count: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """The images that choose among heads, `HELD_OUT` of them at random and at least one, and the others."""
+    """Random indices int64 of the held-out images, a share `HELD_OUT` but at least one, and of the others."""
     order = torch.randperm(count, generator=generator)
-    return order.tensor_split([max(round(HELD_OUT * count), 1)])
+    held_out, rest = order.tensor_split([max(round(HELD_OUT * count), 1)])
+    return held_out, rest
 
 
 def best_head(logits: torch.Tensor, labels: torch.Tensor) -> tuple[int, float]:
-    """(H, N, C) -> the head with the best top-1, of equal ones that with the lowest cross entropy; its top-1."""
+    """(H, N, C) -> index of the head with the best top-1 (ties: the lowest cross entropy), and its top-1."""
     top1 = (logits.argmax(dim=-1) == labels).float().mean(dim=1)  # (H,)
     likelihood = logits.log_softmax(dim=-1).gather(2, labels.expand(len(logits), -1)[..., None]).mean(dim=(1, 2))
     best = max(range(len(logits)), key=lambda head: (top1[head].item(), likelihood[head].item()))
@@ -173,14 +174,14 @@ def best_head(logits: torch.Tensor, labels: torch.Tensor) -> tuple[int, float]:
 
 
 def low_shot(labels: torch.Tensor, share: str, seed: int) -> torch.Tensor:
-    """Which images stay of a training set that is made small: int64, sorted, as many of every class as possible.
+    """Indices, int64 and sorted, of a random part of the training images, drawn from every class.
 
     Args:
         labels: int64 (N,).
-        share: of every class, `1%` (at least one image) or a number of images, `5`.
+        share: a percentage of every class such as `1%` (at least one image), or a number of images per class, `5`.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: `share` is neither.
     """
     number = share.removesuffix("%")
     try:
@@ -188,7 +189,9 @@ def low_shot(labels: torch.Tensor, share: str, seed: int) -> torch.Tensor:
     except ValueError:
         value = 0
     if not 0 < value < (100 if share.endswith("%") else math.inf):
-        raise ValueError(f"{share!r} is no part of a training set; expected `1%` or a number of images per class, `5`")
+        raise ValueError(
+            f"low_shot {share!r}: expected a percentage such as `1%`, or a number of images per class such as `5`"
+        )
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     kept = []
     for label in labels.unique().tolist():
@@ -199,7 +202,7 @@ def low_shot(labels: torch.Tensor, share: str, seed: int) -> torch.Tensor:
 
 
 def rank_classes(scores: torch.Tensor, k: int) -> torch.Tensor:
-    """The k best classes of every image, best first: (N, C) -> int64 (N, min(k, C)); of equal scores the first."""
+    """(N, C) -> int64 (N, min(k, C)), the k classes with the highest scores, best first; ties: lowest index first."""
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
@@ -213,19 +216,19 @@ def knn_classify(
     same: torch.Tensor | None = None,
     show_progress: bool = False,
 ) -> torch.Tensor:
-    """Weighted k nearest neighbours (Wu et al. 2018, section 3.4; DINO's protocol).
+    """Weighted k-NN classification (Wu et al. 2018, section 3.4; DINO's protocol).
 
-    Each of the k training images with the largest cosine votes for its class with weight `exp(cosine / temperature)`.
+    Each of the k training images with the largest cosines votes for its class with weight `exp(cosine / temperature)`.
 
     Args:
         train_features: (M, D).
         train_labels: int64 (M,), in [0, num_classes).
         features: (N, D), of the images to classify.
-        k: neighbours; all of them if there are fewer.
-        same: bool (N, M), True where a training image is the one to classify, and has no vote; None for none.
+        k: number of neighbours; all M if there are fewer.
+        same: bool (N, M), True where a training image is the image to classify, and has no vote; None if none is.
 
     Returns:
-        (N, C), the sums of the votes.
+        (N, C), the sums of the votes for each class.
     """
     _check(train_features, train_labels, num_classes)
     train_features, features = normalize(train_features, dim=1), normalize(features, dim=1)
@@ -241,17 +244,18 @@ def knn_classify(
 
 
 def _vote(cosines: torch.Tensor, labels: torch.Tensor, num_classes: int, k: int, temperature: float) -> torch.Tensor:
-    """(N, M) -> (N, C)."""
-    nearest, neighbours = cosines.topk(k, dim=1)  # (N, k)
+    """Votes of the k nearest: (N, M) -> (N, C)."""
+    similarities, neighbours = cosines.topk(k, dim=1)  # (N, k)
     votes = torch.zeros(len(cosines), num_classes, device=cosines.device)
-    return votes.scatter_add_(1, labels[neighbours], (nearest / temperature).exp())
+    return votes.scatter_add_(1, labels[neighbours], (similarities / temperature).exp())
 
 
 def check_labels(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> None:
-    """Raise `ValueError` unless there is a label of the classes for each of at least 2 images."""
+    """Raise `ValueError` unless every image has a label in [0, num_classes), with at least 2 images and classes."""
     if labels.shape != features.shape[:1] or len(features) < 2:
         raise ValueError(
-            f"features are {tuple(features.shape)} and labels {tuple(labels.shape)}; expected as many, and 2 at least"
+            f"features have shape {tuple(features.shape)} and labels {tuple(labels.shape)}; expected one label per "
+            f"image, and at least 2 images"
         )
     if num_classes < 2 or labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(
@@ -262,7 +266,7 @@ def check_labels(features: torch.Tensor, labels: torch.Tensor, num_classes: int)
 
 def _check(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> None:
     if features.ndim != 2:
-        raise ValueError(f"features are {tuple(features.shape)}; expected (N, D)")
+        raise ValueError(f"features have shape {tuple(features.shape)}; expected (N, D)")
     check_labels(features, labels, num_classes)
     if not features.isfinite().all():
-        raise ValueError("features hold NaN or infinity; expected finite numbers")
+        raise ValueError("features contain NaN or infinity; expected finite numbers")

@@ -1,4 +1,4 @@
-"""Linear probing by MAE's protocol: the encoder runs at every step, on fresh crops.
+"""Linear probing by MAE's protocol: the encoder runs at every step, on new random crops.
 
 He et al. 2022, appendix A.1 and table 9; facebookresearch/mae, `main_linprobe.py`: batch norm without a learned scale,
 a linear layer, LARS without weight decay, random resized crops and flips.
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import BaseImageProcessor
+from transformers import ViTImageProcessorPil
 
 from modeling_umae import UMAEModel
 from umae.data.batches import CROP_SCALE, Plan, TrainingImages, check_fills_a_step, decode_all, training_loader
@@ -28,10 +28,10 @@ from umae.training.hardware import fast_attention
 from umae.training.schedules import learning_rate_at
 
 EPSILON = 1e-6  # of the batch norm
-KEPT = 0.1  # share of a batch in the running mean and variance
+BATCH_SHARE = 0.1  # of a batch in the running mean and variance
 INIT_STD = 0.01
 MOMENTUM, TRUST = 0.9, 0.001  # of LARS
-ENCODED_AT_ONCE = 64  # images: few enough for a CPU's caches, enough for a GPU
+ENCODER_BATCH = 64  # images per forward pass: few enough for a CPU's caches, enough for a GPU
 PROTOCOL = {
     "head": f"batch norm without scale and shift (epsilon {EPSILON:g}, over the batch of all processes), then linear",
     "initialisation": f"weights truncated normal with standard deviation {INIT_STD}, biases 0",
@@ -42,7 +42,7 @@ PROTOCOL = {
 
 @dataclass(frozen=True)
 class ProbeSchedule:
-    """Lengths in epochs; the learning rate for 256 images a step, scaled by the batch."""
+    """Lengths in epochs; `base_learning_rate` is for 256 images per step, and scaled with the batch size."""
 
     epochs: int = 90
     warmup_epochs: float = 10
@@ -54,10 +54,9 @@ class ProbeSchedule:
 
 
 class BatchNormHead:
-    """Batch norm without a learned scale, a linear layer, and LARS (You, Gitman & Ginsburg 2017) to train them.
+    """Batch norm without a learned scale, a linear layer, and LARS (You, Gitman & Ginsburg 2017) to train it.
 
-    LARS scales the gradient of the weights by `TRUST * |weights| / |gradient|`, but not that of the biases, before its
-    momentum.
+    Before the momentum, LARS scales the gradient of the weights by `TRUST * |weights| / |gradient|`; not the biases'.
     """
 
     def __init__(self, num_classes: int, width: int, seed: int, device: torch.device, dtype=torch.float32):
@@ -69,15 +68,15 @@ class BatchNormHead:
         self.mean, self.variance = torch.zeros_like(self.weight[0]), torch.ones_like(self.weight[0])
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All it needs to continue; written to, they put it back."""
+        """The state to continue from, as references: copying into these tensors restores it."""
         names = ("weight", "bias", "weight_momentum", "bias_momentum", "mean", "variance")
         return dict(zip(names, (self.weight, self.bias, *self.momenta, self.mean, self.variance), strict=True))
 
     def step(self, features: torch.Tensor, labels: torch.Tensor, learning_rate: float) -> torch.Tensor:
-        """One step on (batch, D) and int64 (batch,); the same on every process. Returns the cross entropy before it."""
+        """One LARS step on (batch, D) and int64 (batch,), the same on every process; the cross entropy before it."""
         variance, mean = torch.var_mean(features, dim=0, correction=0)
-        self.mean.lerp_(mean, KEPT)
-        self.variance.lerp_(variance * len(features) / max(len(features) - 1, 1), KEPT)
+        self.mean.lerp_(mean, BATCH_SHARE)
+        self.variance.lerp_(variance * len(features) / max(len(features) - 1, 1), BATCH_SHARE)
         inputs = (features - mean) * (variance + EPSILON).rsqrt()
         logits = torch.addmm(self.bias, inputs, self.weight.T)
         error = cross_entropy_gradient(logits, labels)
@@ -91,7 +90,7 @@ class BatchNormHead:
         return torch.nn.functional.cross_entropy(logits, labels)
 
     def folded(self, chosen: dict[str, float]) -> LinearHead:
-        """The head in evaluation mode, by the running mean and variance, as one linear layer of raw features."""
+        """The head in evaluation mode (running mean and variance) as one linear layer of the raw features."""
         weight = self.weight * (self.variance + EPSILON).rsqrt()
         return LinearHead(weight, self.bias - weight @ self.mean, chosen)
 
@@ -99,7 +98,7 @@ class BatchNormHead:
 def train_mae_probe(
     encoder: UMAEModel,
     images: Images,
-    processor: BaseImageProcessor,
+    processor: ViTImageProcessorPil,
     num_classes: int,
     schedule: ProbeSchedule,
     batch_size: int,
@@ -109,23 +108,23 @@ def train_mae_probe(
     state: Path,
     torch_compile: bool = False,
 ) -> tuple[dict[str, LinearHead], dict[str, Any]]:
-    """A head on the class token and one on the mean of the patches, trained side by side.
+    """A head on the class token and one on the mean of the patch tokens, trained side by side.
 
-    Every process encodes its share of a batch, and takes the same step on all of it. Called again after an
-    interruption, it continues after the last whole epoch, to the same bits.
+    Every process encodes its share of a batch and takes the same step on the whole batch. Called again after an
+    interruption, it continues after the last complete epoch, with bit-identical results.
 
     Args:
-        encoder: frozen, loaded with `pooling="mean"`; in the accelerator's precision.
-        batch_size: images of a step on each process.
-        state: the file for what it needs to continue, in a folder that all processes see; replaced after every epoch.
+        encoder: loaded with `pooling="mean"`; runs frozen, in the accelerator's precision.
+        batch_size: images per step and process.
+        state: file of the training state, in a folder that all processes share; replaced after every epoch.
         torch_compile: compile every layer of the encoder.
 
     Returns:
-        The heads by `cls` and `mean`, and a record: effective batch, steps, peak learning rate, the encoder's
+        The heads by `cls` and `mean`, and a record: effective batch size, steps, peak learning rate, the encoder's
             precision, mean loss of every epoch.
 
     Raises:
-        ValueError: there are fewer images than a batch, the warm-up is longer than the whole, or `state` is that of
+        ValueError: there are fewer images than a batch, the warm-up is not shorter than the training, or `state` is of
             another probe.
     """
     device = accelerator.device
@@ -133,11 +132,11 @@ def train_mae_probe(
     check_fills_a_step(plan, images.description)
     if schedule.warmup_epochs >= schedule.epochs:
         raise ValueError(
-            f"warmup_epochs {schedule.warmup_epochs:g} is no less than num_train_epochs {schedule.epochs}; lower it"
+            f"warmup_epochs {schedule.warmup_epochs:g} must be less than num_train_epochs {schedule.epochs}; lower it"
         )
     labels = images.labels().to(device)
     heads = {name: BatchNormHead(num_classes, encoder.config.hidden_size, seed, device) for name in ("cls", "mean")}
-    encoder = copy.deepcopy(encoder).to(device).eval()  # the caller's own stays as it is
+    encoder = copy.deepcopy(encoder).to(device).eval()  # the caller's is not changed
     encoder.set_attn_implementation(fast_attention(accelerator))
     if torch_compile:
         compile_layers(encoder)
@@ -154,11 +153,11 @@ def train_mae_probe(
         "seed": seed,
     }
     if state.exists():
-        found = read_tensors(state, identity)
-        before = found.pop("losses")
-        done = len(before)
-        losses[:done] = before
-        for name, tensor in found.items():
+        saved = read_tensors(state, identity)
+        saved_losses = saved.pop("losses")
+        done = len(saved_losses)
+        losses[:done] = saved_losses
+        for name, tensor in saved.items():
             tensors[name].copy_(tensor)
     bar = progress_bar(
         total=total, initial=done, desc="linear probe", unit="step", disable=not accelerator.is_main_process
@@ -166,8 +165,8 @@ def train_mae_probe(
     batches = encoded_batches(encoder, images, processor, plan, done, total, num_workers, accelerator)
     for step, (encoded, index) in enumerate(batches, start=done):
         learning_rate = schedule.learning_rate(step, plan)
-        for i, head in enumerate(heads.values()):
-            losses[step, i] = head.step(encoded[:, i], labels[index], learning_rate)
+        for column, head in enumerate(heads.values()):
+            losses[step, column] = head.step(encoded[:, column], labels[index], learning_rate)
         bar.update()
         if (step + 1) % plan.steps_per_epoch == 0:
             if not losses.isfinite().all():
@@ -177,23 +176,27 @@ def train_mae_probe(
     bar.close()
     means = losses.view(schedule.epochs, plan.steps_per_epoch, len(heads)).mean(dim=1)
     peak = schedule.base_learning_rate * plan.images_per_step / 256
-    record = {"pictures_per_step": plan.images_per_step, "steps": total, "learning_rate": peak}
-    record["mixed_precision"] = accelerator.mixed_precision
-    record["epoch_losses"] = {name: means[:, i].tolist() for i, name in enumerate(heads)}
+    record: dict[str, Any] = {
+        "pictures_per_step": plan.images_per_step,
+        "steps": total,
+        "learning_rate": peak,
+        "mixed_precision": accelerator.mixed_precision,
+        "epoch_losses": {name: means[:, column].tolist() for column, name in enumerate(heads)},
+    }
     return {name: head.folded({"learning_rate": peak}) for name, head in heads.items()}, record
 
 
 def encoded_batches(
     encoder: UMAEModel,
     images: Images,
-    processor: BaseImageProcessor,
+    processor: ViTImageProcessorPil,
     plan: Plan,
     start_step: int,
     stop_step: int,
     num_workers: int,
     accelerator: Accelerator,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Features of fresh crops, (images of a step on all processes, 2, D), and the images' indices."""
+    """Per step: features of new random crops, (images of all processes, 2, D), and the images' indices, int64."""
     config, device = encoder.config, accelerator.device
     decoded = decode_all(images, show_progress=accelerator.is_main_process)
     crops = TrainingImages(images, config.image_height_width, plan.seed, decoded, CROP_SCALE)
@@ -202,17 +205,17 @@ def encoded_batches(
     )
     for batch in loader:
         for reason in batch["refusals"].values():
-            raise ValueError(f"{reason}: repair or remove it; a probe uses every image")
+            raise ValueError(f"{reason}: repair or remove this image; a probe uses every image")
         with torch.no_grad(), accelerator.autocast():
             pixels = flipped_and_normalized(batch, device, plan.seed, processor.image_mean, processor.image_std)
-            parts = [frozen_features(encoder, part) for part in pixels.split(ENCODED_AT_ONCE)]
+            parts = [frozen_features(encoder, part) for part in pixels.split(ENCODER_BATCH)]
             encoded = torch.cat(parts).float()
         yield accelerator.gather(encoded), accelerator.gather(on_device(batch["index"], device))
 
 
 def _hash(encoder: UMAEModel) -> str:
-    """SHA-256 of the weights."""
-    found = hashlib.sha256()
+    """SHA-256 of the weights, in hexadecimal."""
+    digest = hashlib.sha256()
     for name, tensor in sorted(encoder.state_dict().items()):
-        found.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Metrics of the evaluate library as classes: evaluate.load would fetch them from the Hub."""
+"""Metrics for the evaluate library, as classes: `evaluate.load` would download them from the Hub."""
 
 import datasets
 import evaluate
@@ -10,18 +10,18 @@ from umae.evaluation.collapse import FeatureStatistics, alignment
 
 
 class TopKAccuracy(evaluate.Metric):
-    """Share of images whose label is the best guess (top1) or among the five best (top5), as fractions in 0..1.
+    """Top-1 and top-5 accuracy as fractions in [0, 1].
 
     `TopKAccuracy().compute(predictions=scores.topk(5).indices, references=labels)` gives `{"top1": ..., "top5": ...}`;
-    with fewer than five guesses per image there is no top5. It takes ranks, not scores, because evaluate turns all
-    numbers into Python objects: five guesses for 60,000 images take half a second, their 1,000 scores a minute.
+    with fewer than five guesses per image there is no top5. It takes ranked classes, not scores, because evaluate turns
+    all numbers into Python objects: five guesses for 60,000 images take half a second, their 1,000 scores a minute.
 
     Args of compute:
         predictions: int (images, guesses), class indices, best first.
         references: int (images,), the labels.
 
     Raises:
-        ValueError: if the shapes do not match, or predictions are not whole numbers.
+        ValueError: the shapes do not match, or predictions are not whole numbers.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -30,7 +30,7 @@ class TopKAccuracy(evaluate.Metric):
             citation="",
             inputs_description=self.__doc__,
             features=datasets.Features(
-                # Floats, because as int64 scores passed by mistake would be cut off to whole numbers without a word.
+                # Floats, because int64 would silently truncate scores that are passed by mistake
                 {"predictions": datasets.Sequence(datasets.Value("float64")), "references": datasets.Value("int64")}
             ),
         )
@@ -46,7 +46,7 @@ class TopKAccuracy(evaluate.Metric):
 
 
 class Collapse(evaluate.Metric):
-    """How far features have collapsed: every measure of `umae.evaluation.collapse.MEASURES`.
+    """Measures of collapse: all of `umae.evaluation.collapse.MEASURES`.
 
     `Collapse().compute(predictions=features)` gives `{"effective_rank": ..., "participation_ratio": ..., ...}`.
 
@@ -54,7 +54,7 @@ class Collapse(evaluate.Metric):
         predictions: float (images, dimensions), the features.
 
     Raises:
-        ValueError: if they are not a matrix of finite numbers.
+        ValueError: the features are not a matrix of finite numbers.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -72,22 +72,22 @@ class Collapse(evaluate.Metric):
 
 
 class Alignment(evaluate.Metric):
-    """How near the features of two views of an image are, see `umae.evaluation.collapse.alignment`.
+    """Alignment of the features of two views of each image, see `umae.evaluation.collapse.alignment`.
 
-    `Alignment().compute(predictions=features, references=others)` gives `{"alignment": ...}`, from 0, the same
-    direction, to 4, opposite ones.
+    `Alignment().compute(predictions=features, references=others)` gives `{"alignment": ...}`, from 0 (the same
+    direction) to 4 (opposite directions).
 
     Args of compute:
         predictions, references: float (images, dimensions), of the same images in the same order.
 
     Raises:
-        ValueError: if they are not two matrices of one shape, of finite numbers.
+        ValueError: the features are not two matrices of finite numbers, of the same shape.
     """
 
     def _info(self) -> evaluate.MetricInfo:
         rows = datasets.Sequence(datasets.Value("float64"))
         return evaluate.MetricInfo(
-            description="Mean squared distance of the directions of paired features.",
+            description="Mean squared distance between the directions of paired features.",
             citation="",
             inputs_description=self.__doc__,
             features=datasets.Features({"predictions": rows, "references": rows}),

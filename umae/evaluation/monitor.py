@@ -1,6 +1,6 @@
-"""What is learned, while it is learned: measures of the features of a few images that stay the same.
+"""Evaluation during training: measures of the features of a fixed set of images, the probe images.
 
-Nothing here changes a weight of the model or a random number of training.
+Nothing here changes the model's weights or the random numbers of the training.
 """
 
 import math
@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import layer_norm
-from transformers import BaseImageProcessor
+from transformers import ViTImageProcessorPil
 
 from configuration_umae import UMAEConfig
 from image_processing_umae import UnreadableImage
@@ -24,21 +24,21 @@ from umae.data.streaming import Stream
 from umae.evaluation.diagnosis import VIEWS, Diagnosis
 from umae.evaluation.linear import knn_classify
 from umae.evaluation.online import MemoryBank, OnlineClassifier
-from umae.evaluation.reconstruction import SHOWN, reconstructions
+from umae.evaluation.reconstruction import FIGURE_IMAGES, reconstructions
 from umae.speed import encoder_flops, training_flops
 
-MOST_IMAGES = 512  # that are looked at
-SHARE = 0.01  # of training's arithmetic, by default
-OBSERVED_STEPS = 2  # the online classifier learns from every second step: on tiny models each would cost 1.5 %
-BANK = 16_384  # training features among which neighbours are sought, as many as there are images at most
-NEIGHBOURS = 20
+MOST_IMAGES = 512  # probe images
+SHARE = 0.01  # of the training's FLOPs that evaluation takes by default
+OBSERVED_STEPS = 2  # the online classifier is trained at every second step: every step would cost a tiny model 1.5 %
+BANK = 16_384  # training features kept for k-NN, at most one per training image
+NEIGHBOURS = 20  # k of k-NN
 
 
 def usual_steps(config: UMAEConfig, plan: Plan, count: int) -> int:
-    """Steps from one look to the next with which looking takes SHARE of training's arithmetic.
+    """Steps between evaluations with which these take SHARE of the training's FLOPs.
 
     Args:
-        count: images that are looked at.
+        count: number of probe images.
     """
     patches, trained = config.grid[0] * config.grid[1], training_flops(config)
     visible = patches - config.num_hidden_patches
@@ -48,7 +48,7 @@ def usual_steps(config: UMAEConfig, plan: Plan, count: int) -> int:
 
 
 def classes_of(train: Images | Stream, probe_images: Images | Stream) -> int | None:
-    """How many classes both data sets have labels of; None without labels, or with labels that do not agree."""
+    """The number of classes that both data sets share; None if one has no labels, or if the classes differ."""
     if isinstance(train, Stream) or isinstance(probe_images, Stream) or train.label_names != probe_images.label_names:
         return None
     try:
@@ -61,16 +61,17 @@ def classes_of(train: Images | Stream, probe_images: Images | Stream) -> int | N
 
 @dataclass(frozen=True)
 class ProbeImages:
-    """The images that are looked at: `count` of them, this process' share in batches of one size.
+    """This process' share of the probe images, in batches of equal size.
 
-    Every process has as many batches as any other, with the first images again at the end.
+    Every process has the same number of batches: the first images repeat at the end.
 
     Args:
+        count: number of probe images on all processes together.
         pixel_values: uint8 (batches, batch, channels, height, width).
-        index: int64 (batches, batch), in their data set.
+        index: int64 (batches, batch), indices in their data set.
         readable: bool (batches, batch).
-        labels: int64 (count,), None if there are none.
-        trained_on: int64 (count,), where they are among the training images; None if they are held out.
+        labels: int64 (count,), None without labels.
+        trained_on: int64 (count,), their indices among the training images; None if they are held out.
     """
 
     count: int
@@ -84,48 +85,48 @@ class ProbeImages:
 def prepare_probe_images(
     accelerator: Accelerator,
     images: Images | Stream,
-    processor: BaseImageProcessor,
+    processor: ViTImageProcessorPil,
     size: tuple[int, int],
     batch_size: int,
     with_labels: bool,
     seed: int,
     trained_on: bool = False,
 ) -> ProbeImages:
-    """Read this process' share of at most MOST_IMAGES; of a stream the first that it gives.
+    """Read this process' share of at most MOST_IMAGES images; of a stream, its first readable ones.
 
     Args:
-        trained_on: `images` are those that the model is trained on.
+        with_labels: `images` is not a stream, and its labels are needed.
+        trained_on: `images` are the training images.
     """
-    # Each is read by one process, but a stream only as a whole
-    streamed = dict(images.sample(seed, MOST_IMAGES)) if isinstance(images, Stream) else {}
-    indices = list(streamed) or images.spread(MOST_IMAGES, seed)
+    streamed = dict(images.sample(seed, MOST_IMAGES)) if isinstance(images, Stream) else {}  # read by every process
+    indices = torch.tensor(list(streamed) if isinstance(images, Stream) else images.spread(MOST_IMAGES, seed))
     count, processes = len(indices), accelerator.num_processes
     batch_size = min(batch_size, math.ceil(count / processes))
     batches = math.ceil(count / (batch_size * processes))
-    indices = torch.tensor(indices)
     index = indices[torch.arange(batches * processes * batch_size) % count]
     index = index.view(batches, processes, batch_size)[:, accelerator.process_index]
     pixel_values = torch.zeros(*index.shape, 3, *size, dtype=torch.uint8)
     readable = torch.zeros(index.shape, dtype=torch.bool)
     for position in np.ndindex(*index.shape):
+        i = int(index[position])
         try:
-            image = streamed[int(index[position])] if streamed else images.read(int(index[position]))
+            image = streamed[i] if isinstance(images, Stream) else images.read(i)
         except UnreadableImage:
             continue
         prepared = processor(images=image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
         pixel_values[position], readable[position] = prepared[0].round().clamp(0, 255).byte(), True
-    labels = images.labels()[indices] if with_labels else None
+    labels = images.labels()[indices] if with_labels and isinstance(images, Images) else None
     return ProbeImages(count, pixel_values, index, readable, labels, indices if trained_on else None)
 
 
 class Monitor:
-    """Looks at a model that is being trained.
+    """Evaluates a model on the probe images during its training.
 
     Args:
-        probe_images: what it is shown.
-        train_labels: int64 (N,), the labels of the training images, None for no online classifier.
-        num_classes: of those labels.
-        processor: has the images' mean and standard deviation.
+        probe_images: this process' share of them.
+        train_labels: int64 (N,), the labels of the training images; None for no online classifier and no k-NN.
+        num_classes: of those labels; None together with them.
+        processor: provides the mean and standard deviation that normalise the images.
     """
 
     def __init__(
@@ -135,76 +136,84 @@ class Monitor:
         probe_images: ProbeImages,
         train_labels: torch.Tensor | None,
         num_classes: int | None,
-        processor: BaseImageProcessor,
+        processor: ViTImageProcessorPil,
         seed: int,
     ):
         self.accelerator, self.config, self.probe_images, self.seed = accelerator, config, probe_images, seed
-        self.num_classes = num_classes
         self.mean, self.std = processor.image_mean, processor.image_std
-        self.train_labels = self.classifier = self.bank = None
-        if num_classes is not None:
+        self.train_labels: torch.Tensor | None = None
+        self.classifier: OnlineClassifier | None = None
+        self.bank: MemoryBank | None = None
+        if num_classes is not None and train_labels is not None:
             self.train_labels = train_labels.to(accelerator.device)
             self.classifier = OnlineClassifier(num_classes, config.hidden_size, accelerator)
             self.bank = MemoryBank(min(BANK, len(train_labels)), accelerator)
 
     def observe(self, features: torch.Tensor, index: torch.Tensor) -> None:
-        """Train the online classifier on a micro-batch, and remember its features; see `train_step`."""
-        if self.classifier is not None:
-            index = index.to(self.accelerator.device, non_blocking=True)
-            self.classifier.update(features, self.train_labels[index])
-            self.bank.update(features, index)
+        """Train the online classifier on a micro-batch, and add its features to the memory bank; see `train_step`."""
+        if self.classifier is None or self.bank is None or self.train_labels is None:
+            return
+        index = index.to(self.accelerator.device, non_blocking=True)
+        self.classifier.update(features, self.train_labels[index])
+        self.bank.update(features, index)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All it needs to continue with what it has observed, on the CPU; every process calls it."""
-        if self.classifier is None:
+        """The state of the online classifier and the memory bank, on the CPU; every process must call this."""
+        if self.classifier is None or self.bank is None:
             return {}
         return self.classifier.tensors() | {name: tensor.cpu() for name, tensor in self.bank.gathered().items()}
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Put back what `tensors` returned."""
-        if self.classifier is not None and tensors:
-            bank = {name: tensor for name, tensor in tensors.items() if name.startswith("bank_")}
-            self.classifier.restore({name: tensor for name, tensor in tensors.items() if name not in bank})
-            if bank:  # checkpoints of older versions have none
-                self.bank.restore(bank)
+        """Restore the state that `tensors` returned."""
+        if self.classifier is None or self.bank is None or not tensors:
+            return
+        bank = {name: tensor for name, tensor in tensors.items() if name.startswith("bank_")}
+        self.classifier.restore({name: tensor for name, tensor in tensors.items() if name not in bank})
+        if bank:  # checkpoints of older versions have none
+            self.bank.restore(bank)
 
-    def evaluate(self, model: nn.Module, batch: dict, step: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Every process calls it; the main one gets the measures, by name, and reconstructions to look at.
+    def evaluate(
+        self, model: nn.Module, batch: dict, step: int
+    ) -> tuple[dict[str, float | None], dict[str, np.ndarray]]:
+        """Evaluate the model on the probe images; every process must call this.
 
         Args:
-            model: as prepared by the accelerator, in training mode; left as it is.
-            batch: a micro-batch, on which the gradients of the two terms are compared.
-            step: optimiser steps so far.
+            model: as prepared by the accelerator, in training mode; not changed.
+            batch: a micro-batch for `gradient_norms`.
+            step: optimiser steps done.
 
         Returns:
-            Measures, each as `name_pooling` (see `Diagnosis`), `online_top1` and `online_knn_top1` if labels have been
-            observed, in 0..1, and the gradients' norms; and what `reconstructions` returns.
+            On the main process: measures by name, those of `Diagnosis` as `name_pooling`, `online_top1` and
+            `online_knn_top1` in [0, 1] if labelled features have been observed, and the gradient norms; and the images
+            of `reconstructions`. On the others nothing.
         """
-        values = self.gradient_norms(model, batch, step)
+        norms = self.gradient_norms(model, batch, step)
         model.eval()
-        with torch.compiler.set_stance("force_eager"):  # other shapes than training's are not worth compiling
+        with torch.compiler.set_stance("force_eager"):  # compiling for the shapes of the evaluation does not pay
             encoded = torch.cat([self._encode(model, position) for position in range(len(self.probe_images.index))])
             encoded = encoded[: self.probe_images.count]
-            shown = self._reconstruct(model)
+            images = self._reconstruct(model)
         model.train()
         bank = {} if self.bank is None else self.bank.gathered()
-        return (self._measures(encoded.cpu(), bank) | values, shown) if self.accelerator.is_main_process else ({}, {})
+        if not self.accelerator.is_main_process:
+            return {}, {}
+        return {**self._measures(encoded.cpu(), bank), **norms}, images
 
     def gradient_norms(self, model: nn.Module, batch: dict, step: int) -> dict[str, float | None]:
-        """How strongly either term, with its weight, pulls at the encoder: norms of their gradients for a micro-batch.
+        """Norms of the encoder's gradients of the two loss terms, each with its weight, for a micro-batch.
 
-        None if it is not finite, as may happen in fp16.
+        None for a norm that is not finite, as may happen in fp16.
         """
         encoder = self.accelerator.unwrap_model(model).vit
         weight, patches = self.config.uniformity_weight, self.config.grid[0] * self.config.grid[1]
         inputs = device_inputs(batch, self.accelerator.device, patches, self.seed, self.mean, self.std)
         scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
         scale /= self.accelerator.gradient_accumulation_steps  # what `backward` multiplies by
-        norms = {}
+        norms: dict[str, float | None] = {}
         for name, weights in {"reconstruction": (1.0, 0.0), "uniformity": (0.0, weight)}.items():
             seeding.seed_forward(self.seed, step, 0, self.accelerator.process_index)
             output = model(inputs[0], noise=inputs[1])
-            # Both terms, so that every parameter has a gradient, as DistributedDataParallel expects
+            # DistributedDataParallel expects a gradient of every parameter, so the other term has weight 0
             self.accelerator.backward(weights[0] * output.reconstruction_loss + weights[1] * output.uniformity_loss)
             norm = nn.utils.get_total_norm([p.grad for p in encoder.parameters() if p.grad is not None])
             norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item() / scale
@@ -214,8 +223,7 @@ class Monitor:
 
     @torch.no_grad()
     def _encode(self, model: nn.Module, position: int) -> torch.Tensor:
-        """One batch of every process, (all their images, 2 * VIEWS + 1, D): as `encode_views`, then what the online
-        classifier sees."""
+        """(images of one batch of every process, 2 * VIEWS + 1, D): as `encode_views`, then the training feature."""
         pixel_values, index = self._batch(position)
         patches, views = self.config.grid[0] * self.config.grid[1], []
         for view in range(VIEWS):
@@ -226,32 +234,36 @@ class Monitor:
             mean = output.features if self.config.pooling == "mean" else layer_norm(mean, (width,), eps=1e-6)
             views += [tokens[:, 0].float(), mean.float()]
             if view == 0:
-                whole = output.features.float()
-        encoded = torch.stack([*views, whole], dim=1)
+                training_feature = output.features.float()
+        encoded = torch.stack([*views, training_feature], dim=1)
         readable = self.probe_images.readable[position].to(encoded.device)
         return self.accelerator.gather(encoded.where(readable[:, None, None], torch.nan))
 
     def _batch(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised pixel values (batch, channels, height, width) and indices (batch,) on the device."""
         device = self.accelerator.device
         pixel_values = normalize(self.probe_images.pixel_values[position].to(device), self.mean, self.std)
         return pixel_values, self.probe_images.index[position].to(device)
 
     @torch.no_grad()
     def _reconstruct(self, model: nn.Module) -> dict[str, np.ndarray]:
-        pixel_values, index = (values[:SHOWN] for values in self._batch(0))
+        pixel_values, index = (values[:FIGURE_IMAGES] for values in self._batch(0))
         noise = seeding.uniform(0, seeding.MASK, 1, index, self.config.grid[0] * self.config.grid[1])
         output = model(pixel_values, noise=noise, output_logits=True)
         return reconstructions(output, pixel_values, self.config, self.mean, self.std)
 
     def _measures(self, encoded: torch.Tensor, bank: dict[str, torch.Tensor]) -> dict[str, float]:
-        diagnosis, values = Diagnosis(), {}
+        """Measures of `Diagnosis` and accuracies of the features (count, 2 * VIEWS + 1, D); NaN where unreadable."""
+        diagnosis = Diagnosis()
+        values: dict[str, float] = {}
         diagnosis.add(encoded[:, : 2 * VIEWS])
-        if diagnosis.count == 0:  # a run does not end for want of something to look at
+        if diagnosis.count == 0:  # training continues if no probe image can be evaluated
             return values
         for pooling, measures in diagnosis.measures().items():
             values |= {f"{name}_{pooling}": value for name, value in measures.items()}
-        if not bank or bank["bank_index"].numel() < 2:
+        if self.classifier is None or not bank or bank["bank_index"].numel() < 2:
             return values
+        assert self.probe_images.labels is not None
         readable = encoded.isfinite().all(dim=(1, 2))
         features, labels = encoded[readable, -1].to(self.accelerator.device), self.probe_images.labels[readable]
         scores = {
@@ -262,9 +274,10 @@ class Monitor:
         return values | {name: hit.double().mean().item() for name, hit in hits.items()}
 
     def _votes(self, features: torch.Tensor, readable: torch.Tensor, bank: dict[str, torch.Tensor]) -> torch.Tensor:
-        """(N, D) -> (N, C), of the nearest features in the memory bank but those of the same image."""
+        """k-NN votes of the memory bank, without the features of the same image: (N, D) -> (N, C)."""
+        assert self.classifier is not None and self.train_labels is not None
         index, same = bank["bank_index"].flatten(), None
         if self.probe_images.trained_on is not None:
             same = self.probe_images.trained_on[readable].to(index.device)[:, None] == index
         labels, known = self.train_labels[index], bank["bank_features"].flatten(0, 1)
-        return knn_classify(known, labels, features, self.num_classes, NEIGHBOURS, same=same)
+        return knn_classify(known, labels, features, self.classifier.num_classes, NEIGHBOURS, same=same)

@@ -1,4 +1,4 @@
-"""What a model reconstructs, as pixels."""
+"""Reconstructions of a model, as pixels."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ import torch
 from configuration_umae import UMAEConfig
 from modeling_umae import UMAEForPreTrainingOutput, patchify, unpatchify
 
-SHOWN = 8  # images side by side
+FIGURE_IMAGES = 8  # images side by side in a figure of reconstructions
 
 
 def reconstructions(
@@ -18,20 +18,21 @@ def reconstructions(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> dict[str, np.ndarray]:
-    """What a model saw of images and made of it, by name: uint8 (images, height, width, channels) each.
+    """Images and their reconstructions: uint8 (images, height, width, channels) each.
 
     Args:
-        output: the model's, with logits, for these images.
+        output: of the model for these images, with logits.
         pixel_values: (images, channels, height, width), normalised by `mean` and `std`.
 
     Returns:
-        `original`; `visible`, the hidden patches grey; `predicted`, all that the model predicts; `pasted`, the
-        predictions where patches were hidden.
+        By name: `original`; `visible`, hidden patches in grey; `predicted`, the predictions of all patches; `pasted`,
+        the visible patches and the predictions of the hidden ones.
     """
+    assert output.logits is not None and output.mask is not None
     patch, grid = config.patch_height_width, config.grid
     true = patchify(pixel_values, patch)
     predicted = output.logits.to(true.dtype)
-    if config.norm_pix_loss:  # the prediction has no level and contrast of its own: give it the true patch's
+    if config.norm_pix_loss:  # predictions are of normalised patches: undo it with the true mean and variance
         predicted = predicted * (true.var(-1, keepdim=True) + 1e-6) ** 0.5 + true.mean(-1, keepdim=True)
     hidden = output.mask[..., None].bool()
     rows = {
@@ -45,5 +46,5 @@ def reconstructions(
 
 def to_pixels(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Undo the normalisation: (images, channels, height, width) -> uint8 (images, height, width, channels)."""
-    mean, std = (torch.tensor(values, device=pixel_values.device)[:, None, None] for values in (mean, std))
-    return ((pixel_values * std + mean).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    shift, scale = (torch.tensor(values, device=pixel_values.device)[:, None, None] for values in (mean, std))
+    return ((pixel_values * scale + shift).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -195,7 +195,7 @@ def make_processor(args: FinetuneModelArguments, size: tuple[int, int]) -> Any:
 
 
 def flops_of(config: UMAEConfig) -> int:
-    """Floating-point operations that train on one image: the backward pass has two products for each of the forward's."""
+    """Floating-point operations that train on one image: the backward pass has twice as many as the forward pass."""
     return 3 * encoder_flops(config, config.grid[0] * config.grid[1])
 
 

@@ -1,4 +1,4 @@
-"""Evaluate a frozen encoder: linear heads, nearest neighbours and an attentive probe."""
+"""Evaluate a frozen encoder: linear heads, k-NN and an attentive probe."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import BaseImageProcessor
+from transformers import ViTImageProcessorPil
 from transformers.utils.logging import disable_progress_bar
 
 from arguments_umae import PROBE, ProbeArguments, arguments_of, check_launch
@@ -37,18 +37,18 @@ from umae.training.hardware import close
 
 NEIGHBOURS, TEMPERATURE = (10, 20), 0.07  # of k-NN, as DINO evaluates
 REPORT = "linear_probe.json"
-STATE = "unfinished-seed-{seed}.safetensors"  # of protocol mae, until the report is there
+STATE = "unfinished-seed-{seed}.safetensors"  # training state of protocol mae, until the report is written
 
 
 @keywords("probe")
 def probe(**given: Any) -> dict[str, Any]:
-    """Evaluate a frozen encoder by linear heads and k-NN: `umae probe` from Python, with the same names as keywords.
+    """Evaluate a frozen encoder by linear heads and k-NN: `umae probe` from Python, with its arguments as keywords.
 
     Returns:
-        The report, as in `linear_probe.json`: accuracies in percent by feature, and the whole protocol.
+        The report, as in `linear_probe.json`: accuracies in percent by feature, and the complete protocol.
 
     Raises:
-        ValueError: an argument, the images, the weights or the folder are not as they should be.
+        ValueError: an argument, the images, the weights or the output folder are not valid.
     """
     return run(*arguments_of(PROBE, given))
 
@@ -56,14 +56,14 @@ def probe(**given: Any) -> dict[str, Any]:
 def run(args: ProbeArguments) -> dict[str, Any]:
     accelerator = Accelerator()
     check_launch(os.environ, accelerator.num_processes)
-    disable_progress_bar()  # transformers' own; extracting has one
+    disable_progress_bar()  # transformers' own; `extract_features` shows one
     output = Path(args.output_dir)
     check_output(output)
 
     encoder = encoder_from_pretrained(args.model_name_or_path)
     pooling = args.pooling or encoder.config.pooling
     processor = load_processor(args.model_name_or_path, encoder.config.image_height_width)
-    with accelerator.main_process_first():  # the others find the main process' cache
+    with accelerator.main_process_first():  # the others then read its cache
         train, test, names = load_labelled(
             args.dataset_name, args.dataset_config_name, args.train_split, args.test_split, args.image_column_name,
             args.label_column_name, accelerator.print,
@@ -75,16 +75,17 @@ def run(args: ProbeArguments) -> dict[str, Any]:
     seeds, layers = parse_seeds(args.seeds), parse_layers(args.layers, encoder.config.num_hidden_layers)
     shares = [share.strip() for share in (args.low_shot or "").split(",") if share.strip()]
     for share in shares:
-        low_shot(train.labels(), share, seed=0)  # refused now rather than after the images have been encoded
+        low_shot(train.labels(), share, seed=0)  # invalid shares fail here, before the images are encoded
     if args.protocol == "mae" and (layers or shares or args.augmented_passes):
-        raise ValueError("layers, low_shot and augmented_passes are of protocol cached; leave out protocol mae")
+        raise ValueError("layers, low_shot and augmented_passes need protocol cached; leave out protocol mae")
 
-    set_pooling(encoder, "mean")  # one pass then gives both features
+    set_pooling(encoder, "mean")  # so that one pass gives both features
     extract = partial(
         extract_features, encoder, processor=processor, batch_size=args.per_device_eval_batch_size,
         num_workers=args.dataloader_num_workers, accelerator=accelerator, layers=layers,
     )  # fmt: skip
-    trained, records = [], {}
+    trained: list[dict[str, LinearHead]] = []
+    records: dict[int, dict[str, Any]] = {}
     if args.protocol == "mae":
         trained, records = mae_heads(args, output, encoder, train, processor, len(names), seeds, accelerator)
     tokens_in = output if args.attentive else None
@@ -122,15 +123,15 @@ def run(args: ProbeArguments) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What will be evaluated
+# Checking the arguments
 
 
 def check_output(output: Path) -> None:
-    """Raise `ValueError` unless the folder is new, empty, or an earlier probe's, which is finished or overwritten."""
+    """Raise `ValueError` unless the folder is new, empty, or of an earlier probe, which is continued or overwritten."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file; give a folder as output_dir")
-    marks = (REPORT, STATE.format(seed="*"))
-    if output.is_dir() and any(output.iterdir()) and not any(any(output.glob(mark)) for mark in marks):
+    patterns = (REPORT, STATE.format(seed="*"))
+    if output.is_dir() and any(output.iterdir()) and not any(any(output.glob(pattern)) for pattern in patterns):
         raise ValueError(f"{output} is not empty and holds no {REPORT}; give a new or empty output_dir")
 
 
@@ -143,7 +144,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def parse_layers(text: str, count: int) -> list[int]:
-    """`3,6` -> [3, 6]; `all` -> all but the last, which is always evaluated; `last` -> none."""
+    """`3,6` -> [3, 6]; `all` -> all but the last, which is always evaluated; `last` -> []."""
     if text in ("last", "all"):
         return list(range(1, count)) if text == "all" else []
     words = [word.strip() for word in text.split(",")]
@@ -161,12 +162,12 @@ def parse_layers(text: str, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """What is known of a set of images.
+    """Features and labels of N images.
 
     Args:
-        views: kinds of features by their names, (V, N, D) each: of the images, and of augmentations of them.
+        views: (V, N, D) by feature name (`cls`, `mean`, ...): of the images, then of V - 1 augmentations of them.
         labels: int64 (N,).
-        tokens: float16 (N, T, D), on the CPU, if there is to be an attentive probe.
+        tokens: float16 (N, T, D), on the CPU; None without an attentive probe.
     """
 
     views: dict[str, torch.Tensor]
@@ -174,24 +175,27 @@ class FeatureSet:
     tokens: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, features: dict[str, torch.Tensor], *augmented: dict[str, torch.Tensor], labels: torch.Tensor):
-        tokens = features.pop("tokens", None)
-        views = {
-            name: torch.stack([kind, *(one[name] for one in augmented)]) if augmented else kind[None]
-            for name, kind in features.items()
-        }
+    def of(
+        cls, features: dict[str, torch.Tensor], *augmented: dict[str, torch.Tensor], labels: torch.Tensor
+    ) -> "FeatureSet":
+        """From the features of the images and of their augmentations, as `extract_features` returns them."""
+        tokens, views = features.pop("tokens", None), {}
+        for name, values in features.items():
+            views[name] = torch.stack([values, *(view[name] for view in augmented)]) if augmented else values[None]
         return cls(views, labels, tokens)
 
     @property
     def features(self) -> dict[str, torch.Tensor]:
-        """Those of the images themselves, (N, D) each."""
+        """The features of the unaugmented images: (N, D) by name."""
         return {name: views[0] for name, views in self.views.items()}
 
     def on(self, device: torch.device) -> "FeatureSet":
+        """On a device; the tokens stay on the CPU."""
         views = {name: values.to(device) for name, values in self.views.items()}
         return FeatureSet(views, self.labels.to(device), self.tokens)
 
     def part(self, rows: torch.Tensor) -> "FeatureSet":
+        """Some of the images, without tokens; `rows` are int64 indices."""
         return FeatureSet({name: values[:, rows] for name, values in self.views.items()}, self.labels[rows])
 
 
@@ -200,12 +204,12 @@ def mae_heads(
     output: Path,
     encoder: UMAEModel,
     images: Images,
-    processor: BaseImageProcessor,
+    processor: ViTImageProcessorPil,
     num_classes: int,
     seeds: Sequence[int],
     accelerator: Accelerator,
 ) -> tuple[list[dict[str, LinearHead]], dict[int, dict[str, Any]]]:
-    """For each seed heads on both poolings, by MAE's protocol, and a record of how; every process takes part."""
+    """For each seed: heads on both poolings by MAE's protocol, and a record of the training; all processes call it."""
     output.mkdir(parents=True, exist_ok=True)
     schedule = ProbeSchedule(args.num_train_epochs, args.warmup_epochs, args.base_learning_rate)
     trained, records = [], {}
@@ -221,10 +225,10 @@ def mae_heads(
 def evaluate(
     train: FeatureSet, test: FeatureSet, trained: Sequence[dict[str, LinearHead]], num_classes: int
 ) -> dict[str, dict[str, Any]]:
-    """What every kind of feature is worth, accuracies in percent.
+    """The results of every feature by name, accuracies in percent.
 
     Args:
-        trained: heads for every kind, for each seed.
+        trained: for each seed, the heads by feature name.
     """
     results = {}
     for name, features in test.features.items():
@@ -242,13 +246,13 @@ def evaluate(
 def evaluate_part(
     train: FeatureSet, test: FeatureSet, share: str, seeds: Sequence[int], num_classes: int
 ) -> dict[str, dict[str, Any]]:
-    """Linear heads trained on a part of every class, another one for each seed."""
-    found: dict[str, list] = {name: [] for name in train.views}
+    """Results of linear heads trained on a part of every class, a different part for each seed."""
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in train.views}
     for seed in seeds:
         part = train.part(low_shot(train.labels, share, seed).to(train.labels.device))
         for name, head in train_linear_heads(part.views, part.labels, num_classes, seed).items():
-            found[name].append(evaluate_head(head, test.features[name], test.labels))
-    return {name: {"pictures": len(part.labels), **over_seeds(results)} for name, results in found.items()}
+            results[name].append(evaluate_head(head, test.features[name], test.labels))
+    return {name: {"pictures": len(part.labels), **over_seeds(by_seed)} for name, by_seed in results.items()}
 
 
 def evaluate_attentive(
@@ -259,29 +263,34 @@ def evaluate_attentive(
     num_attention_heads: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """An attentive head on the patch tokens, for each seed."""
-    heads = (
-        train_attentive_head(train.tokens, train.labels, num_classes, num_attention_heads, seed, device)
-        for seed in seeds
-    )
-    return over_seeds([evaluate_head(head, test.tokens, test.labels) for head in heads])
+    """Results of an attentive head on the patch tokens, trained for each seed."""
+    assert train.tokens is not None and test.tokens is not None
+    results = []
+    for seed in seeds:
+        head = train_attentive_head(train.tokens, train.labels, num_classes, num_attention_heads, seed, device)
+        results.append(evaluate_head(head, test.tokens, test.labels))
+    return over_seeds(results)
 
 
 def evaluate_head(
     head: LinearHead | AttentiveHead, features: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, float | None]:
+    """Accuracies of a head in percent (top5 None with at most 5 classes), and what was chosen for it."""
     scores = head(features)
-    found = topk_accuracy(rank_classes(scores, 5 if scores.shape[1] > 5 else 1), labels)
+    accuracies = topk_accuracy(rank_classes(scores, 5 if scores.shape[1] > 5 else 1), labels)
     chosen = {name: percent(value) if name.endswith("top1") else value for name, value in head.chosen.items()}
-    return {"top1": percent(found["top1"]), "top5": percent(found.get("top5")), **chosen}
+    return {"top1": percent(accuracies["top1"]), "top5": percent(accuracies.get("top5")), **chosen}
 
 
 def over_seeds(results: Sequence[dict[str, float | None]]) -> dict[str, Any]:
-    """The results of one seed; or the means of several seeds' accuracies, their deviations, and all of them."""
+    """The results of one seed; of several their mean accuracies, standard deviations, and all results."""
     if len(results) == 1:
         return dict(results[0])
-    columns = {name: [result[name] for result in results] for name in results[0] if name in ("top1", "top5")}
-    columns = {name: values for name, values in columns.items() if None not in values}
+    columns = {}
+    for name in ("top1", "top5"):
+        values = [value for result in results if (value := result.get(name)) is not None]
+        if len(values) == len(results):
+            columns[name] = values
     return {
         **{name: round(statistics.mean(values), 2) for name, values in columns.items()},
         "deviation": {name: round(statistics.stdev(values), 2) for name, values in columns.items()},
@@ -290,7 +299,7 @@ def over_seeds(results: Sequence[dict[str, float | None]]) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is left behind
+# Writing the results
 
 
 def protocol(
@@ -299,11 +308,11 @@ def protocol(
     test: Images,
     names: list[str],
     pooling: str,
-    processor: BaseImageProcessor,
+    processor: ViTImageProcessorPil,
     seeds: Sequence[int],
     record: dict[int, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Everything needed to repeat the numbers and to evaluate them."""
+    """Everything needed to repeat and to interpret the results."""
     model = Path(args.model_name_or_path)
     return {
         "model": model.resolve().name if model.exists() else args.model_name_or_path,
@@ -330,8 +339,8 @@ def protocol(
 
 
 def precision(record: dict[int, dict[str, Any]]) -> dict[str, str]:
-    """Of the encoder: the accelerator's where protocol mae trains through it, float32 elsewhere."""
-    mixed = {one["mixed_precision"] for one in record.values()} - {"no"}
+    """The encoder's precision: the accelerator's in the training of protocol mae, else float32."""
+    mixed = {of_seed["mixed_precision"] for of_seed in record.values()} - {"no"}
     trained = f"encoder in {mixed.pop()} autocast, heads in float32" if mixed else "float32"
     return {"training": trained, "evaluation": "float32"}
 
@@ -357,9 +366,9 @@ def mae_protocol(args: ProbeArguments, record: dict[int, dict[str, Any]]) -> dic
 
 
 def save_classifier(
-    folder: Path, encoder: UMAEModel, head: LinearHead, names: list[str], processor: BaseImageProcessor
+    folder: Path, encoder: UMAEModel, head: LinearHead, names: list[str], processor: ViTImageProcessorPil
 ) -> None:
-    """The encoder and the head as one model, with the processor that prepared the head's features."""
+    """Save the encoder and the head as one model, with the encoder's image processor."""
     config = copy.deepcopy(encoder.config)
     config.id2label = dict(enumerate(names))
     config.label2id = {name: label for label, name in enumerate(names)}
@@ -371,14 +380,14 @@ def save_classifier(
 
 
 def print_table(report: dict[str, Any], output: Path) -> None:
-    shown = ("top1", "top5", *(f"knn{k}_top1" for k in NEIGHBOURS), "effective_rank", "uniformity")
-    print("".join(f"{title:>16}" for title in ("", *shown)))
-    kinds = {name: result for name, result in report.items() if name not in ("protocol", "low_shot")}
-    parts = report.get("low_shot", {})
-    kinds |= {f"{name}, {share}": result for share, results in parts.items() for name, result in results.items()}
-    for name, result in kinds.items():
+    columns = ("top1", "top5", *(f"knn{k}_top1" for k in NEIGHBOURS), "effective_rank", "uniformity")
+    print("".join(f"{title:>16}" for title in ("", *columns)))
+    rows = {name: result for name, result in report.items() if name not in ("protocol", "low_shot")}
+    for share, results in report.get("low_shot", {}).items():
+        rows |= {f"{name}, {share}": result for name, result in results.items()}
+    for name, result in rows.items():
         cells = [name]
-        for title in shown:
+        for title in columns:
             value = "" if title not in result else "-" if result[title] is None else f"{result[title]:g}"
             deviation = result.get("deviation", {}).get(title)
             cells.append(value if deviation is None else f"{value} +-{deviation:g}")

@@ -1,1 +1,1 @@
-"""What people see of a run: model cards, figures, reports, the Hub."""
+"""Sharing a run: model cards, figures, reports, the Hub."""

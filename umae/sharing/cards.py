@@ -1,9 +1,9 @@
-"""A model card from a run folder and nothing else."""
+"""Model cards, made from the files of a run folder only."""
 
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
@@ -26,10 +26,10 @@ _CITATION = """\
 }
 ```"""
 _READING = """\
-`open_image` reads a file as training did: 16-bit and float greys are scaled to 8 bits, transparency is put on white,
-photographs are turned upright. The processor does the same to an image of `PIL.Image.open`. Three other ways clip
-16-bit and float greys or drop transparency: `.convert("RGB")`, a `pipeline` that is given a path or an address, and a
-processor that is loaded without `trust_remote_code=True`. The features are then those of another image."""
+`open_image` reads a file as training did: 16-bit and float greyscale is scaled to 8 bits, transparency becomes white,
+EXIF orientation is applied. The processor does the same to an image of `PIL.Image.open`. Three other ways clip 16-bit
+and float greyscale or drop transparency: `.convert("RGB")`, a `pipeline` that is given a path or a URL, and a processor
+that is loaded without `trust_remote_code=True`. The features are then those of a different image."""
 _USE = f"""\
 ```python
 import torch
@@ -61,33 +61,33 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of a run's `metrics.jsonl`."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        if "mfu" in line and "matmul_share" not in line:  # older runs called this share so
+        if "mfu" in line and "matmul_share" not in line:  # its name in older runs
             line["matmul_share"] = line.pop("mfu")
     return lines
 
 
 def base_model(name_or_path: str | None) -> list[str]:
-    """What weights are on the Hub, as the card of a model that starts from them names them: their own name there, or
-    for a folder what its card, or else its `config.json`, says that they come from. No path of this machine is given.
+    """The Hub names for `base_model` in the card of a model that starts from these weights: their own name, or for a
+    folder the one in its card, or else in its `config.json`. Never a local path.
 
     Args:
-        name_or_path: what the weights were loaded from; None if they are fresh.
+        name_or_path: where the weights were loaded from; None for newly initialised ones.
     """
     if name_or_path is None or Path(name_or_path).is_file():
         return []
     if not Path(name_or_path).exists():
         return [name_or_path]
     card, config = Path(name_or_path, "README.md"), Path(name_or_path, "config.json")
-    named = None
+    base = None
     if card.is_file():
-        with suppress(ValueError, yaml.YAMLError):  # a text of somebody's own
-            named = (metadata_load(card) or {}).get("base_model")
-    if named is None and config.is_file():
-        named = json.loads(config.read_text()).get("_name_or_path")
-    return [name for name in (named if isinstance(named, list) else [named]) if _is_hub_name(name)]
+        with suppress(ValueError, yaml.YAMLError):  # a README.md without valid metadata
+            base = (metadata_load(card) or {}).get("base_model")
+    if base is None and config.is_file():
+        base = json.loads(config.read_text()).get("_name_or_path")
+    return [name for name in (base if isinstance(base, list) else [base]) if _is_hub_name(name)]
 
 
-def _is_hub_name(name: Any) -> bool:
+def _is_hub_name(name: Any) -> TypeGuard[str]:
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -96,13 +96,13 @@ def _is_hub_name(name: Any) -> bool:
 
 
 def most_dimensions(identity: dict[str, Any]) -> int:
-    """How many dimensions the features of a run's uniformity term can fill, which is of this many images at a time."""
+    """The largest participation ratio that the features in a run's uniformity term can have."""
     passes = 1 if identity["exact_uniformity"] else identity["gradient_accumulation_steps"]
     return min(identity["pictures_per_step"] // passes, identity["config"]["hidden_size"])
 
 
 def model_card(folder: Path, checkpoint: Path | None = None) -> str:
-    """The text of `README.md` for a run folder, or a checkpoint in it: what it is, how to use it, how it was made."""
+    """The text of `README.md` for a run folder, or for a checkpoint in it."""
     run = json.loads((folder / "run.json").read_text())
     config = json.loads(((checkpoint or folder) / "config.json").read_text())
     lines = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
@@ -130,19 +130,20 @@ def model_card(folder: Path, checkpoint: Path | None = None) -> str:
             "Uniformity": f"{lines[-1]['uniformity_loss']:.4f}, i.e. features that fill "
             f"{lines[-1]['participation_ratio']:.1f} of at most {most_dimensions(identity)} dimensions",
         }
-    looked = next((line for line in reversed(lines) if "effective_rank_cls" in line), None)
-    if looked:
-        ranks = [f"{looked[f'effective_rank_{pooling}']:.1f}" for pooling in ("cls", "mean")]
-        facts[f"Effective rank at step {looked['step']:,}"] = f"{ranks[0]} (class token), {ranks[1]} (mean)"
-    images = {
+    evaluation = next((line for line in reversed(lines) if "effective_rank_cls" in line), None)
+    if evaluation:
+        ranks = [f"{evaluation[f'effective_rank_{pooling}']:.1f}" for pooling in ("cls", "mean")]
+        facts[f"Effective rank at step {evaluation['step']:,}"] = f"{ranks[0]} (class token), {ranks[1]} (mean)"
+    titles = {
         "reconstructions.png": "Original, visible, predicted and pasted images",
         "curve.png": "Losses, ranks and accuracies over the steps",
         "spectrum.png": "Singular values of the features",
-        "progress.png": "Reconstructions while it was trained",
-        "neighbours.png": "Images and those with the nearest features",
-        "attention.png": "Where the class token looks",
+        "progress.png": "Reconstructions during training",
+        "neighbours.png": "Images and their nearest neighbours",
+        "attention.png": "Attention of the class token",
     }
-    shown = [f"![{text}]({name})" for name, text in images.items() if checkpoint is None and (folder / name).exists()]
+    existing = [name for name in titles if checkpoint is None and (folder / name).exists()]
+    figures = [f"![{titles[name]}]({name})" for name in existing]
     data = _card_data("image-feature-extraction", [], folder.resolve().name, base, "apache-2.0" if fresh else None)
     return f"""---
 {data.to_yaml()}
@@ -161,9 +162,9 @@ collapsing into a few dimensions.
 
 {_table(facts)}
 
-The losses are means over the last logged window of training. `metrics.jsonl` holds the whole curve.
+The losses are means over the last logging interval. `metrics.jsonl` holds those of all intervals.
 
-{(chr(10) * 2).join(shown)}
+{(chr(10) * 2).join(figures)}
 
 ## Citation
 
@@ -172,18 +173,19 @@ The losses are means over the last logged window of training. `metrics.jsonl` ho
 
 
 def probe_card(folder: Path) -> str:
-    """The text of `README.md` for the folder of a linear probe: a classifier, and what its features are worth."""
+    """The text of `README.md` for the folder of a linear probe: a classifier, and the accuracies of all features."""
     report = json.loads((folder / "linear_probe.json").read_text())
     protocol = report["protocol"]
     metrics = {"top1": "linear probe top-1", "top5": "linear probe top-5"}
     metrics |= {f"knn{k}_top1": f"{k}-NN top-1" for k in protocol["knn"]["k"]}
-    no_kind = ("protocol", "low_shot", "attentive")
-    evaluated = {f"{kind} features": result for kind, result in report.items() if kind not in no_kind}
-    for share, kinds in report.get("low_shot", {}).items():
-        evaluated |= {f"{kind} features, {share} of the labels": result for kind, result in kinds.items()}
-    values = {
-        f"{title}, {kind}": result.get(key) for kind, result in evaluated.items() for key, title in metrics.items()
-    }
+    other_keys = ("protocol", "low_shot", "attentive")
+    evaluated = {f"{feature} features": result for feature, result in report.items() if feature not in other_keys}
+    for share, by_feature in report.get("low_shot", {}).items():
+        for feature, result in by_feature.items():
+            evaluated[f"{feature} features, {share} of the labels"] = result
+    values: dict[str, float | None] = {}
+    for name, result in evaluated.items():
+        values |= {f"{title}, {name}": result.get(key) for key, title in metrics.items()}
     attentive = report.get("attentive", {})
     values |= {f"attentive probe top-{k}": attentive.get(f"top{k}") for k in (1, 5)}
     results = _results(protocol["test"]["data"], values)
@@ -215,7 +217,7 @@ def probe_card(folder: Path) -> str:
 
 {_table(facts)}
 
-`linear_probe.json` holds the whole protocol.
+`linear_probe.json` holds the complete protocol.
 
 ## Citation
 
@@ -256,7 +258,7 @@ def finetune_card(folder: Path) -> str:
 
 {_table(facts)}
 
-`finetune.json` holds the whole protocol, `metrics.jsonl` the whole curve. The accuracy is that after the last step.
+`finetune.json` holds the complete protocol, `metrics.jsonl` the training curves. Accuracies are after the last step.
 
 ## Citation
 
@@ -265,7 +267,7 @@ def finetune_card(folder: Path) -> str:
 
 
 def _results(data: str, values: dict[str, float | None]) -> list[EvalResult]:
-    """Accuracies in percent by their names, on a split such as `folder images (test)`, for the model-index."""
+    """Accuracies in percent by name, on a split such as `folder images (test)`, as entries of the model-index."""
     return [
         EvalResult(
             task_type="image-classification",
@@ -283,7 +285,7 @@ def _results(data: str, values: dict[str, float | None]) -> list[EvalResult]:
 def _card_data(
     task: str, results: list[EvalResult], name: str, base: list[str], licence: str | None = None
 ) -> ModelCardData:
-    """What the Hub reads, as YAML; names are quoted there. Weights from elsewhere keep a licence of their own."""
+    """The metadata that the Hub reads. No licence for weights from elsewhere, which have their own."""
     return ModelCardData(
         license=licence,
         base_model=base or None,
@@ -301,13 +303,13 @@ def _table(facts: dict[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time to read: `42 seconds`, `53.5 minutes`, `17.2 hours`."""
+    """A duration in words: `42 seconds`, `53.5 minutes`, `17.2 hours`."""
     if seconds < 120:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.1f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def _cell(value: Any) -> str:
-    """A value in a Markdown table: nothing in it may end the cell, the row or start markup."""
+    """A value in a Markdown table, escaped so that it cannot end the cell or the row, or start markup."""
     text = " ".join(str(value).split())
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>|#" else c for c in text)

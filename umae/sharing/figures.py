@@ -1,4 +1,4 @@
-"""What people would rather look at than read. Every function returns a PIL image, or the pixels of some."""
+"""Figures of runs and features. Every function returns a PIL image."""
 
 import io
 import math
@@ -16,15 +16,22 @@ from modeling_umae import UMAEModel
 from umae.evaluation.collapse import effective_rank
 from umae.evaluation.reconstruction import to_pixels
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9")  # Okabe and Ito's, for all eyes
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#000000",
+    "#56b4e9",
+)  # Okabe and Ito's colour-blind-safe ones
 
 
 def strips(rows: dict[str, np.ndarray]) -> Image.Image:
     """Rows of images with their names beside them, each row uint8 (images, height, width, channels)."""
     columns, height, width = next(iter(rows.values())).shape[:3]
     figure = Figure(figsize=(1.25 * columns, 1.3 * len(rows)), layout="constrained", dpi=100)
-    axis = figure.subplots()  # one for all: to lay out one for each image takes seconds
-    right, down = (side / max(height, width) / 2 for side in (width, height))  # from the middle of an image
+    axis = figure.subplots()  # one for all images: to lay out one per image takes seconds
+    right, down = (side / max(height, width) / 2 for side in (width, height))  # half the width and height of an image
     for row, images in enumerate(rows.values()):
         for column, image in enumerate(images):
             x, y = 1.06 * column, 1.1 * row
@@ -37,10 +44,10 @@ def strips(rows: dict[str, np.ndarray]) -> Image.Image:
 
 
 def spectrum(runs: dict[str, dict[str, Sequence[float]]]) -> Image.Image:
-    """How evenly features fill their dimensions: singular values on a log scale, the class token's and the mean's.
+    """Singular values of the features on a log scale: of the class token and of the mean of the patch tokens.
 
     Args:
-        runs: by the name of each run, `{"cls": singular values, "mean": singular values}`, descending.
+        runs: by run name, `{"cls": singular values, "mean": singular values}`, descending.
     """
     figure = Figure(figsize=(8, 3), layout="constrained", dpi=100)
     titles = {"cls": "class token", "mean": "mean of the patches"}
@@ -65,23 +72,21 @@ CURVES = {
     "effective_rank_cls": "effective rank, class token",
     "effective_rank_mean": "effective rank, mean of the patches",
     "online_top1": "online linear classifier, accuracy",
-    "online_knn_top1": "nearest neighbours, accuracy",
+    "online_knn_top1": "online k-NN, accuracy",
 }
 
 
 def training_curves(runs: dict[str, Sequence[dict[str, Any]]]) -> Image.Image:
-    """Of each run's `metrics.jsonl`, over the steps, what of CURVES it holds."""
-    found = {name for lines in runs.values() for line in lines for name in line}
-    panels = {name: title for name, title in CURVES.items() if name in found}
+    """The CURVES that the runs' `metrics.jsonl` hold, over the steps; `runs` are its lines by run name."""
+    logged = {name for lines in runs.values() for line in lines for name in line}
+    panels = {name: title for name, title in CURVES.items() if name in logged}
     height = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(8, 2.4 * height), layout="constrained", dpi=100)
-    for axis, (value, title) in zip(figure.subplots(height, 2, squeeze=False).flat, panels.items(), strict=False):
+    for axis, (metric, title) in zip(figure.subplots(height, 2, squeeze=False).flat, panels.items(), strict=False):
         for position, (name, lines) in enumerate(runs.items()):
-            shown = [line for line in lines if value in line]
-            axis.plot(
-                [line["step"] for line in shown], [line[value] for line in shown], label=name, **_line(position),
-                marker="." if len(shown) < 20 else None,
-            )  # fmt: skip
+            points = [(line["step"], line[metric]) for line in lines if metric in line]
+            steps, values = ([point[column] for point in points] for column in (0, 1))
+            axis.plot(steps, values, label=name, **_line(position), marker="." if len(points) < 20 else None)
         axis.set(xlabel="step")
         axis.ticklabel_format(useOffset=False)
         axis.set_title(title, fontsize=10)
@@ -92,12 +97,12 @@ def training_curves(runs: dict[str, Sequence[dict[str, Any]]]) -> Image.Image:
 
 
 def nearest_neighbours(images: np.ndarray, features: torch.Tensor, queries: Sequence[int]) -> Image.Image:
-    """Some images, and below each the five others whose features are nearest by their cosine.
+    """Query images, and below each its five nearest neighbours by the cosine of the features.
 
     Args:
         images: uint8 (N, height, width, channels).
         features: (N, D).
-        queries: places of the images to show.
+        queries: indices of the query images.
     """
     directions = normalize(features, dim=1)
     cosines = directions[list(queries)] @ directions.T
@@ -113,7 +118,7 @@ def nearest_neighbours(images: np.ndarray, features: torch.Tensor, queries: Sequ
 def class_attention(
     encoder: UMAEModel, pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]
 ) -> Image.Image:
-    """Where the class token looks: its attention to every patch in the last layer, averaged over the heads.
+    """Attention maps: of the class token to every patch in the last layer, averaged over the heads.
 
     Args:
         encoder: in evaluation mode, with `attn_implementation="eager"`.
@@ -123,16 +128,16 @@ def class_attention(
     attention = attention / attention.amax(dim=1, keepdim=True)
     patch_height, patch_width = encoder.config.patch_height_width
     maps = attention.unflatten(1, (-1, pixel_values.shape[3] // patch_width)).cpu().numpy()
-    shown = (colormaps["cividis"](maps)[..., :3] * 255).round().astype(np.uint8)  # made for all eyes
-    shown = shown.repeat(patch_height, axis=1).repeat(patch_width, axis=2)
-    return strips({"image": to_pixels(pixel_values, mean, std), "attention": shown})
+    pixels = (colormaps["cividis"](maps)[..., :3] * 255).round().astype(np.uint8)  # readable when colour-blind
+    pixels = pixels.repeat(patch_height, axis=1).repeat(patch_width, axis=2)
+    return strips({"image": to_pixels(pixel_values, mean, std), "attention": pixels})
 
 
 def _line(position: int) -> dict[str, Any]:
-    """How the line of the n-th run looks."""
+    """Line style of the run at this position."""
     return {
         "color": COLOURS[position % len(COLOURS)],
-        # Dashes over a wider solid line: where curves lie on each other, both are seen
+        # Dashes over a wider solid line: curves that coincide stay visible
         "linestyle": ("-", "--", ":", "-.")[position % 4],
         "linewidth": 2.5 if position % 4 == 0 else 1.8,
     }

@@ -1,4 +1,4 @@
-"""The images of a run folder: what its model reconstructs, where it looks, which images are alike to it."""
+"""The figures of a run folder: reconstructions, attention maps, spectrum, nearest neighbours, training curves."""
 
 import json
 from collections.abc import Sequence
@@ -14,18 +14,18 @@ from umae import seeding
 from umae.convert import set_pooling
 from umae.evaluation.collapse import singular_values
 from umae.evaluation.features import frozen_features
-from umae.evaluation.reconstruction import SHOWN, reconstructions, to_pixels
+from umae.evaluation.reconstruction import FIGURE_IMAGES, reconstructions, to_pixels
 from umae.files import write_text
 from umae.sharing.cards import read_metrics
 from umae.sharing.figures import class_attention, nearest_neighbours, spectrum, strips, training_curves
 
-STEPS_FOLDER = "reconstructions"  # a tile for every look at the model while it was trained
-MOST_ROWS = 6  # looks that are shown below each other
+STEPS_FOLDER = "reconstructions"  # one tile for each evaluation during training
+MOST_ROWS = 6  # evaluations shown in `progress.png`
 BATCH = 64
 
 
 def save_tile(folder: Path, step: int, rows: dict[str, np.ndarray]) -> np.ndarray:
-    """Keep what `reconstructions` returned as one plain image, also returned: uint8 (height, width, channels)."""
+    """Save the result of `reconstructions` as one image, and return it: uint8 (height, width, channels)."""
     tile = np.concatenate([np.concatenate(row, axis=1) for row in rows.values()])
     (folder / STEPS_FOLDER).mkdir(exist_ok=True)
     Image.fromarray(tile).save(folder / STEPS_FOLDER / f"step-{step:08}.png")
@@ -33,7 +33,7 @@ def save_tile(folder: Path, step: int, rows: dict[str, np.ndarray]) -> np.ndarra
 
 
 def read_tile(path: Path, height: int, width: int) -> dict[str, np.ndarray]:
-    """What `save_tile` has kept, for images of this size."""
+    """The rows that `save_tile` saved, for images of this size."""
     tile = np.asarray(Image.open(path))
     rows = tile.reshape(-1, height, tile.shape[1] // width, width, tile.shape[2]).swapaxes(1, 2)
     return dict(zip(("original", "visible", "predicted", "pasted"), rows, strict=True))
@@ -41,38 +41,41 @@ def read_tile(path: Path, height: int, width: int) -> dict[str, np.ndarray]:
 
 @torch.inference_mode()
 def draw(folder: Path, images: Sequence[tuple[int, Image.Image]], description: str, device: torch.device) -> None:
-    """Draw all that the model at the top of a run folder has to show for some images.
+    """Write all figures of a finished run into its folder.
 
     Args:
-        images: with their indices.
-        description: what to call them.
+        images: (index, image) of the images to encode.
+        description: of their data set.
     """
-    model = UMAEForPreTraining.from_pretrained(folder, attn_implementation="eager").to(device).eval()
+    model = UMAEForPreTraining.from_pretrained(folder, attn_implementation="eager")
+    model.to(device).eval()  # type: ignore[arg-type]  # transformers annotates the wrapped `to` without `self`
     processor = ViTImageProcessorPil.from_pretrained(folder)
     mean, std, config = processor.image_mean, processor.image_std, model.config
     pixel_values = torch.cat([processor(images=image, return_tensors="pt")["pixel_values"] for _, image in images])
 
-    index = torch.tensor([index for index, _ in images[:SHOWN]], device=device)
+    index = torch.tensor([index for index, _ in images[:FIGURE_IMAGES]], device=device)
     noise = seeding.uniform(0, seeding.MASK, 1, index, config.grid[0] * config.grid[1])
-    shown = pixel_values[:SHOWN].to(device)
-    rows = reconstructions(model(shown, noise=noise), shown, config, mean, std)
+    first = pixel_values[:FIGURE_IMAGES].to(device)
+    rows = reconstructions(model(first, noise=noise), first, config, mean, std)
     strips(rows).save(folder / "reconstructions.png")
     draw_progress(folder, *config.image_height_width)
     training_curves({"": read_metrics(folder)}).save(folder / "curve.png")
 
-    class_attention(model.vit, shown, mean, std).save(folder / "attention.png")
+    class_attention(model.vit, first, mean, std).save(folder / "attention.png")
     pooling, encoder = config.pooling, set_pooling(model.vit, "mean")
-    features = torch.cat([frozen_features(encoder, some.to(device)).cpu() for some in pixel_values.split(BATCH)])
-    spectra = {"cls": singular_values(features[:, 0]), "mean": singular_values(features[:, 1])}
+    features = torch.cat([frozen_features(encoder, batch.to(device)).cpu() for batch in pixel_values.split(BATCH)])
+    spectra: dict[str, Sequence[float]] = {
+        name: singular_values(features[:, column]) for column, name in enumerate(("cls", "mean"))
+    }
     write_text(folder / "spectrum.json", json.dumps({"pictures": f"{len(images)} of {description}", **spectra}))
     spectrum({"": spectra}).save(folder / "spectrum.png")
     pixels = to_pixels(pixel_values, mean, std)
     feature = features[:, ("cls", "mean").index(pooling)]
-    nearest_neighbours(pixels, feature, range(min(SHOWN, len(pixels)))).save(folder / "neighbours.png")
+    nearest_neighbours(pixels, feature, range(min(FIGURE_IMAGES, len(pixels)))).save(folder / "neighbours.png")
 
 
 def draw_progress(folder: Path, height: int, width: int) -> None:
-    """What was reconstructed at some of the looks, from the first to the last, below each other."""
+    """Reconstructions at up to MOST_ROWS evaluations, from the first to the last, below each other."""
     tiles = sorted((folder / STEPS_FOLDER).glob("step-*.png"))
     if not tiles:
         return
@@ -80,7 +83,6 @@ def draw_progress(folder: Path, height: int, width: int) -> None:
     last = read_tile(tiles[-1], height, width)
     rows = {"original": last["original"], "visible": last["visible"]}
     for position in positions:
-        rows[f"step {int(tiles[position].stem.removeprefix('step-')):,}"] = read_tile(tiles[position], height, width)[
-            "pasted"
-        ]
+        step = int(tiles[position].stem.removeprefix("step-"))
+        rows[f"step {step:,}"] = read_tile(tiles[position], height, width)["pasted"]
     strips(rows).save(folder / "progress.png")

@@ -1,4 +1,4 @@
-"""Share a folder on the Hugging Face Hub. Who one is there, huggingface_hub knows; no token passes through here.
+"""Share a folder on the Hugging Face Hub. huggingface_hub handles the login; no token passes through this module.
 
 umae push runs/mine name/model
 """
@@ -16,27 +16,28 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-# What of a folder is for others. Checkpoints, optimiser, lock, logs and whatever else lies there stay at home.
+# The files of a folder that are published. Checkpoints, optimiser states, locks, logs and all others are not
 PUBLISHED = (
     "model*.safetensors", "model.safetensors.index.json", "config.json", "preprocessor_config.json",
     "configuration_umae.py", "modeling_umae.py", "image_processing_umae.py", "README.md", "metrics.jsonl",
     "linear_probe.json", "finetune.json", "curve.png", "spectrum.png", "spectrum.json", "reconstructions.png",
     "progress.png", "neighbours.png", "attention.png",
 )  # fmt: skip
-WAITS = (1, 4, 16, 60)  # seconds before another attempt, where the Hub is down, slow or asks for patience
+WAITS = (1, 4, 16, 60)  # seconds before the next attempt, if the Hub is down, slow or asks to retry later
 TIMEOUT = 60  # seconds without a byte
-_TransportError = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")  # httpx's or httpx2's
+# HTTPError of httpx or httpx2
+_TransportError: type[Exception] = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 _REFUSALS = (LocalTokenNotFoundError, HFValidationError, _TransportError, OSError)
 
 
 def check_access(repo_id: str, private: bool = False) -> str:
-    """Create the model repository, or see that it is there; called before training, not after.
+    """Create the model repository unless it exists; called before training, so that a refusal comes early.
 
     Returns:
-        The repository's whole name: `name/model`.
+        The repository's full name: `name/model`.
 
     Raises:
-        ValueError: nobody is logged in, or may not write there, or the Hub does not answer.
+        ValueError: not logged in, no write access, or the Hub does not answer.
     """
     try:
         return _patiently(HfApi().create_repo, repo_id, private=private or None, exist_ok=True).repo_id
@@ -47,17 +48,17 @@ def check_access(repo_id: str, private: bool = False) -> str:
 
 
 def push(files: Mapping[str, Path | bytes], repo_id: str, message: str, tag: str | None = None) -> str:
-    """Put files into a repository that exists, in one commit: all of them become visible, or none.
+    """Commit files to an existing repository, in one commit: all of them become visible, or none.
 
     Args:
-        files: what they are called there, and a path or the content.
-        tag: a name for the state after this commit, for `from_pretrained(..., revision=tag)`.
+        files: by name in the repository, a path or the content.
+        tag: a tag for this commit, for `from_pretrained(..., revision=tag)`.
 
     Returns:
-        The repository's address.
+        The repository's URL.
 
     Raises:
-        ValueError: the Hub refuses, or has not answered in all attempts.
+        ValueError: the Hub refuses, or did not answer at any attempt.
     """
     api = HfApi()
     contents = {name: str(file) if isinstance(file, Path) else file for name, file in files.items()}
@@ -76,7 +77,7 @@ def _one_line(error: Exception) -> str:
 
 
 def published(folder: Path) -> dict[str, Path]:
-    """What of a run's or a probe's folder is for others, by name.
+    """The files of a run's or a probe's folder that are published, by name.
 
     Raises:
         ValueError: the folder holds no finished model.
@@ -87,7 +88,7 @@ def published(folder: Path) -> dict[str, Path]:
 
 
 def push_finished(folder: Path, repo_id: str) -> None:
-    """Push the folder of a run that has ended; a refusal says that it stands, and how to try again."""
+    """Push the folder of a finished run; the error message of a failed push gives the command that repeats it."""
     try:
         print("pushed to", push(published(folder), repo_id, "Upload U-MAE model"))
     except ValueError as error:
@@ -97,8 +98,8 @@ def push_finished(folder: Path, repo_id: str) -> None:
 
 
 def _patiently(call: Callable, *args, **kwargs) -> Any:
-    """`call`, again and again where the Hub is down or busy; huggingface_hub repeats some of its requests only."""
-    get_session().timeout = TIMEOUT  # by default there is none
+    """`call`, repeated while the Hub is down or busy; huggingface_hub itself repeats only some requests."""
+    get_session().timeout = TIMEOUT  # there is none by default
     for wait in (*WAITS, None):
         try:
             return call(*args, **kwargs)
@@ -107,44 +108,45 @@ def _patiently(call: Callable, *args, **kwargs) -> Any:
             status = getattr(response, "status_code", None)
             if wait is None or (status is not None and status < 500 and status not in (408, 429)):
                 raise
-            asked = response.headers.get("Retry-After", "") if status is not None else ""
-            time.sleep(max(wait, min(int(asked), 300)) if asked.isdecimal() else wait)
+            retry_after = response.headers.get("Retry-After", "") if response is not None else ""
+            time.sleep(max(wait, min(int(retry_after), 300)) if retry_after.isdecimal() else wait)
 
 
 class BackgroundPush:
-    """Pushes while training continues: one at a time, what comes meanwhile is left out, and a failure is only told.
+    """Pushes while training continues: one at a time, pushes requested meanwhile are skipped, failures only logged.
 
-    What is being pushed may be removed meanwhile: until the push has ended it is also in `folder/push-*.tmp`, which is
-    removed then, or by the next run where this one is killed.
+    The files may be removed during the push: it uses links or copies of them in `folder/push-*.tmp`, which is removed
+    after the push, or by the next run if this one is killed.
     """
 
     def __init__(self, repo_id: str, folder: Path, log: Callable[[str], None]):
-        self.repo_id, self.folder, self.log, self.thread = repo_id, folder, log, None
+        self.repo_id, self.folder, self.log = repo_id, folder, log
+        self.thread: threading.Thread | None = None
 
     def start(self, files: Mapping[str, Path | bytes], message: str, tag: str) -> None:
-        """Push, unless the push before is still under way."""
+        """Push, unless the previous push is still running."""
         if self.thread is not None and self.thread.is_alive():
             return
         try:
-            kept = tempfile.TemporaryDirectory(
+            copies = tempfile.TemporaryDirectory(
                 prefix="push-", suffix=".tmp", dir=self.folder, ignore_cleanup_errors=True
             )
-            files = {name: _keep(file, Path(kept.name) / name) for name, file in files.items()}
+            files = {name: _link_or_copy(file, Path(copies.name) / name) for name, file in files.items()}
         except OSError as error:
             self._failed(tag, error)
             return
-        self.thread = threading.Thread(target=self._push, args=(kept, files, message, tag), daemon=True)
+        self.thread = threading.Thread(target=self._push, args=(copies, files, message, tag), daemon=True)
         self.thread.start()
 
     def wait(self) -> None:
-        """Until the push that is under way, if any, has ended."""
+        """Wait until the running push, if any, has ended."""
         if self.thread is not None:
             self.thread.join()
 
     def _push(
-        self, kept: tempfile.TemporaryDirectory, files: Mapping[str, Path | bytes], message: str, tag: str
+        self, copies: tempfile.TemporaryDirectory, files: Mapping[str, Path | bytes], message: str, tag: str
     ) -> None:
-        with kept:
+        with copies:
             try:
                 push(files, self.repo_id, message, tag)
             except ValueError as error:
@@ -154,8 +156,8 @@ class BackgroundPush:
         self.log(f"{tag} is not on the Hub ({error}); training continues")
 
 
-def _keep(file: Path | bytes, target: Path) -> Path | bytes:
-    """The file under another name that stays when the first is removed; a copy where the disk has no hard links."""
+def _link_or_copy(file: Path | bytes, target: Path) -> Path | bytes:
+    """Link the file to `target`, so that it outlives the original; copy it if the disk has no hard links."""
     if isinstance(file, bytes):
         return file
     try:
@@ -170,14 +172,14 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="umae push", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="folder of a finished run, or of a probe")
     parser.add_argument("repo_id", help="repository to push to: `name/model`")
-    parser.add_argument("--private", action="store_true", help="a repository that is made is private")
-    parser.add_argument("--dry_run", action="store_true", help="list the files and show the card; nothing is sent")
-    arguments = parser.parse_args(argv)
-    files = published(arguments.folder)
+    parser.add_argument("--private", action="store_true", help="if the repository is new, make it private")
+    parser.add_argument("--dry_run", action="store_true", help="list the files and show the card, without pushing")
+    args = parser.parse_args(argv)
+    files = published(args.folder)
     for name, path in files.items():
         print(f"{path.stat().st_size / 1e6:10.2f} MB  {name}")
-    if arguments.dry_run:
+    if args.dry_run:
         print(f"\n{files['README.md'].read_text() if 'README.md' in files else 'no card'}")
         return
-    repo_id = check_access(arguments.repo_id, arguments.private)
+    repo_id = check_access(args.repo_id, args.private)
     print("pushed to", push(files, repo_id, "Upload U-MAE model"))

@@ -1,8 +1,8 @@
-"""One page from one or several runs, to look at and to compare.
+"""One HTML page that shows and compares runs and probes.
 
 umae report runs/umae runs/mae runs/umae_probe runs/umae_finetuned --output report.html
 
-The page holds everything it shows: no network, no other file, no path of this machine.
+The page is self-contained: it needs no network and no other file, and holds no local path.
 """
 
 import argparse
@@ -21,17 +21,18 @@ from umae.files import write_text
 from umae.sharing.cards import duration, most_dimensions, read_metrics
 from umae.sharing.figures import spectrum, training_curves
 
-PICTURES = {
-    "progress.png": "Reconstructions while it was trained",
-    "reconstructions.png": "Reconstructions at the end",
+FIGURES = {
+    "progress.png": "Reconstructions during training",
+    "reconstructions.png": "Reconstructions after training",
     "neighbours.png": "Nearest neighbours",
-    "attention.png": "Where the class token looks",
+    "attention.png": "Attention of the class token",
 }
-LOOKED_AT = {
+# Row title -> metric of the evaluations during training, and its format
+EVALUATION_METRICS = {
     "effective rank, class token": ("effective_rank_cls", ".1f"),
     "effective rank, mean of the patches": ("effective_rank_mean", ".1f"),
     "online linear classifier": ("online_top1", ".1%"),
-    "nearest neighbours": ("online_knn_top1", ".1%"),
+    "online k-NN": ("online_knn_top1", ".1%"),
 }
 PAGE = Template(
     """\
@@ -65,24 +66,24 @@ PAGE = Template(
 <img alt="Losses, ranks and accuracies over the steps" src="{{ curves }}">
 {% if spectra %}
 <h2>Spectrum of the features</h2>
-<p>A line that stays high fills its dimensions; one that falls at once has collapsed.</p>
+<p>The slower a line falls, the more dimensions the features fill; a line that falls steeply shows collapse.</p>
 <img alt="Singular values of the features of every run" src="{{ spectra }}">
 {% endif %}
-{% for title, shown in images.items() %}
+{% for title, sources in figures.items() %}
 <h2>{{ title }}</h2>
 <div class="side">
-{% for name, source in shown.items() %}<figure><figcaption>{{ name }}</figcaption>
+{% for name, source in sources.items() %}<figure><figcaption>{{ name }}</figcaption>
 <img alt="{{ title }} of {{ name }}" src="{{ source }}"></figure>{% endfor %}
 </div>
 {% endfor %}
 <h2>Settings</h2>
-{% if runs | length > 1 %}<p>What differs is marked, and comes first.</p>{% endif %}
+{% if runs | length > 1 %}<p>Settings that differ between the runs are marked and come first.</p>{% endif %}
 {{ table(runs, settings, marked=true) }}
 {% endif %}
 {% if probes %}
 <h2>Probes</h2>
 {{ table(probes, accuracies) }}
-<p>Accuracies in percent, on images that the heads were not trained on; the whole protocol lies beside each probe.</p>
+<p>Accuracies in percent, on test images; the complete protocol is in each probe's folder.</p>
 {% endif %}
 </html>
 """,
@@ -93,17 +94,21 @@ PAGE = Template(
 
 
 def report(folders: Sequence[Path]) -> str:
-    """The page for run folders and probe folders, in any mixture.
+    """The HTML page for run folders and probe folders, in any combination.
 
     Raises:
-        ValueError: a folder is neither, or its run has not logged a line yet.
+        ValueError: a folder is neither, or its run has not logged any metrics yet.
     """
     probes = [folder for folder in folders if _report_of(folder).exists()]
     for folder in folders:
         if folder not in probes and not (folder / "run.json").exists():
-            raise ValueError(f"{folder} holds neither a run (run.json) nor a probe (linear_probe.json)")
+            raise ValueError(f"{folder} holds neither a run (run.json) nor a probe (linear_probe.json); leave it out")
     runs = {folder: _run_of(folder) for folder in folders if folder not in probes}
     names, settings = _names(folders), _side_by_side([_settings(run) for run in runs.values()])
+    figures = {}
+    for file, title in FIGURES.items():
+        paths = {names[folder]: folder / file for folder in runs}
+        figures[title] = {name: _inline(Image.open(path)) for name, path in paths.items() if path.exists()}
     return PAGE.render(
         names=list(names.values()),
         runs=[names[folder] for folder in runs],
@@ -111,23 +116,20 @@ def report(folders: Sequence[Path]) -> str:
         results=_side_by_side([_results(run) for run in runs.values()]),
         curves=_inline(training_curves({names[folder]: run["lines"] for folder, run in runs.items()})) if runs else "",
         spectra=_spectra({names[folder]: folder / "spectrum.json" for folder in runs}),
-        images={
-            title: {names[folder]: _inline(Image.open(folder / file)) for folder in runs if (folder / file).exists()}
-            for file, title in PICTURES.items()
-        },
-        settings=dict(sorted(settings.items(), key=lambda row: len(set(row[1])) == 1)),  # what differs first
+        figures=figures,
+        settings=dict(sorted(settings.items(), key=lambda row: len(set(row[1])) == 1)),  # those that differ first
         accuracies=_side_by_side([_accuracies(folder) for folder in probes]),
     )
 
 
 def _spectra(files: dict[str, Path]) -> str:
-    """The spectra of all finished runs in one image, nothing if none is."""
-    found = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
-    return _inline(spectrum(found)) if found else ""
+    """The spectra of all finished runs in one figure; empty if none is finished."""
+    spectra = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+    return _inline(spectrum(spectra)) if spectra else ""
 
 
 def _names(folders: Sequence[Path]) -> dict[Path, str]:
-    """What to call each of them: its own name, with its parents' as far as that alone is not enough."""
+    """A unique name for each folder: its own, with as many of its parents' as needed."""
     names = {}
     for folder in folders:
         parts = folder.resolve().parts
@@ -143,7 +145,7 @@ def _run_of(folder: Path) -> dict[str, Any]:
     if run["identity"].get("task") == "fine-tuning":
         raise ValueError(f"{folder} holds a fine-tuning that has not finished; wait for its finetune.json")
     if not lines:
-        raise ValueError(f"{folder} has not logged a line yet; wait until logging_steps steps are done")
+        raise ValueError(f"{folder} has not logged any metrics yet; wait until logging_steps steps are done")
     return {**run, "lines": lines}
 
 
@@ -154,57 +156,53 @@ def _results(run: dict[str, Any]) -> dict[str, Any]:
         "reconstruction loss": f"{last['reconstruction_loss']:.4f}",
         "uniformity": f"{last['uniformity_loss']:.4f}",
         "dimensions filled": f"{last['participation_ratio']:.1f} of at most {most_dimensions(identity)}",
-        **{title: _newest(run["lines"], name, form) for title, (name, form) in LOOKED_AT.items()},
-        "images a second": f"{statistics.median(line['pictures_per_second'] for line in run['lines']):,.0f}",
+        **{title: _newest(run["lines"], name, spec) for title, (name, spec) in EVALUATION_METRICS.items()},
+        "images per second": f"{statistics.median(line['pictures_per_second'] for line in run['lines']):,.0f}",
         "time": duration(run["seconds"]),
         "images left out": len(run["unreadable"]),
     }
 
 
-def _newest(lines: Sequence[dict[str, Any]], name: str, form: str) -> str:
-    """The last of the values, which not every line has."""
-    return next((format(line[name], form) for line in reversed(lines) if name in line), "")
+def _newest(lines: Sequence[dict[str, Any]], name: str, spec: str) -> str:
+    """The last logged value, formatted by `spec`; empty if no line has one."""
+    return next((format(line[name], spec) for line in reversed(lines) if name in line), "")
 
 
 def _settings(run: dict[str, Any]) -> dict[str, Any]:
     identity = {name: value for name, value in run["identity"].items() if name != "config"}
     if identity["initial_weights"] and Path(identity["initial_weights"]).is_absolute():
-        identity["initial_weights"] = Path(identity["initial_weights"]).name  # no path of this machine
+        identity["initial_weights"] = Path(identity["initial_weights"]).name  # no local path
     return {**identity, **run["identity"]["config"], "hardware": run["hardware"], **run["versions"]}
 
 
 def _report_of(folder: Path) -> Path:
-    """Of a probe or of a finished fine-tuning."""
+    """The results file of a probe or of a finished fine-tuning."""
     name = "finetune.json" if (folder / "finetune.json").exists() else "linear_probe.json"
     return folder / name
 
 
 def _accuracies(folder: Path) -> dict[str, Any]:
-    found = json.loads(_report_of(folder).read_text())
-    if "cls" not in found:
-        return {
-            "encoder": found["protocol"]["model"],
-            "evaluated on": found["protocol"]["test"]["data"],
-            **{f"{name}, fine-tuned": found[name] for name in ("top1", "top5")},
-        }
-    names = ("top1", "top5", "knn20_top1", "effective_rank")
-    return {
-        "encoder": found["protocol"]["model"],
-        "evaluated on": found["protocol"]["test"]["data"],
-        "linear protocol": found["protocol"]["linear_protocol"],
-        **{f"{name}, {feature}": found[feature][name] for feature in ("cls", "mean") for name in names},
-        **{f"{name}, attentive": found["attentive"][name] for name in ("top1", "top5") if "attentive" in found},
-    }
+    results = json.loads(_report_of(folder).read_text())
+    protocol = results["protocol"]
+    rows = {"encoder": protocol["model"], "evaluated on": protocol["test"]["data"]}
+    if "cls" not in results:
+        return rows | {f"{name}, fine-tuned": results[name] for name in ("top1", "top5")}
+    rows["linear protocol"] = protocol["linear_protocol"]
+    for feature in ("cls", "mean"):
+        for name in ("top1", "top5", "knn20_top1", "effective_rank"):
+            rows[f"{name}, {feature}"] = results[feature][name]
+    attentive = results.get("attentive", {})  # with top1 and top5
+    return rows | {f"{name}, attentive": attentive[name] for name in ("top1", "top5") if attentive}
 
 
 def _side_by_side(columns: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """One row for each name that any of the columns has."""
+    """The columns as one table: a row for each name in any of them, empty where a column lacks it."""
     rows = dict.fromkeys(name for column in columns for name in column)
     return {name: [str(column.get(name, "")) for column in columns] for name in rows}
 
 
 def _inline(image: Image.Image) -> str:
-    """An image as the address of itself."""
+    """An image as a `data:` URL."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -214,7 +212,7 @@ def main(argv: Sequence[str]) -> None:
     """Write one page that shows and compares runs and probes."""
     parser = argparse.ArgumentParser(prog="umae report", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("folders", nargs="+", type=Path, metavar="folder", help="run folders and probe folders")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="page to write (default report.html)")
-    arguments = parser.parse_args(argv)
-    write_text(arguments.output, report(list(dict.fromkeys(arguments.folders))))
-    print(arguments.output)
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="file to write (default report.html)")
+    args = parser.parse_args(argv)
+    write_text(args.output, report(list(dict.fromkeys(args.folders))))
+    print(args.output)

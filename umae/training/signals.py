@@ -12,7 +12,7 @@ SECONDS = 2.0  # between two checks that several processes make together
 
 
 class StopRequest:
-    """Remembers the first SIGTERM or Ctrl-C, which the loop checks between two steps; a second one ends the process at once.
+    """Remembers the first SIGTERM or Ctrl-C, which the loop checks after every step; a second one ends the process.
 
     Attributes:
         signal: the number of the signal that came, 0 if none has.
