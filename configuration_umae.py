@@ -10,10 +10,10 @@ _PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_p
 _WEIGHTS = ("uniformity_weight", "initializer_range", "layer_norm_eps")
 _FLAGS = ("qkv_bias", "norm_pix_loss", "final_layernorm")
 
-# The most are far beyond any ViT so far (22 billion weights, 48 layers): a file that asks for more is refused before it
-# gets any memory.
+# Limits far above any ViT so far (22 billion weights, 48 layers): a larger configuration is an error before any memory
+# is allocated.
 MOST_PATCHES, MOST_WEIGHTS, LARGEST_SIZE = 2**20, 10**11, 2**18
-_WHOLE_NUMBERS = {  # least and most
+_WHOLE_NUMBERS = {  # minimum and maximum
     **dict.fromkeys(
         ("hidden_size", "num_attention_heads", "intermediate_size", "num_channels",
          "decoder_hidden_size", "decoder_num_attention_heads", "decoder_intermediate_size"), (1, LARGEST_SIZE),
@@ -45,7 +45,7 @@ class UMAEConfig(PreTrainedConfig):
         hidden_act (str, defaults to "gelu"): activation of the feed-forward layers.
         hidden_dropout_prob (float, defaults to 0.0): dropout after attention and feed-forward, in [0, 1).
         attention_probs_dropout_prob (float, defaults to 0.0): dropout of the attention weights, in [0, 1).
-        initializer_range (float, defaults to 0.02): standard deviation of the fresh class and mask tokens.
+        initializer_range (float, defaults to 0.02): standard deviation of the initial class and mask tokens.
         layer_norm_eps (float, defaults to 1e-6): epsilon of every layer norm.
         image_size (int or (height, width), defaults to 224): pixels of the images.
         patch_size (int or (height, width), defaults to 16): pixels of a patch; divides `image_size`.
@@ -66,7 +66,7 @@ class UMAEConfig(PreTrainedConfig):
             of the encoder's last layer in training, in [0, 1); it grows linearly from 0 at the first layer.
 
     Raises:
-        ValueError: a field has no meaning, or fields do not fit together. The message names the field, what was found
+        ValueError: a field is invalid, or fields do not fit together. The message names the field, what was found
             and what to do. Single fields are checked whenever they are set, combinations at construction and again
             when a model is built.
     """
@@ -105,7 +105,7 @@ class UMAEConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         for name in ("attn_implementation", "_attn_implementation"):
-            if "/" in str(config_dict.get(name)):  # transformers would fetch and run it
+            if "/" in str(config_dict.get(name)):  # transformers would download and run it
                 raise ValueError(
                     f"config.json asks for code of the Hub, {name} {config_dict[name]!r:.80}; if you trust it, remove "
                     f"the line and give attn_implementation to from_pretrained"
@@ -134,12 +134,12 @@ class UMAEConfig(PreTrainedConfig):
 
     @property
     def num_hidden_patches(self) -> int:
-        """Patches that the encoder does not see, in pre-training."""
+        """Patches of an image that are hidden from the encoder in pre-training."""
         rows, columns = self.grid
         return rows * columns - int(rows * columns * (1 - self.mask_ratio))
 
     def check_combinations(self) -> None:
-        """Raise `ValueError` where fields that are sound by themselves do not fit together."""
+        """Raise `ValueError` where fields that are valid by themselves do not fit together."""
         for axis, side, patch in zip(
             ("height", "width"), self.image_height_width, self.patch_height_width, strict=True
         ):
@@ -164,12 +164,12 @@ class UMAEConfig(PreTrainedConfig):
             )
 
     def _check_total(self) -> None:
-        """Raise `ValueError` where fields, sound by themselves, together ask for more memory than any machine has."""
+        """Raise `ValueError` if the model has more than MOST_PATCHES patches or MOST_WEIGHTS weights."""
         (rows, columns), (height, width) = self.grid, self.patch_height_width
         if rows * columns > MOST_PATCHES:
             raise ValueError(
-                f"image_size {self.image_size} with patch_size {self.patch_size} is {rows * columns} patches; the most "
-                f"are {MOST_PATCHES}"
+                f"image_size {self.image_size} with patch_size {self.patch_size} is {rows * columns} patches, expected "
+                f"at most {MOST_PATCHES}; use a smaller image_size or a larger patch_size"
             )
         weights = sum(
             size * (rows * columns + height * width * self.num_channels + layers * (4 * size + 2 * inner))
@@ -181,7 +181,7 @@ class UMAEConfig(PreTrainedConfig):
         if weights > MOST_WEIGHTS:
             raise ValueError(
                 f"hidden_size {self.hidden_size}, num_hidden_layers {self.num_hidden_layers} and the other sizes make "
-                f"{weights:.1e} weights; the most are {MOST_WEIGHTS:.0e}"
+                f"{weights:.1e} weights, expected at most {MOST_WEIGHTS:.0e}; use smaller sizes"
             )
 
 
@@ -190,11 +190,11 @@ def _pair(size) -> tuple[int, int]:
 
 
 def _check_field(name: str, value) -> None:
-    """Raise `ValueError` if `value` has no meaning for the field `name` by itself."""
+    """Raise `ValueError` if `value` is not valid for the field `name` by itself."""
     if name in _WHOLE_NUMBERS:
-        least, most = _WHOLE_NUMBERS[name]
-        if not (_is_int(value) and least <= value <= most):
-            raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r:.80}")
+        lowest, highest = _WHOLE_NUMBERS[name]
+        if not (_is_int(value) and lowest <= value <= highest):
+            raise ValueError(f"{name} must be a whole number from {lowest} to {highest}, got {value!r:.80}")
     if name in ("hidden_size", "decoder_hidden_size") and value % 4:
         raise ValueError(
             f"{name} must be a multiple of 4 (sine and cosine of row and column fill it), got {value}; "

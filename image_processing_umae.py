@@ -1,6 +1,6 @@
-"""The image processor that travels with every saved model: it reads images by the rule that training reads them by.
+"""The image processor that is saved with every model: it reads images exactly as training does.
 
-Left to itself Pillow clips 16-bit greys to white, turns float images black and ignores the camera's orientation.
+Pillow's own conversion clips 16-bit greys to white, turns float images black and ignores the EXIF orientation.
 """
 
 import io
@@ -12,14 +12,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import ViTImageProcessorPil
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit, where it only warns: a quarter of a gibibyte as RGB
-BACKGROUND = (255, 255, 255)  # what is behind a transparent pixel
+BACKGROUND = (255, 255, 255)  # the colour behind transparent pixels
 
-# Not all that Pillow opens: it hands EPS to Ghostscript, and returns some truncated JPEG 2000 files as if whole.
+# Not all of Pillow's formats: for EPS it runs Ghostscript, and some truncated JPEG 2000 files give no error.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 
 class UnreadableImage(ValueError):
-    """An image that cannot be shown as it was meant: truncated, malformed, too large, or no image at all."""
+    """An image that cannot be read correctly: truncated, malformed, too large, or no image at all."""
 
 
 def open_image(
@@ -32,13 +32,13 @@ def open_image(
 
     Args:
         source: an encoded file's bytes, its path, or a Pillow image, which is not changed.
-        name: what the refusal calls the image.
-        min_side: if given, a JPEG may come out at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps so
-            many pixels: its decoder then leaves out the finest frequencies, which saves most of the work.
+        name: the image's name in error messages.
+        min_side: if given, a JPEG may come out at 1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps this
+            many pixels: the decoder then skips the highest frequencies, which saves most of the work.
 
     Raises:
-        UnreadableImage: "name: what was found; what was expected". An image with more than MAX_PIXELS pixels is
-            refused by its header, a truncated one as long as Pillow's LOAD_TRUNCATED_IMAGES is left off.
+        UnreadableImage: "name: what was found; what was expected". Also for more than MAX_PIXELS pixels, by the header
+            alone, and for a truncated file, unless Pillow's LOAD_TRUNCATED_IMAGES is set.
     """
     try:
         if isinstance(source, str | os.PathLike):
@@ -50,8 +50,9 @@ def open_image(
             image.draft(None, (min_side, min_side))
         return _to_rgb(_upright(image.copy() if image is source else image))
     except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
-        unidentified = isinstance(error, UnidentifiedImageError)  # its text shows a memory address
-        found = f"{len(source)} bytes that begin with {source[:16]!r}" if unidentified else str(error)
+        found = str(error)
+        if isinstance(error, UnidentifiedImageError) and isinstance(source, bytes):  # its text is a memory address
+            found = f"{len(source)} bytes that begin with {source[:16]!r}"
         expected = f"a whole image ({', '.join(FORMATS)}) of at most {MAX_PIXELS} pixels"
         raise UnreadableImage(f"{name}: {found}; expected {expected}") from error
 
@@ -59,8 +60,8 @@ def open_image(
 def _upright(image: Image.Image) -> Image.Image:
     """Decode, and apply the EXIF orientation in place."""
     image.load()
-    image.getexif()  # Pillow remembers it, so that its sources may go
-    for source in ("exif", "Raw profile type exif"):  # else Pillow rewrites them, and fails at malformed other entries
+    image.getexif()  # Pillow caches it, so the entries that it comes from can be removed
+    for source in ("exif", "Raw profile type exif"):  # else Pillow rewrites them, and fails at other malformed entries
         image.info.pop(source, None)
     ImageOps.exif_transpose(image, in_place=True)
     return image
@@ -82,7 +83,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _unit_from_sixteen_bits(values: np.ndarray) -> np.ndarray:
     """Integers (height, width) in 0..65535, in Pillow's modes I and I;16, to floats in 0..1."""
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"integers from {values.min()} to {values.max()}, where 16 bits end at 65535")
+        raise ValueError(f"integers from {values.min()} to {values.max()}, outside 0 to 65535")
     return values / 65535
 
 
@@ -97,19 +98,20 @@ def _unit_from_float(values: np.ndarray) -> np.ndarray:
 
 
 class UMAEImageProcessor(ViTImageProcessorPil):
-    """`ViTImageProcessorPil`, which reads files and Pillow images as `open_image` does; RGB ones keep their bits.
+    """`ViTImageProcessorPil` that reads files and Pillow images by `open_image`; RGB images are not changed.
 
-    Arrays and tensors, and what is opened from an URL, are taken as they come. So is what `pipeline` opens: it has
-    converted a file to RGB before any processor sees it, so give it `processor.open_image(file)` instead.
+    Arrays, tensors and images from a URL are used as they are. So are images that `pipeline` opens: it converts files
+    to RGB before it calls the processor, so give it `processor.open_image(file)` instead of the file.
 
-    A folder that this class has saved also opens without it: as transformers' own class, which has all its settings.
+    A folder saved by this class also loads without its code, as transformers' own class with the same settings.
     """
 
-    _auto_class = "AutoImageProcessor"  # its code is saved beside the settings
+    # Saves this file beside the settings
+    _auto_class = "AutoImageProcessor"
     open_image = staticmethod(open_image)
 
     def fetch_images(self, image_url_or_urls):
-        """What is given, with files opened; transformers would convert them to RGB in its own way."""
+        """The argument, with a file opened by `open_image`; transformers would convert it to RGB in its own way."""
         if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):
             return open_image(image_url_or_urls, image_url_or_urls)
         return super().fetch_images(image_url_or_urls)
@@ -121,7 +123,7 @@ class UMAEImageProcessor(ViTImageProcessorPil):
         return super().process_image(image, *args, **kwargs)
 
     def to_dict(self) -> dict:
-        """The settings, saved or not, under the name of transformers' class, which loads where no code is trusted."""
+        """The settings, with the name of transformers' class, which loads without `trust_remote_code`."""
         code = {"AutoImageProcessor": "image_processing_umae.UMAEImageProcessor"}
         return {**super().to_dict(), "image_processor_type": "ViTImageProcessor", "auto_map": code}
 

@@ -2,9 +2,9 @@
 
     Zhang, Wang & Wang: "How Mask Matters: Towards Theoretical Understandings of Masked Autoencoders", NeurIPS 2022.
 
-Written from the papers' equations for transformers 5. This file and `configuration_umae.py` stand alone: they import
-the standard library, torch and transformers only, and travel with every saved model. The names of the parameters are
-those of the published MAE checkpoints (`facebook/vit-mae-base`), which therefore load without conversion.
+Written from the papers' equations for transformers 5. This file and `configuration_umae.py` import only the standard
+library, torch and transformers, because they are saved with every model. The parameter names are those of the published
+MAE checkpoints (`facebook/vit-mae-base`), which therefore load without conversion.
 """
 
 import math
@@ -27,8 +27,8 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-# Three homes, one import: inside a saved folder and under the installed package the first form holds; beside a script
-# the second does. Real errors stay visible, because only a module without a package tries again.
+# In a saved folder this module is part of a package: relative import. As a top-level module it needs the absolute one.
+# Other import errors stay visible, because only a top-level module tries the second form.
 try:
     from .configuration_umae import UMAEConfig
 except ImportError:
@@ -72,15 +72,15 @@ def uniformity_loss(
     `S**2` over all N * N entries, the diagonal included. It lies between max(1/N, 1/D) (spread evenly) and 1 (all on
     one line), and is one over the participation ratio of the features: 0.25 says that they fill 4 dimensions.
 
-    `||F F^T||^2 = ||F^T F||^2`, so that processes need to add up their D x D matrices only, once, whatever N is. The
-    result is that of one process with all images, also when processes hold different numbers of them. So is the
-    gradient, after the engine (DDP, FSDP) has averaged it over the processes: the backward pass multiplies by their
-    number to undo that average. (The original back-propagates through one process' features only, so its gradient is
-    this one divided by the number of processes.)
+    `||F F^T||^2 = ||F^T F||^2`, so processes exchange only their D x D matrices, in one all-reduce, for any N. The
+    result is that of one process with all images, also when processes have different numbers of images. So is the
+    gradient, after DDP or FSDP has averaged it over the processes: the backward pass multiplies by the number of
+    processes to undo that average. (The original back-propagates through the features of one process only, so its
+    gradient is this one divided by the number of processes.)
 
     Args:
         features: (batch, hidden_size). Half precisions are computed in float32; a row of zeros contributes 0.
-        across_processes: whether the batch is that of all processes (every one must then call this) or the local one.
+        across_processes: whether the batch is that of all processes (all of them must then call this) or the local one.
         second_moment: (hidden_size, hidden_size), optional; `feature_second_moment` of a whole batch of which
             `features` are one of several equal parts, on this process or others. The value is then the whole batch's,
             and the mean of the parts' gradients is its gradient: exact for gradient accumulation.
@@ -116,7 +116,7 @@ def _gram_of_directions(features: torch.Tensor) -> torch.Tensor:
 
 
 class _Gram(torch.autograd.Function):
-    """`F^T F` at full float32 precision, forward and backward, whatever the surrounding code allows matmuls to do."""
+    """`F^T F` at full float32 precision, forward and backward, whatever matmul precision is set outside."""
 
     @staticmethod
     def forward(ctx, features):
@@ -132,7 +132,7 @@ class _Gram(torch.autograd.Function):
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """All-reduce whose gradient is multiplied by the number of processes, because the engine will divide by it."""
+    """All-reduce whose gradient is multiplied by the number of processes, because DDP and FSDP divide by it."""
 
     @staticmethod
     def forward(ctx, tensor):
@@ -147,7 +147,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
 @contextmanager
 def _full_precision_matmul():
-    """Turn TensorFloat-32 off for a while; torch.compile fixes the precision when it traces, so there it has no say."""
+    """Turn TensorFloat-32 off in this context; no effect under torch.compile, which sets it when it traces."""
     if torch.compiler.is_compiling():
         yield
         return
@@ -219,7 +219,7 @@ def random_masking(noise: torch.Tensor, mask_ratio: float) -> tuple[torch.Tensor
     Returns:
         ids_keep: (batch, visible), the visible patches, by ascending noise.
         mask: (batch, patches), float32, 1 where the patch is hidden, 0 where the encoder sees it.
-        ids_restore: (batch, patches), the place of every patch when patches are sorted by their noise.
+        ids_restore: (batch, patches), the position of every patch when patches are sorted by their noise.
     """
     ids_shuffle = noise.argsort(dim=1, stable=True)
     ids_restore = inverse_permutation(ids_shuffle)
@@ -229,7 +229,7 @@ def random_masking(noise: torch.Tensor, mask_ratio: float) -> tuple[torch.Tensor
 
 
 def inverse_permutation(ids: torch.Tensor) -> torch.Tensor:
-    """(batch, patches) -> (batch, patches): from the places of an order to the order, or back."""
+    """(batch, patches) -> (batch, patches), the permutation that reverses each row of `ids`."""
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     return torch.empty_like(ids).scatter_(1, ids, positions)
 
@@ -240,7 +240,9 @@ def gather_patches(patches: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 class UMAEEmbeddings(nn.Module):
-    """Images to tokens: patches are projected, get their position, and the hidden ones are left out."""
+    """Images to tokens: project the patches, add the position embeddings, leave out the hidden patches."""
+
+    position_embeddings: torch.Tensor
 
     def __init__(self, config: UMAEConfig):
         super().__init__()
@@ -259,7 +261,7 @@ class UMAEEmbeddings(nn.Module):
         if self.training and ids_keep is not None:
             patches = self.project_visible(pixel_values, ids_keep) + gather_patches(positions[:, 1:], ids_keep)
         else:
-            projection = self.patch_embeddings["projection"]
+            projection: nn.Conv2d = self.patch_embeddings["projection"]  # type: ignore[assignment]  # torch: any Module
             patches = projection(pixel_values.to(projection.weight.dtype)).flatten(2).transpose(1, 2)  # (B, patches, D)
             patches = patches + positions[:, 1:]
             patches = patches if ids_keep is None else gather_patches(patches, ids_keep)  # (B, visible, D)
@@ -273,8 +275,8 @@ class UMAEEmbeddings(nn.Module):
         self.position_embeddings = nn.Parameter(table)
 
     def project_visible(self, pixel_values: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
-        """The convolution at the visible patches only, as the matrix product that it is: -> (batch, visible, D)."""
-        projection = self.patch_embeddings["projection"]
+        """The convolution at the visible patches only, computed as a matrix product: -> (batch, visible, D)."""
+        projection: nn.Conv2d = self.patch_embeddings["projection"]  # type: ignore[assignment]  # torch: any Module
         batch, channels = pixel_values.shape[:2]
         height, width = self.config.patch_height_width
         pixels = pixel_values.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # (B, C, rows, h, columns, w)
@@ -290,7 +292,7 @@ class UMAEEmbeddings(nn.Module):
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """softmax(query key^T * scaling) value, written out: (B, heads, tokens, d) -> (B, tokens, heads, d), weights.
 
-    The queries are scaled rather than the many more weights, and torch's softmax computes half precisions in float32.
+    The queries are scaled, since there are more weights; torch's softmax computes half precisions in float32.
     """
     weights = (query * scaling) @ key.transpose(2, 3)
     if attention_mask is not None:
@@ -323,7 +325,7 @@ class UMAEAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, tokens, D) -> (batch, queries, D), attention weights (batch, heads, queries, tokens) if eager.
 
-        The tokens before `first_query` are looked at, but do not look themselves.
+        The tokens before `first_query` are keys and values only, not queries.
         """
         queries = hidden_states[:, first_query:]
         query, key, value = (
@@ -373,13 +375,13 @@ class UMAELayer(GradientCheckpointingLayer):
 def drop_path_scales(rate: float, num_layers: int, batch: int, device: torch.device) -> torch.Tensor:
     """Which images skip which branch (stochastic depth; Huang et al., "Deep Networks with Stochastic Depth", 2016).
 
-    The share of the images that do grows linearly from 0 in the first layer to `rate` in the last, and is drawn for
-    attention and feed-forward apart. What is kept is scaled up, so that the branch stays the same on average.
+    The share of images grows linearly from 0 in the first layer to `rate` in the last. Attention and feed-forward are
+    drawn independently. Kept branches are scaled up, so that their mean does not change.
 
     Returns:
         float32 (num_layers, 2, batch, 1, 1): 0 where the branch is left out, else 1 / (1 - the layer's share).
     """
-    # One tensor for all layers, an input of each: with a number of its own every layer would be compiled by itself
+    # A tensor, not one Python number for each layer, for which torch.compile would compile every layer again
     rates = torch.linspace(0.0, rate, num_layers, device=device)[:, None, None, None, None]
     kept = torch.rand(num_layers, 2, batch, 1, 1, device=device) >= rates
     return kept / (1 - rates)
@@ -398,7 +400,7 @@ class UMAEModelOutput(ModelOutput):
         pooler_output: (batch, hidden_size), the feature of the image: the class token, or `fc_norm` of the mean of
             the patch tokens (`config.pooling`).
         mask: (batch, patches), 1 where the patch was hidden, 0 where the encoder saw it; None if nothing was masked.
-        ids_restore: (batch, patches), the place of every patch among those sorted by noise; None without masking.
+        ids_restore: (batch, patches), the position of every patch when sorted by noise; None without masking.
         hidden_states: tuple of (batch, 1 + visible patches, hidden_size), the embeddings and every layer's output.
         attentions: tuple of (batch, heads, tokens, tokens), one for each layer; needs `attn_implementation="eager"`.
     """
@@ -419,11 +421,11 @@ class UMAEForPreTrainingOutput(ModelOutput):
         loss: scalar, `reconstruction_loss + config.uniformity_weight * uniformity_loss`.
         reconstruction_loss: scalar, the mean squared error of the hidden patches of the local batch.
         uniformity_loss: scalar, at least float32, the mean squared cosine of the features.
-        logits: (batch, patches, pixels), every predicted patch (normalised if `norm_pix_loss`); None if not asked for.
+        logits: (batch, patches, pixels), every predicted patch (normalised if `norm_pix_loss`); None if not requested.
         mask: (batch, patches), 1 where the patch was hidden, 0 where the encoder saw it.
-        ids_restore: (batch, patches), the place of every patch among those sorted by noise; None without logits.
-        features: (batch, hidden_size), what the uniformity term sees.
-        last_hidden_state: (batch, 1 + visible patches, hidden_size), the encoder's; with `features_only` alone.
+        ids_restore: (batch, patches), the position of every patch when sorted by noise; None without logits.
+        features: (batch, hidden_size), the input of the uniformity term.
+        last_hidden_state: (batch, 1 + visible patches, hidden_size), the encoder's; None without `features_only`.
         hidden_states: tuple of (batch, 1 + visible patches, hidden_size), the encoder's.
         attentions: tuple of (batch, heads, tokens, tokens), the encoder's.
     """
@@ -447,9 +449,10 @@ class UMAEPreTrainedModel(PreTrainedModel):
     config_class = UMAEConfig
     base_model_prefix = "vit"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]  # a tuple in transformers' own models, too
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False  # else Trainer would scale the gradient of a batch that happens to hold labels
+    accepts_loss_kwargs = False  # else Trainer would scale the gradient of a batch with labels
+    _auto_class: str | None = None
     _no_split_modules = ["UMAEEmbeddings", "UMAELayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -465,7 +468,7 @@ class UMAEPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """MAE's initialisation; transformers calls it for modules that own a tensor and spares what was loaded."""
+        """MAE's initialisation; transformers calls it for every module with tensors and skips loaded weights."""
         super()._init_weights(module)
         if isinstance(module, UMAEHead):
             init.trunc_normal_(module.weight, std=2e-5)  # MAE's for fine-tuning
@@ -484,17 +487,17 @@ class UMAEPreTrainedModel(PreTrainedModel):
             table = sincos_position_table(self.config.decoder_hidden_size, self.config.grid)
             init.copy_(module.decoder_pos_embed, table)
 
-    def get_input_embeddings(self) -> UMAEEmbeddings:
-        """The embeddings as a whole: what comes out of them enters the first layer, and a hook there sees all of it."""
-        # Not the convolution in them: `project_visible` reads its weights without calling it, and FSDP, which shards
-        # what this returns as a unit of its own, gathers a module's weights when it is called
-        return self.base_model.embeddings
+    def get_input_embeddings(self) -> nn.Module:
+        """The `UMAEEmbeddings`: their output is the input of the first layer, so a hook on them gets all of it."""
+        # Not their convolution: FSDP shards the returned module as one unit and gathers its weights when it is called,
+        # but `project_visible` reads the convolution's weights without a call
+        return self.base_model.get_submodule("embeddings")
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.base_model.embeddings = value
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As `PreTrainedModel.save_pretrained`; the code goes with it, under all its Auto classes."""
+        """As `PreTrainedModel.save_pretrained`; also saves the code, for all its Auto classes."""
         self.config.auto_map = {
             "AutoConfig": "configuration_umae.UMAEConfig",
             "AutoModel": "modeling_umae.UMAEModel",
@@ -552,8 +555,9 @@ class UMAEModel(UMAEPreTrainedModel):
             ids_keep, mask, ids_restore = self.choose_patches(pixel_values, grid, noise, mask_ratio)
 
         hidden_states = self.embeddings(pixel_values, ids_keep, grid)
-        scales = self.branch_scales(hidden_states)
-        for layer, branch_scales in zip(self.encoder["layer"], scales, strict=True):
+        layers: nn.ModuleList = self.encoder["layer"]  # type: ignore[assignment]  # torch: any Module
+        scales = self.branch_scales(hidden_states, len(layers))
+        for layer, branch_scales in zip(layers, scales, strict=True):
             hidden_states = layer(hidden_states, branch_scales=branch_scales, **kwargs)
         last_hidden_state = self.layernorm(hidden_states)
 
@@ -567,11 +571,11 @@ class UMAEModel(UMAEPreTrainedModel):
     def feature_maps(
         self, pixel_values: torch.Tensor, layers: tuple[int, ...] | None = None, interpolate_pos_encoding: bool = False
     ) -> tuple[torch.Tensor, ...]:
-        """The patches' features as maps, for dense tasks: segmentation, detection, retrieval of parts of images.
+        """The patch features as maps, for dense tasks: segmentation, detection, retrieval of image parts.
 
         Args:
             pixel_values: (batch, channels, height, width), normalised as the image processor does.
-            layers: after which layers, counted from 1; the last one alone by default.
+            layers: after which layers, counted from 1; only the last by default.
             interpolate_pos_encoding: accept images of another size than `config.image_size`.
 
         Returns:
@@ -584,20 +588,20 @@ class UMAEModel(UMAEPreTrainedModel):
         count = self.config.num_hidden_layers
         layers = (count,) if layers is None else layers
         if not layers or not all(1 <= layer <= count for layer in layers):
-            raise ValueError(f"layers {layers} are not some of 1 to {count}")
+            raise ValueError(f"layers is {layers}, expected one or more numbers from 1 to {count}")
         grid = self.grid_of(pixel_values, interpolate_pos_encoding)
         output = self(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, output_hidden_states=True, return_dict=True
         )
-        tokens = (self.layernorm(output.hidden_states[layer]) for layer in layers)  # the first are the embeddings
-        return tuple(some[:, 1:].transpose(1, 2).unflatten(2, grid) for some in tokens)
+        tokens = (self.layernorm(output.hidden_states[layer]) for layer in layers)  # hidden_states[0]: the embeddings
+        return tuple(layer_tokens[:, 1:].transpose(1, 2).unflatten(2, grid) for layer_tokens in tokens)
 
-    def branch_scales(self, hidden_states: torch.Tensor) -> list[torch.Tensor | None]:
-        """What every layer multiplies its branches by; nothing is drawn without drop path or in evaluation mode."""
-        rate, layers = self.config.drop_path_rate, len(self.encoder["layer"])
+    def branch_scales(self, hidden_states: torch.Tensor, num_layers: int) -> list[torch.Tensor | None]:
+        """The `branch_scales` of every layer, (2, batch, 1, 1); None without drop path or in evaluation mode."""
+        rate = self.config.drop_path_rate
         if rate == 0 or not self.training:
-            return [None] * layers
-        return list(drop_path_scales(rate, layers, hidden_states.shape[0], hidden_states.device))
+            return [None] * num_layers
+        return list(drop_path_scales(rate, num_layers, hidden_states.shape[0], hidden_states.device))
 
     def pool(self, last_hidden_state: torch.Tensor) -> torch.Tensor:
         """(batch, 1 + patches, hidden_size) -> (batch, hidden_size), by `config.pooling`."""
@@ -606,23 +610,25 @@ class UMAEModel(UMAEPreTrainedModel):
         return self.fc_norm(last_hidden_state[:, 1:].mean(dim=1))
 
     def grid_of(self, pixel_values: torch.Tensor, any_size: bool) -> tuple[int, int]:
-        """The (rows, columns) of patches in a batch of images; refuses images that the model is not made for."""
+        """The (rows, columns) of patches in a batch of images. Raises `ValueError` if their shape is not expected."""
         expected = (self.config.num_channels, *self.config.image_height_width)
-        found = tuple(pixel_values.shape[1:])
-        (height, width), patch = found[-2:], self.config.patch_height_width
-        fits = found == expected or (
-            any_size and len(found) == 3 and found[0] == expected[0] and height % patch[0] == width % patch[1] == 0
+        shape = tuple(pixel_values.shape[1:])
+        (height, width), patch = shape[-2:], self.config.patch_height_width
+        fits = shape == expected or (
+            any_size and len(shape) == 3 and shape[0] == expected[0] and height % patch[0] == width % patch[1] == 0
         )
         if not fits:
             raise ValueError(
-                f"pixel_values is (batch, {', '.join(map(str, found))}), expected (batch, channels, height, width) "
+                f"pixel_values is (batch, {', '.join(map(str, shape))}), expected (batch, channels, height, width) "
                 f"with {expected}; resize the images, or pass interpolate_pos_encoding=True for other sizes that "
                 f"the patch size {patch} divides"
             )
         return height // patch[0], width // patch[1]
 
-    def choose_patches(self, pixel_values, grid, noise, mask_ratio):
-        """`random_masking` of a batch, with the configuration's ratio and fresh noise where they were not given."""
+    def choose_patches(
+        self, pixel_values: torch.Tensor, grid: tuple[int, int], noise: torch.Tensor | None, mask_ratio: float | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`random_masking` of a batch, by default with the configuration's ratio and with random noise."""
         mask_ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
         shape = (pixel_values.shape[0], grid[0] * grid[1])
         if not 0 <= mask_ratio < 1 or int(shape[1] * (1 - mask_ratio)) < 1:
@@ -635,7 +641,9 @@ class UMAEModel(UMAEPreTrainedModel):
 
 
 class UMAEDecoder(nn.Module):
-    """Visible tokens to pixels: mask tokens fill the gaps, a small transformer predicts every patch."""
+    """Visible tokens to pixels: add mask tokens for the hidden patches, predict every patch by a small transformer."""
+
+    decoder_pos_embed: torch.Tensor
 
     def __init__(self, config: UMAEConfig):
         super().__init__()
@@ -652,7 +660,7 @@ class UMAEDecoder(nn.Module):
         self.decoder_pred = nn.Linear(size, patch[0] * patch[1] * config.num_channels)
 
     def forward(self, hidden_states: torch.Tensor, ids_restore: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """(batch, 1 + visible, hidden_size) -> (batch, patches, pixels), every patch at its own place."""
+        """(batch, 1 + visible, hidden_size) -> (batch, patches, pixels), the patches row by row."""
         tokens = self.with_mask_tokens(self.decoder_embed(hidden_states), ids_restore.shape[1])
         tokens = torch.cat([tokens[:, :1], gather_patches(tokens[:, 1:], ids_restore)], dim=1)
         tokens = tokens + resize_position_table(self.decoder_pos_embed, self.config.grid, grid)
@@ -665,8 +673,8 @@ class UMAEDecoder(nn.Module):
     ) -> torch.Tensor:
         """(batch, 1 + visible, hidden_size) -> (batch, hidden, pixels), the hidden patches in the order of their noise.
 
-        The same predictions as `forward`, for less: the positions go to the patches instead of the patches to their
-        places, and in the last layer and the head only hidden patches are computed, since nobody reads the others.
+        The same predictions as `forward` with less work: the position embeddings are sorted instead of the patches,
+        and the last layer and the head compute only the hidden patches.
         """
         visible = hidden_states.shape[1] - 1
         tokens = self.with_mask_tokens(self.decoder_embed(hidden_states), ids_shuffle.shape[1])
@@ -685,7 +693,7 @@ class UMAEDecoder(nn.Module):
 
 
 class UMAEForPreTraining(UMAEPreTrainedModel):
-    """Encoder, decoder and the two losses: reconstruct the hidden patches, keep the features spread."""
+    """Encoder, decoder and the two losses: reconstruct the hidden patches, spread the features."""
 
     _auto_class = "AutoModelForPreTraining"
 
@@ -707,7 +715,7 @@ class UMAEForPreTraining(UMAEPreTrainedModel):
         features_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> UMAEForPreTrainingOutput:
-        """Mask, encode, decode, score.
+        """Mask the images, encode them, predict the hidden patches and compute the losses.
 
         Args:
             pixel_values: (batch, channels, height, width), normalised as the image processor does.
@@ -717,43 +725,21 @@ class UMAEForPreTraining(UMAEPreTrainedModel):
             output_logits: whether to return `logits` and `ids_restore`; by default in evaluation mode only.
             second_moment: (hidden_size, hidden_size), optional, for an exact uniformity term under gradient
                 accumulation, see `uniformity_loss`: the mean of `feature_second_moment` over all micro-batches.
-            features_only: return `features` and `last_hidden_state` alone, without decoding. With a `mask_ratio` of 0
-                they are those of the whole image.
+            features_only: return what `encode_features` returns, for callers with a model in DDP or FSDP, which wrap
+                this method alone.
 
-        In training mode the uniformity term is that of the batch of all processes, and every one must take part; in
+        In training mode the uniformity term is that of the batch of all processes, and all of them must take part; in
         evaluation mode it is that of the local batch.
 
         Raises:
             ValueError: no patch would be hidden, or the images or the noise do not have the expected shape.
         """
-        output_logits = not self.training if output_logits is None else output_logits
-        mask_ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
-        grid = self.vit.grid_of(pixel_values, interpolate_pos_encoding)
-        num_patches = grid[0] * grid[1]
-        if features_only and mask_ratio == 0:
-            noise = mask_ratio = None  # every patch, in order
-        elif int(num_patches * (1 - mask_ratio)) == num_patches:
-            raise ValueError(f"mask_ratio {mask_ratio} hides no patch of {num_patches}, so there is nothing to learn")
-
-        encoded = self.vit(
-            pixel_values,
-            noise=noise,
-            mask_ratio=mask_ratio,
-            interpolate_pos_encoding=interpolate_pos_encoding,
-            return_dict=True,
-            **kwargs,
-        )
-        features = self.uniformity_features(encoded)
         if features_only:
-            return UMAEForPreTrainingOutput(features=features, last_hidden_state=encoded.last_hidden_state)
-        target = patchify(pixel_values, self.config.patch_height_width)
-        if output_logits:
-            logits, mask = self.decoder(encoded.last_hidden_state, encoded.ids_restore, grid), encoded.mask
-        else:
-            ids_shuffle = inverse_permutation(encoded.ids_restore)
-            logits, mask = self.decoder.predict_hidden(encoded.last_hidden_state, ids_shuffle, grid), None
-            target = gather_patches(target, ids_shuffle[:, -logits.shape[1] :])
-        reconstruction = reconstruction_loss(logits, target, mask, self.config.norm_pix_loss)
+            return self.encode_features(pixel_values, noise, mask_ratio, interpolate_pos_encoding, **kwargs)
+        output_logits = not self.training if output_logits is None else output_logits
+        encoded = self.encode_masked(pixel_values, noise, mask_ratio, interpolate_pos_encoding, **kwargs)
+        features = self.uniformity_features(encoded)
+        logits, reconstruction = self.reconstruct(pixel_values, encoded, all_patches=output_logits)
         uniformity = uniformity_loss(features, across_processes=self.training, second_moment=second_moment)
 
         return UMAEForPreTrainingOutput(
@@ -768,15 +754,75 @@ class UMAEForPreTraining(UMAEPreTrainedModel):
             attentions=encoded.attentions,
         )
 
+    def encode_features(
+        self,
+        pixel_values: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        mask_ratio: float | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> UMAEForPreTrainingOutput:
+        """`features` and `last_hidden_state` only, without the decoder and the losses.
+
+        The arguments and errors are those of `forward`, but a `mask_ratio` of 0 is allowed: the encoder then sees every
+        patch, in order.
+        """
+        if (self.config.mask_ratio if mask_ratio is None else mask_ratio) == 0:
+            encoded = self.vit(
+                pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+            )
+        else:
+            encoded = self.encode_masked(pixel_values, noise, mask_ratio, interpolate_pos_encoding, **kwargs)
+        features = self.uniformity_features(encoded)
+        return UMAEForPreTrainingOutput(features=features, last_hidden_state=encoded.last_hidden_state)
+
+    def encode_masked(
+        self,
+        pixel_values: torch.Tensor,
+        noise: torch.Tensor | None,
+        mask_ratio: float | None,
+        interpolate_pos_encoding: bool,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> UMAEModelOutput:
+        """The encoder's output for the visible patches. Raises `ValueError` if no patch would be hidden."""
+        mask_ratio = self.config.mask_ratio if mask_ratio is None else mask_ratio
+        num_patches = math.prod(self.vit.grid_of(pixel_values, interpolate_pos_encoding))
+        if int(num_patches * (1 - mask_ratio)) == num_patches:
+            raise ValueError(f"mask_ratio {mask_ratio} hides no patch of {num_patches}, so there is nothing to learn")
+        return self.vit(
+            pixel_values,
+            noise=noise,
+            mask_ratio=mask_ratio,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            return_dict=True,
+            **kwargs,
+        )
+
+    def reconstruct(
+        self, pixel_values: torch.Tensor, encoded: UMAEModelOutput, all_patches: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The predicted patches, all or only the hidden ones by ascending noise, and `reconstruction_loss`."""
+        assert encoded.last_hidden_state is not None and encoded.ids_restore is not None  # as the encoder has masked
+        grid = self.vit.grid_of(pixel_values, any_size=True)
+        target = patchify(pixel_values, self.config.patch_height_width)
+        if all_patches:
+            logits = self.decoder(encoded.last_hidden_state, encoded.ids_restore, grid)
+            return logits, reconstruction_loss(logits, target, encoded.mask, self.config.norm_pix_loss)
+        ids_shuffle = inverse_permutation(encoded.ids_restore)
+        logits = self.decoder.predict_hidden(encoded.last_hidden_state, ids_shuffle, grid)
+        target = gather_patches(target, ids_shuffle[:, -logits.shape[1] :])
+        return logits, reconstruction_loss(logits, target, None, self.config.norm_pix_loss)
+
     def uniformity_features(self, encoded: UMAEModelOutput) -> torch.Tensor:
-        """(batch, hidden_size), what the uniformity term sees: with pooling "cls", the class token normalised twice."""
-        if self.config.pooling == "cls":  # as in the original; not the same as once, where the norm has learned a shape
+        """(batch, hidden_size), the uniformity term's input: with pooling "cls", the class token normalised twice."""
+        assert encoded.pooler_output is not None
+        if self.config.pooling == "cls":  # as in the original; differs from once if the norm's weights are trained
             return self.vit.layernorm(encoded.pooler_output)
         return encoded.pooler_output
 
 
 def inferred_problem_type(labels: torch.Tensor, num_labels: int) -> str:
-    """What transformers takes labels for where `config.problem_type` is not set."""
+    """The problem type that transformers infers from labels where `config.problem_type` is not set."""
     if num_labels == 1:
         return "regression"
     is_class = labels.dtype in (torch.int64, torch.int32)
@@ -789,7 +835,7 @@ def check_labels(labels: torch.Tensor, logits: torch.Tensor, problem_type: str) 
     Args:
         labels: int64 (batch,), classes from 0 on, -100 for none, if "single_label_classification"; floating-point
             (batch, num_labels), in 0..1 if "multi_label_classification", any if "regression", where one label may also
-            be (batch,). The range is checked on the CPU only: to ask a GPU would be to wait for it.
+            be (batch,). The range is checked on the CPU only, since reading it from a GPU would wait for it.
         logits: (batch, num_labels).
     """
     batch, num_labels = logits.shape
@@ -805,11 +851,11 @@ def check_labels(labels: torch.Tensor, logits: torch.Tensor, problem_type: str) 
         )
     if problem_type == "regression" or labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    labels, most = (labels[labels != -100], num_labels - 1) if single else (labels, 1)
-    if not ((labels >= 0) & (labels <= most)).all():
+    labels, highest = (labels[labels != -100], num_labels - 1) if single else (labels, 1)
+    if not ((labels >= 0) & (labels <= highest)).all():
         raise ValueError(
             f"labels lie in {labels.min():g} to {labels.max():g}; for problem_type {problem_type!r} and num_labels "
-            f"{num_labels} expected 0 to {most}"
+            f"{num_labels} expected 0 to {highest}; change the labels, or config.problem_type"
         )
 
 
@@ -825,9 +871,9 @@ class UMAEHead(nn.Linear):
 
 
 class UMAEForImageClassification(UMAEPreTrainedModel):
-    """The encoder and a linear head on its pooled feature; `from_pretrained` takes over a pre-trained encoder.
+    """The encoder and a linear head on its pooled feature; `from_pretrained` loads a pre-trained encoder.
 
-    All of it trains, the position table too (models_vit.py of facebookresearch/mae), which pre-training keeps fixed.
+    All parameters are trained, also the position table (models_vit.py of facebookresearch/mae), fixed in pre-training.
     """
 
     _auto_class = "AutoModelForImageClassification"
@@ -875,7 +921,7 @@ class UMAEForImageClassification(UMAEPreTrainedModel):
         """transformers' loss for the problem type, a scalar."""
         problem_type = self.config.problem_type or inferred_problem_type(labels, logits.shape[1])
         check_labels(labels, logits, problem_type)
-        # Not the configuration itself, in which transformers would write down for good what the first labels were
+        # Not the configuration itself: transformers would store in it the problem type of the first labels
         return self.loss_function(labels, logits, _Problem(logits.shape[1], problem_type))
 
 

@@ -104,7 +104,7 @@ def error_of_accumulation(micro_batches: int, dtype: torch.dtype) -> float:
         for part in range(dist.get_rank() * micro_batches, (dist.get_rank() + 1) * micro_batches)
     ]
     with torch.no_grad():
-        outputs = [together.module.model(*part, features_only=True) for part in mine]
+        outputs = [together.module.model.encode_features(*part) for part in mine]
         whole = sum(feature_second_moment(output.features) for output in outputs) / parts
     dist.all_reduce(whole)
     together.zero_grad()

@@ -113,9 +113,8 @@ def test_the_package_speaks_of_parameters_and_not_of_flags(path):
     tree.body = tree.body[1:]  # the module's own text may say how `python -m` is called, and `main` is that
     for node in tree.body:
         if not (isinstance(node, ast.FunctionDef) and node.name == "main"):
-            texts = {
-                one.value for one in ast.walk(node) if isinstance(one, ast.Constant) and isinstance(one.value, str)
-            }
+            constants = [part for part in ast.walk(node) if isinstance(part, ast.Constant)]
+            texts = {constant.value for constant in constants if isinstance(constant.value, str)}
             assert not [text for text in texts if re.search("--[a-z]", text)]
 
 

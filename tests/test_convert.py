@@ -191,8 +191,8 @@ def test_a_file_of_the_original_becomes_a_model_with_its_outputs_and_settings(tm
     pixel_values, noise = batch()
     expected = pretraining_model().eval()
     with torch.no_grad():
-        found, wanted = (one(pixel_values, noise=noise, mask_ratio=0.75) for one in (model, expected))
-    assert torch.equal(found.logits, wanted.logits) and torch.equal(found.features, wanted.features)
+        output, wanted = (m(pixel_values, noise=noise, mask_ratio=0.75) for m in (model, expected))
+    assert torch.equal(output.logits, wanted.logits) and torch.equal(output.features, wanted.features)
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
     assert processor.crop_size == {"height": 32, "width": 32}
 
@@ -234,7 +234,7 @@ def test_safetensors_in_the_originals_names_are_read_too(tmp_path):
 
 def test_heads_of_another_width_have_to_be_named(tmp_path):
     path = original_file(tmp_path / "mae.pth")
-    with pytest.raises(SystemExit, match=r"width 48 is none of the published ones \(768, 1024, 1280\); give num_att"):
+    with pytest.raises(ValueError, match=r"width 48 is none of the published ones \(768, 1024, 1280\); give num_att"):
         convert.main([str(path), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
@@ -262,7 +262,7 @@ def pickle_with(path, protocol: int) -> None:
 def test_a_pickle_that_would_run_code_is_refused_by_what_it_asks_for(tmp_path, monkeypatch, write):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "evil.pth")
-    with pytest.raises(SystemExit, match=r"evil.pth was not opened: .*asks for posix\.system, which could run code"):
+    with pytest.raises(ValueError, match=r"evil.pth was not opened: .*asks for posix\.system, which could run code"):
         convert.main(["evil.pth", "out"])
     assert [entry.name for entry in tmp_path.iterdir()] == ["evil.pth"]
 
@@ -314,7 +314,7 @@ def test_files_that_do_not_hold_such_a_model_are_refused_with_the_first_five(tmp
     tensors, settings = read_weights(original_file(tmp_path / "mae.pth"))
     changed = {name: value for name, value in {**tensors, **changes}.items() if value is not None}
     torch.save({"model": changed, "args": argparse.Namespace(**settings)}, tmp_path / "bad.pth")
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         convert.main([str(tmp_path / "bad.pth"), str(tmp_path / "out"), *HEADS])
     assert not (tmp_path / "out").exists()
 
@@ -429,7 +429,7 @@ def test_older_checkpoints_without_safetensors_are_read_and_hostile_ones_not(tmp
 
 def test_an_existing_target_is_left_alone(tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(SystemExit, match="out exists, and is left as it is"):
+    with pytest.raises(ValueError, match="out exists, and is left as it is"):
         convert.main([str(original_file(tmp_path / "mae.pth")), str(tmp_path / "out"), *HEADS])
     assert not list((tmp_path / "out").iterdir())
 

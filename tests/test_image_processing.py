@@ -148,7 +148,7 @@ def test_code_on_a_classifiers_card_reads_the_image_as_training_does(tmp_path, m
     exec(python_block(cards._CLASSIFY), found := {})
     pixel_values = evaluation_processor((16, 16))(open_image("image.jpg"), return_tensors="pt").pixel_values
     logits = umae.UMAEForImageClassification.from_pretrained(tmp_path)(pixel_values).logits
-    scores = sorted((one["score"] for one in found["classify"](found["image"])), reverse=True)
+    scores = sorted((label["score"] for label in found["classify"](found["image"])), reverse=True)
     assert scores == pytest.approx(logits.softmax(-1).sort(descending=True).values[0].tolist(), abs=1e-5)
 
 

@@ -282,8 +282,8 @@ def test_gradient_checkpointing_changes_no_gradient():
     pixel_values, noise = images_for(plain.config), torch.rand(4, 16)
     for model in (plain, thrifty):
         model(pixel_values, noise=noise).loss.backward()
-    for one, other in zip(plain.parameters(), thrifty.parameters(), strict=True):
-        assert one.grad is None or torch.equal(one.grad, other.grad)
+    for parameter, other in zip(plain.parameters(), thrifty.parameters(), strict=True):
+        assert parameter.grad is None or torch.equal(parameter.grad, other.grad)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -364,7 +364,7 @@ def test_drop_path_is_one_graph_and_the_same_for_the_same_seed(checkpointing):
     else:
         torch._dynamo.reset()
         found = gradients(torch.compile(model, backend="eager", fullgraph=True))  # a graph break is an error
-    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
@@ -601,7 +601,18 @@ def test_weights_in_the_names_of_the_published_checkpoints_load_as_they_are(tmp_
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
-def test_feature_maps_are_the_patches_at_their_places():
+def test_forward_with_features_only_returns_what_encode_features_returns():
+    model = UMAEForPreTraining(fresh_config()).eval()
+    pixel_values, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    for mask_ratio, tokens in ((None, 1 + 4), (0.5, 1 + 8), (0.0, 1 + 16)):
+        expected = model.encode_features(pixel_values, noise, mask_ratio)
+        output = model(pixel_values, noise=noise, mask_ratio=mask_ratio, features_only=True)
+        assert output.keys() == expected.keys() == {"features", "last_hidden_state"}
+        assert all(torch.equal(output[name], expected[name]) for name in expected)
+        assert output.last_hidden_state.shape[1] == tokens
+
+
+def test_feature_maps_are_the_patches_at_their_positions():
     model = UMAEModel(fresh_config()).eval()
     pixel_values = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
@@ -624,5 +635,5 @@ def test_feature_maps_have_the_shape_of_larger_images():
     with pytest.raises(ValueError, match=r"expected .*; resize the images"):
         model.feature_maps(torch.randn(1, 3, 32, 48))
     for layers in ((0,), (3,), ()):
-        with pytest.raises(ValueError, match="are not some of 1 to 2"):
+        with pytest.raises(ValueError, match="expected one or more numbers from 1 to 2"):
             model.feature_maps(torch.randn(1, 3, 16, 16), layers)

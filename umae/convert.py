@@ -1,10 +1,10 @@
-"""Checkpoints of any family as ours, each by a table of renames; nothing is left over or missing in silence.
+"""Convert checkpoints to and from U-MAE by tables of renames; a missing or unexpected key is an error.
 
-umae convert mae_pretrain_vit_base.pth runs/mae             # anything below, to a folder of ours
-umae convert runs/mine mine.safetensors                     # ours, to the names of facebookresearch/mae
+umae convert mae_pretrain_vit_base.pth runs/mae             # any checkpoint below, to a U-MAE folder
+umae convert runs/mine mine.safetensors                     # a U-MAE, to the names of facebookresearch/mae
 
-Read are files of facebookresearch/mae and zhangq327/U-MAE, and U-MAE, ViTMAE and ViT of any transformers, from a folder
-or the Hub. What a source is, is seen from what it holds.
+Reads files of facebookresearch/mae and zhangq327/U-MAE, and U-MAE, ViTMAE and ViT of any transformers version, from a
+folder or the Hub. The family is detected from the content.
 """
 
 import argparse
@@ -16,9 +16,9 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import snapshot_download
@@ -38,10 +38,13 @@ from modeling_umae import (
 from umae.data.inputs import evaluation_processor
 from umae.files import write_folder
 
-FAMILIES = {"umae": UMAEConfig, "vit": ViTConfig, "vit_mae": ViTMAEConfig}  # by the model_type of a config.json
+Model = TypeVar("Model", bound=PreTrainedModel)
 
-# Of transformers' ViT and ViTMAE to ours, applied in this order. Before 5.17 their names were ours; since then those in
-# memory differ, and files hold `decoder_encoder.layer`.
+# By the model_type of a config.json
+FAMILIES: dict[str, type[PreTrainedConfig]] = {"umae": UMAEConfig, "vit": ViTConfig, "vit_mae": ViTMAEConfig}
+
+# From the names of transformers' ViT and ViTMAE to ours, applied in this order. Before 5.17 they were the same; since
+# then the names in memory differ, and files contain `decoder_encoder.layer`.
 RENAMES = (
     (r"\bdecoder_encoder\.layer\.", "decoder_layers."),
     (r"^(vit\.)?layers\.", r"\1encoder.layer."),
@@ -53,7 +56,7 @@ RENAMES = (
     (r"\.mlp\.fc2\.", ".output.dense."),
 )
 
-# Of facebookresearch/mae and zhangq327/U-MAE to ours, applied in this order, and back again.
+# From the names of facebookresearch/mae and zhangq327/U-MAE to ours, applied in this order, and back.
 ORIGINAL_RENAMES = (
     (r"^(cls_token)$", r"vit.embeddings.\1"),
     (r"^pos_embed$", "vit.embeddings.position_embeddings"),
@@ -86,7 +89,7 @@ BACK_TO_ORIGINAL = (
     (r"\.output\.dense\.", ".mlp.fc2."),
 )
 
-# What no U-MAE has, and a checkpoint may: ViT's pooler, the mask token of masked image modelling, U-MAE's online
+# Keys of checkpoints that are ignored: ViT's pooler, the mask token of masked image modelling, U-MAE's online
 # classifier, the counter of a batch norm.
 NOT_OURS = re.compile(r"^vit\.pooler\.|^vit\.embeddings\.mask_token$|^fc\.|num_batches_tracked$")
 
@@ -111,8 +114,8 @@ def encoder_from_pretrained(name_or_path: str, pooling: str | None = None, revis
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        ValueError: as `read_model`, and if the weights are not exactly those of the encoder that its configuration
-            describes. Keys that are missing, left over or of another shape are listed.
+        ValueError: as `read_model`, and if the weights do not fit the encoder of its configuration exactly. Keys that
+            are missing, left over or of another shape are listed.
     """
     config, tensors = read_model(name_or_path, revision)
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(("decoder.", "classifier."))}
@@ -121,12 +124,12 @@ def encoder_from_pretrained(name_or_path: str, pooling: str | None = None, revis
 
 
 def set_pooling(encoder: UMAEModel, pooling: str) -> UMAEModel:
-    """Change, in place, which feature `pooler_output` is.
+    """Change `encoder.config.pooling`, the feature in `pooler_output`, in place; returns the encoder.
 
     "cls" is the class token, `last_hidden_state[:, 0]`. "mean" is `fc_norm` of the mean of the patch tokens in
-    `last_hidden_state`: with the scale that was learned if the encoder was trained with it, else a plain layer norm.
-    These tokens have passed the encoder's own norm. `global_pool` of facebookresearch/mae leaves that norm out; so
-    does an encoder with `final_layernorm=False`, which files from there are read as.
+    `last_hidden_state`, with its trained weights if the encoder has them, else with initial ones. These tokens are
+    normalised by the encoder's last norm, unless it has `final_layernorm=False`, as models with `global_pool` of
+    facebookresearch/mae have.
     """
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
@@ -145,26 +148,26 @@ def read_model(
     num_attention_heads: int | None = None,
     decoder_num_attention_heads: int = 16,
 ) -> tuple[UMAEConfig, dict[str, torch.Tensor]]:
-    """The configuration and the weights of a checkpoint as a U-MAE has them.
+    """The configuration and the weights of a checkpoint, converted to a U-MAE.
 
     Args:
         source: a folder or a model on the Hub (U-MAE, ViT, ViTMAE), or a file of the original code.
         revision: branch, tag or commit on the Hub.
-        num_attention_heads, decoder_num_attention_heads: for a file, which does not tell them; by default those of the
-            published models.
+        num_attention_heads, decoder_num_attention_heads: for a file, which does not contain them; by default
+            those of the published models.
 
     Returns:
         The configuration, and float32 tensors under the names of `UMAEForPreTraining` and `UMAEForImageClassification`
         (`vit.*`, `decoder.*`, `classifier.*`).
 
     Raises:
-        ValueError: there is no such checkpoint, it is of another family, or its files are not as they should be.
+        ValueError: there is no such checkpoint, it is of another family, or its files are invalid.
     """
     if Path(source).is_file():
         tensors, settings = read_weights(Path(source))
         config = original_config(tensors, settings, num_attention_heads, decoder_num_attention_heads)
         ours = from_original(tensors)
-        if config.pooling == "cls":  # then it has one that nothing has trained
+        if config.pooling == "cls":  # then its fc_norm is untrained
             ours = {key: tensor for key, tensor in ours.items() if not key.startswith("vit.fc_norm.")}
     else:
         fields = read_config(source, revision)
@@ -176,10 +179,10 @@ def read_model(
 
 
 def read_config(name_or_path: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """The plain values of a checkpoint's config.json, whose `model_type` is one of FAMILIES.
+    """The fields of a checkpoint's config.json, whose `model_type` is one of FAMILIES.
 
     Raises:
-        ValueError: there is no such checkpoint, it is of another family, or its files are not as they should be.
+        ValueError: there is no such checkpoint, it is of another family, or its files are invalid.
     """
     try:
         fields, _ = PreTrainedConfig.get_config_dict(name_or_path, revision=revision)
@@ -187,22 +190,22 @@ def read_config(name_or_path: str | Path, revision: str | None = None) -> dict[s
         raise ValueError(
             f"there is no model {str(name_or_path)!r}, neither as a folder with a config.json nor on the Hub ({error})"
         ) from error
-    except (RecursionError, TypeError, AttributeError) as error:  # what transformers raises at other JSON
+    except (RecursionError, TypeError, AttributeError) as error:  # transformers' errors for other JSON
         raise ValueError(f"{name_or_path}: config.json holds no plain names and values ({error})") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{name_or_path}: config.json holds a {type(fields).__name__}, expected names and values")
     if not fields:
         raise ValueError(f"{name_or_path} has no config.json; give a finished run, or one of its checkpoints step-N")
-    kind = fields.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(f"{name_or_path} is a model of type {kind!r:.80}; accepted are {', '.join(FAMILIES)}")
+    model_type = fields.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"{name_or_path} is a model of type {model_type!r:.80}; accepted are {', '.join(FAMILIES)}")
     for index in Path(name_or_path).glob("*.index.json"):
         _check_index(index)
     return fields
 
 
 def _check_index(index: Path) -> None:
-    """Raise `ValueError` unless all files that hold a checkpoint's tensors lie beside it."""
+    """Raise `ValueError` unless all files in a checkpoint's index are in the folder of the index."""
     try:
         files = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -213,14 +216,14 @@ def _check_index(index: Path) -> None:
 
 
 def _tensors_of(name_or_path: str | Path, revision: str | None) -> dict[str, torch.Tensor]:
-    """All tensors of a folder or of a model on the Hub, safetensors if it has any."""
+    """All tensors of a folder or of a model on the Hub, from safetensors files if it has any."""
     for pattern in ("model*.safetensors", "pytorch_model*.bin"):
         folder = Path(name_or_path)
         if not folder.is_dir():
             try:
                 folder = Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=pattern))
             except OSError as error:
-                raise ValueError(f"the weights of {name_or_path} cannot be fetched ({error})") from error
+                raise ValueError(f"the weights of {name_or_path} cannot be downloaded ({error})") from error
         tensors: dict[str, torch.Tensor] = {}
         for file in sorted(folder.glob(pattern)):
             tensors |= read_weights(file)[0]
@@ -230,15 +233,17 @@ def _tensors_of(name_or_path: str | Path, revision: str | None) -> dict[str, tor
 
 
 def _config_of(source: str | Path, fields: dict[str, Any], tensors: dict[str, torch.Tensor]) -> UMAEConfig:
-    """Our configuration from the fields of another family's; its classes, if it classifies."""
+    """A U-MAE configuration from the fields of any family, with its classes if `tensors` have a classifier."""
     try:
         config = FAMILIES[fields["model_type"]].from_dict(fields)
     except (TypeError, AttributeError, LookupError) as error:
-        raise ValueError(f"{source}: config.json makes no configuration ({error})") from error
+        raise ValueError(f"{source}: config.json is no valid configuration ({error})") from error
     if isinstance(config, UMAEConfig):
         return config
     names = SHARED_FIELDS + (MAE_FIELDS if isinstance(config, ViTMAEConfig) else ())
-    classes = {"id2label": config.id2label, "label2id": config.label2id} if "classifier.weight" in tensors else {}
+    classes: dict[str, Any] = {}
+    if "classifier.weight" in tensors:
+        classes = {"id2label": config.id2label, "label2id": config.label2id}
     return UMAEConfig(**{name: getattr(config, name) for name in names}, **classes, uniformity_weight=0.0)
 
 
@@ -250,13 +255,13 @@ def rename(key: str, renames: tuple[tuple[str, str], ...] = RENAMES) -> str:
 
 
 def load_exactly(
-    model: PreTrainedModel, tensors: dict[str, torch.Tensor], name: str | Path, may_be_fresh: tuple[str, ...] = ()
-) -> Any:
-    """Put tensors, under the names of `read_model`, into a model, which is returned.
+    model: Model, tensors: dict[str, torch.Tensor], name: str | Path, may_be_fresh: tuple[str, ...] = ()
+) -> Model:
+    """Load tensors, with the names of `read_model`, into a model, in place; returns the model.
 
     Args:
-        name: what a refusal calls the checkpoint.
-        may_be_fresh: beginnings of names that the checkpoint may lack.
+        name: the checkpoint's name in error messages.
+        may_be_fresh: prefixes of keys that may be missing; their weights are not changed.
 
     Raises:
         ValueError: keys are missing, left over or of another shape; the first five of each are listed.
@@ -269,9 +274,9 @@ def load_exactly(
         "left over": [key for key in tensors if key not in expected],
         "of another shape": [key for key in expected if key in tensors and expected[key].shape != tensors[key].shape],
     }
-    found = "; ".join(f"{what}: {_first_five(keys)}" for what, keys in problems.items() if keys)
-    if found:
-        raise ValueError(f"{name}: the weights are not those of the model that its sizes describe; {found}")
+    wrong_keys = "; ".join(f"{problem}: {_first_five(keys)}" for problem, keys in problems.items() if keys)
+    if wrong_keys:
+        raise ValueError(f"{name}: the weights do not fit the model that its configuration describes; {wrong_keys}")
     model.load_state_dict(tensors, strict=False)
     return model
 
@@ -279,19 +284,19 @@ def load_exactly(
 def resize_positions(
     tensors: dict[str, torch.Tensor], grid: tuple[int, int], config: UMAEConfig, log: Callable[[str], object]
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `read_model` with position tables for images of another size, in patches of the same size.
+    """The tensors of `read_model` with position tables for images of another size and patches of the same size.
 
-    The encoder's table, which may have been trained, is interpolated (bicubic, as facebookresearch/mae does); the
-    decoder's is fixed and computed anew.
+    The encoder's table, which may be trained, is interpolated (bicubic, as in facebookresearch/mae); the decoder's is
+    fixed and computed again.
 
     Args:
-        grid: (rows, columns) of patches that the weights have been made for.
-        config: of the model that the tensors are to be put into.
-        log: is given one line that says what was done, if anything was.
+        grid: (rows, columns) of patches of the weights.
+        config: of the model that the tensors are loaded into.
+        log: called with one line if a table was changed.
     """
     encoder, decoder = "vit.embeddings.position_embeddings", "decoder.decoder_pos_embed"
     is_table = encoder in tensors and tensors[encoder].shape == (1, 1 + grid[0] * grid[1], config.hidden_size)
-    if grid == config.grid or not is_table:  # `load_exactly` refuses what is no table
+    if grid == config.grid or not is_table:  # any other shape is an error in `load_exactly`
         return tensors
     (rows, columns), (new_rows, new_columns) = grid, config.grid
     text = f"position table is interpolated from {rows} x {columns} to {new_rows} x {new_columns} patches"
@@ -302,19 +307,19 @@ def resize_positions(
     return tensors | tables
 
 
-def _first_five(names) -> str:
-    shown = ", ".join(sorted(f"{name!s:.80}" for name in names)[:5])
-    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def _first_five(names: Collection[object]) -> str:
+    first_names = ", ".join(sorted(f"{name!s:.80}" for name in names)[:5])
+    return first_names + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors of a file, safetensors or a pickle by `torch.save`, and the settings that the latter may hold.
+    """The tensors of a file, safetensors or a pickle by `torch.save`, and the settings that a pickle may contain.
 
-    Nothing in a pickle is run. Of the original's settings, `argparse.Namespace`, only the plain values are looked at.
+    No code in a pickle is run. Of the original's settings, `argparse.Namespace`, only plain values are read.
 
     Raises:
-        ValueError: the file cannot be read; it is a pickle that asks for more than tensors and plain values (what it
-            asks for is named); a key is no name of a tensor; a tensor is empty or holds NaN or infinite values.
+        ValueError: the file cannot be read; it is a pickle that asks for more than tensors and plain values (the
+            message names it); a key is no name of a tensor; a tensor is empty or holds NaN or infinite values.
     """
     try:
         if path.suffix == ".safetensors":
@@ -331,7 +336,7 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
             f"safetensors; there is no flag that opens it"
         ) from error
     except (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, struct.error,
-            SafetensorError) as error:  # fmt: skip  # what damaged files raise
+            SafetensorError) as error:  # fmt: skip  # the errors of damaged files
         raise ValueError(f"{path} cannot be read: {type(error).__name__} {error}; expected a checkpoint") from error
     settings = getattr(content.get("args"), "__dict__", {}) if isinstance(content, dict) else {}
     tensors = content.get("model", content) if isinstance(content, dict) else content
@@ -342,10 +347,10 @@ def read_weights(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def _wanted_global(path: Path, error: pickle.UnpicklingError) -> str | None:
-    """What a pickle that torch has refused asks for: `posix.system`."""
+    """The global that a pickle asks for and torch does not allow: `posix.system`; None if there is none."""
     if named := re.search(r"GLOBAL (\S+)", str(error)):
         return named[1]
-    words = []  # protocol 4, which torch does not read, puts module and name on the stack
+    words: list[str] = []  # protocol 4, which torch does not read, puts module and name on the stack
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -366,14 +371,18 @@ def _is_plain(value: Any) -> bool:
 
 
 def _check_tensors(path: Path, tensors: dict) -> None:
-    """Raise `ValueError`, with the first five, where keys are no names, or values no tensors that hold numbers."""
+    """Raise `ValueError`, with the first five keys, where keys are no names or values no finite, complete tensors."""
 
-    def is_short(tensor: torch.Tensor) -> bool:  # one number, said to be a billion
+    def is_short(tensor: torch.Tensor) -> bool:  # strides of 0: one number, expanded to a billion
         return tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes()
 
-    names = [key for key in tensors if not (isinstance(key, str) and re.fullmatch(r"\w+(\.\w+)*", key, re.ASCII))]
-    others = [key for key, value in tensors.items() if not _is_plain(value)]
-    problems = {"keys that are no names of tensors": names, "values that are no tensors": others}
+    def is_name(key: object) -> bool:
+        return isinstance(key, str) and re.fullmatch(r"\w+(\.\w+)*", key, re.ASCII) is not None
+
+    problems = {
+        "keys that are no names of tensors": [key for key in tensors if not is_name(key)],
+        "values that are no tensors": [key for key, value in tensors.items() if not _is_plain(value)],
+    }
     if not any(problems.values()):
         problems["tensors that are empty"] = [key for key, value in tensors.items() if value.numel() == 0]
         short = [key for key, value in tensors.items() if is_short(value)]
@@ -381,16 +390,16 @@ def _check_tensors(path: Path, tensors: dict) -> None:
         problems["tensors with NaN or infinite values"] = [
             key for key, value in tensors.items() if key not in short and not value.isfinite().all()
         ]
-    found = "; ".join(f"{what}: {_first_five(keys)}" for what, keys in problems.items() if keys)
-    if found:
-        raise ValueError(f"{path} is no sound checkpoint; {found}")
+    wrong_keys = "; ".join(f"{problem}: {_first_five(keys)}" for problem, keys in problems.items() if keys)
+    if wrong_keys:
+        raise ValueError(f"{path} is no valid checkpoint; {wrong_keys}")
 
 
 def from_original(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of the original MAE or U-MAE code, `torch.load(...)["model"]`, under our names.
 
     The fused `attn.qkv` (3 * D rows) becomes query, key and value; the batch norm before the head of a linear probe,
-    which has no parameters of its own, becomes part of the classifier. What only the original has keeps its name.
+    which has no parameters, becomes part of the classifier. Keys that only the original has keep their names.
     """
     ours = {}
     for key, tensor in tensors.items():
@@ -429,25 +438,27 @@ def original_config(
     num_attention_heads: int | None = None,
     decoder_num_attention_heads: int = 16,
 ) -> UMAEConfig:
-    """What a checkpoint of the original code tells about its model.
+    """The configuration of a checkpoint of the original code.
 
-    All sizes but the number of heads are those of the tensors. An `fc_norm` that has been trained, or has a head behind
-    it, means that it pooled the mean. Mask ratio, objective and drop path are those of the settings, if there are any.
+    All sizes but the number of heads come from the tensors. Pooling is "mean" if there is an `fc_norm` that is trained
+    or followed by a head. Mask ratio, objective and drop path come from the settings, if there are any.
 
     Raises:
         ValueError: the tensors are not those of such a model.
     """
     head = next((tensors[name] for name in ("head.1.weight", "head.weight") if name in tensors), None)
-    pools_mean = head is not None and "fc_norm.weight" in tensors  # and does not normalise the tokens before
-    norm = [tensors.get("fc_norm.weight"), tensors.get("fc_norm.bias")]
-    trained = None not in norm and not (torch.equal(norm[0], torch.ones_like(norm[0])) and not norm[1].any())
-    heads = {"decoder_num_attention_heads": decoder_num_attention_heads} if "decoder_embed.weight" in tensors else {}
-    classes = {} if head is None else {"num_labels": head.shape[0] if head.ndim == 2 else 0}
+    pools_mean = head is not None and "fc_norm.weight" in tensors  # then the tokens are not normalised before
+    weight, bias = tensors.get("fc_norm.weight"), tensors.get("fc_norm.bias")
+    trained = False
+    if weight is not None and bias is not None:
+        trained = not torch.equal(weight, torch.ones_like(weight)) or bool(bias.any())
+    fields = _sizes_of(tensors, num_attention_heads) | _training_of(settings)
+    if "decoder_embed.weight" in tensors:
+        fields["decoder_num_attention_heads"] = decoder_num_attention_heads
+    if head is not None:
+        fields["num_labels"] = head.shape[0] if head.ndim == 2 else 0
     return UMAEConfig(
-        **_sizes_of(tensors, num_attention_heads),
-        **heads,
-        **classes,
-        **_training_of(settings),
+        **fields,
         pooling="mean" if trained or pools_mean else "cls",
         final_layernorm=not pools_mean,
     )
@@ -457,7 +468,7 @@ PUBLISHED_HEADS = {768: 12, 1024: 16, 1280: 16}  # of ViT-B, L and H, by their w
 
 
 def _sizes_of(tensors: dict[str, torch.Tensor], num_attention_heads: int | None) -> dict[str, Any]:
-    """The sizes in UMAEConfig that the shapes of the original's tensors tell."""
+    """The fields of UMAEConfig that follow from the shapes of the original's tensors."""
 
     def shape(name: str, dimensions: int) -> torch.Size:
         if name not in tensors or tensors[name].ndim != dimensions:
@@ -474,7 +485,7 @@ def _sizes_of(tensors: dict[str, torch.Tensor], num_attention_heads: int | None)
     side = math.isqrt(shape("pos_embed", 3)[1] - 1)
     if num_attention_heads is None and width not in PUBLISHED_HEADS:
         raise ValueError(
-            f"a checkpoint does not tell its number of attention heads, and width {width} is none of the published "
+            f"a file does not contain its number of attention heads, and width {width} is none of the published "
             f"ones ({', '.join(map(str, PUBLISHED_HEADS))}); give num_attention_heads"
         )
     sizes = {
@@ -496,10 +507,10 @@ def _sizes_of(tensors: dict[str, torch.Tensor], num_attention_heads: int | None)
 
 
 def _training_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """The fields in UMAEConfig of how it was trained, as far as the original's settings have them.
+    """The fields of UMAEConfig about training, if the original's settings have them.
 
-    Without `lamb` it was trained without the uniformity term. The original divides the gradient of its term by the
-    number of processes; so is the weight.
+    Without `lamb` there was no uniformity term. The weight is divided by the number of processes, because the original
+    divides the gradient of the term by it.
     """
     names = {"mask_ratio": "mask_ratio", "norm_pix_loss": "norm_pix_loss", "drop_path": "drop_path_rate"}
     fields = {ours: settings[name] for name, ours in names.items() if name in settings}
@@ -511,7 +522,7 @@ def _training_of(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Turn a checkpoint of MAE, U-MAE or ViT into a folder that `from_pretrained` loads."""
+    """Convert a checkpoint of MAE, U-MAE or ViT to a folder that `from_pretrained` loads."""
     parser = argparse.ArgumentParser(prog="umae convert", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("source", help="file of the original code, or folder or Hub name of a U-MAE, ViTMAE or ViT")
     parser.add_argument("out", type=Path, help="folder to write, or file that ends in .safetensors; must not exist yet")
@@ -525,7 +536,7 @@ def main(argv: Sequence[str]) -> None:
     model = load_exactly(_class_for(tensors)(config), tensors, arguments.source).eval()
     if arguments.out.suffix == ".safetensors":
         temporary = arguments.out.with_name(f"{arguments.out.name}.tmp")
-        save_file({name: one.contiguous() for name, one in to_original(tensors).items()}, temporary)
+        save_file({name: tensor.contiguous() for name, tensor in to_original(tensors).items()}, temporary)
         temporary.rename(arguments.out)
     else:
         write_folder(arguments.out, lambda folder: _save(model, folder))

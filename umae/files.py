@@ -1,4 +1,4 @@
-"""Files that are whole whenever they exist: written beside their place, made durable, then renamed."""
+"""Atomic writes: to a temporary file or folder beside the target, flushed to disk (fsync), then renamed."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a temporary folder, make its bytes durable, then rename it to `target`."""
+    """Have `write` fill a temporary folder, flush it to disk, then rename it to `target`."""
     temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed here
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed while writing
     temporary.mkdir(parents=True)
     write(temporary)
     for path in [*temporary.rglob("*"), temporary]:
         _fsync(path)
-    if target.exists():  # the same step again: the same content, so it may go first
+    if target.exists():  # from the same step, with the same content, so it can be removed first
         shutil.rmtree(target)
     os.rename(temporary, target)
     _fsync(target.parent)
@@ -35,7 +35,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], identity: dict[str, Any]) -> None:
-    """Replace a file of tensors atomically; `identity` says what they are the state of."""
+    """Replace a file of tensors atomically; `identity`, JSON values, says which work they belong to."""
     temporary = path.with_name(path.name + ".tmp")
     save_file(tensors, temporary, metadata={"identity": json.dumps(identity, sort_keys=True)})
     _fsync(temporary)
@@ -43,19 +43,19 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], identity: dict[s
 
 
 def read_tensors(path: Path, identity: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """What `write_tensors` wrote, on the CPU; raises `ValueError` if it is damaged, or the state of something else."""
+    """The tensors of `write_tensors`, on the CPU; raises `ValueError` if damaged, or of another identity."""
     try:
         with safe_open(path, "pt") as file:
-            found = json.loads((file.metadata() or {}).get("identity", "{}"))
+            stored = json.loads((file.metadata() or {}).get("identity", "{}"))
         tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, and the same command starts anew") from error
+        raise ValueError(f"{path} is damaged ({error}); delete it and run the same command again") from error
     expected = json.loads(json.dumps(identity))
-    if found != expected:
-        names = [name for name in expected if found.get(name) != expected[name]]
+    if stored != expected:
+        names = [name for name in expected if stored.get(name) != expected[name]]
         raise ValueError(
-            f"{path} is half of the same work with other {', '.join(names)}; start it as before, delete the file, or "
-            f"give another output_dir"
+            f"{path} belongs to a run with other {', '.join(names)}; use the same ones, delete the file, or give "
+            f"another output_dir"
         )
     return tensors
 

@@ -1,4 +1,4 @@
-"""tqdm's progress bar on a terminal; elsewhere, in a log file, a line now and then."""
+"""tqdm's progress bar on a terminal or in a notebook; in a log file, one line every SECONDS."""
 
 import sys
 from collections.abc import Callable
@@ -8,31 +8,31 @@ from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
 from tqdm.std import tqdm as text_bar
 
-SECONDS = 30.0  # between two lines of a log file
+SECONDS = 30.0  # between two lines in a log file
 
 
 class _Lines(text_bar):
-    """A bar whose states are lines of their own, since a log file keeps all of them."""
+    """A progress bar that writes each update as a new line, for log files."""
 
     @staticmethod
     def status_printer(file) -> Callable[[str], None]:
         def write(status: str) -> None:
             if status:
-                sys.stdout.flush()  # what was printed before, into the same file
+                sys.stdout.flush()  # earlier output, which may go to the same file
                 file.write(f"{status}\n")
                 file.flush()
 
         return write
 
     def moveto(self, n: int) -> None:
-        """There is no line above to go back to."""
+        """Does nothing: every update is a new line."""
 
     def clear(self, nolock: bool = False) -> None:
-        """A line that is written stays."""
+        """Does nothing: written lines stay."""
 
 
 def progress_bar(*args, **options: Any) -> text_bar:
-    """As `tqdm`, with the same arguments; in a notebook its widget."""
+    """A tqdm progress bar, with the arguments of `tqdm`; in a notebook a widget."""
     if sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook):
         return tqdm(*args, **options)
     return _Lines(*args, **{"mininterval": SECONDS, "maxinterval": SECONDS, **options, "dynamic_ncols": False})

@@ -7,7 +7,7 @@ crops, flips and masks for the same image in the same epoch.
 
 import torch
 
-# What a number is for. Streams of different purposes are independent; the values are part of a run's identity.
+# Purposes. The numbers of different purposes are independent; a saved run continues only with the same values.
 ORDER, CROP, FLIP, MASK, STEP, AUGMENT, ERASE, MIX = range(8)
 
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as int64: 2**64 divided by the golden ratio
@@ -29,10 +29,10 @@ def _key(*parts: int | torch.Tensor) -> torch.Tensor:
 
 
 def uniform(seed: int, purpose: int, epoch: int | torch.Tensor, index: torch.Tensor, count: int) -> torch.Tensor:
-    """Uniform numbers that belong to images, the same bits on every device.
+    """Uniform random numbers of each image, the same bits on every device.
 
     Args:
-        epoch: one for all, or int64 (batch,).
+        epoch: the same for all images, or int64 (batch,).
         index: int64 (batch,), the images' positions in the data set.
         count: how many numbers each image needs.
 
@@ -47,9 +47,9 @@ def uniform(seed: int, purpose: int, epoch: int | torch.Tensor, index: torch.Ten
 
 def permutation(seed: int, epoch: int, count: int, *part: int) -> torch.Tensor:
     """The order of an epoch, or of a part of it: int64 (count,), a permutation of range(count)."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(_key(seed, ORDER, epoch, *part).item()))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(int(_key(seed, ORDER, epoch, *part))))
 
 
 def seed_forward(seed: int, step: int, micro_batch: int, rank: int) -> None:
     """Set torch's own generators (dropout, drop path) for one forward pass of an optimiser step on one process."""
-    torch.manual_seed(_key(seed, STEP, step, micro_batch, rank).item())
+    torch.manual_seed(int(_key(seed, STEP, step, micro_batch, rank)))

@@ -44,19 +44,19 @@ def test_an_image_changes_the_same_in_any_batch_and_otherwise_in_every_epoch():
     crops, index = images(24), torch.arange(100, 124)
     whole = changed(crops, 1, index)
     parts = changed(crops[:7], 1, index[:7]) + changed(crops[7:], 1, index[7:])
-    assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
-    same = [torch.equal(one, other) for one, other in zip(whole, changed(crops, 2, index), strict=True)]
+    assert all(torch.equal(*images) for images in zip(whole, parts, strict=True))
+    same = [torch.equal(*images) for images in zip(whole, changed(crops, 2, index), strict=True)]
     assert sum(same) < 8
-    assert all(one.shape == (3, 16, 16) and one.dtype == torch.uint8 for one in whole)
+    assert all(image.shape == (3, 16, 16) and image.dtype == torch.uint8 for image in whole)
 
 
 def test_everything_turned_off_changes_nothing_and_nothing_is_changed_in_place():
     crops = images(32)
     before = [crop.clone() for crop in crops]
     off = changed(crops, 0, torch.arange(32), horizontal_flip=0, rand_augment=0, random_erasing=0)
-    assert all(torch.equal(one, other) for one, other in zip(off, crops, strict=True))
+    assert all(torch.equal(*images) for images in zip(off, crops, strict=True))
     changed(crops, 0, torch.arange(32), horizontal_flip=1, random_erasing=1)
-    assert all(torch.equal(one, other) for one, other in zip(before, crops, strict=True))
+    assert all(torch.equal(*images) for images in zip(before, crops, strict=True))
 
 
 def test_each_augmentation_changes_its_share_of_the_images():
@@ -65,7 +65,7 @@ def test_each_augmentation_changes_its_share_of_the_images():
     for name, share in shares.items():
         off = dict.fromkeys(shares, 0.0)
         after = changed(crops, 0, index, **{**off, name: share})
-        found = sum(not torch.equal(one, crops[0]) for one in after) / len(after)
+        found = sum(not torch.equal(image, crops[0]) for image in after) / len(after)
         # Of two operations each is left out half of the time; some leave an image of noise as it is (autocontrast)
         expected = share if name != "rand_augment" else 0.72
         assert abs(found - expected) < 0.04, name
@@ -131,7 +131,7 @@ def test_operations_and_magnitudes_are_drawn_as_the_policy_says(monkeypatch):
     for numbers in uniform(3000, AUGMENT_NUMBERS):
         assert torch.equal(rand_augment(image, numbers, 9.0, FILL), image)
     assert abs(len(drawn) - 3000) < 120, "two operations, each half of the time"
-    counts = [sum(name == one for one, _ in drawn) for name in AUGMENTATIONS]
+    counts = [sum(name == drawn_name for drawn_name, _ in drawn) for name in AUGMENTATIONS]
     assert stats.chisquare(counts).pvalue > 0.001
     strengths = torch.tensor([strength for _, strength in drawn])
     assert abs((strengths > 0).float().mean() - 0.5) < 0.04

@@ -46,7 +46,7 @@ def test_the_box_lies_inside_the_image_and_is_never_empty(numbers, height, width
 
 def test_the_numbers_say_area_ratio_and_place():
     # Half way between 0.2 and 1 of 100 x 100 is 6000 pixels; half way in the logarithm the box is square: 77 x 77.
-    # It has 24 places along each axis.
+    # It has 24 positions along each axis.
     assert crop_box(numbers_for(0.5, 0.5, top=0.25, left=0.75), 100, 100) == (6, 18, 77, 77)
     # The smallest area and the largest ratio: 2000 pixels, 4 wide to 3 high, sqrt(1500) by sqrt(2666.7).
     assert crop_box(numbers_for(0.0, ALMOST_ONE, left=ALMOST_ONE), 100, 100) == (0, 48, 39, 52)

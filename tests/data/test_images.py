@@ -293,12 +293,12 @@ def test_batches_do_not_depend_on_workers_or_memory_or_on_where_one_starts(worke
     plan = Plan(len(images), batch_size=16, accumulation=1, processes=1, seed=0)
     expected = list(training_loader(TrainingImages(images, (8, 8), seed=0), plan, 0, 0, 6))
     decoded = TrainingImages(images, (8, 8), 0, decode_all(images) if in_memory else None)
-    found = list(training_loader(decoded, plan, 0, 3, 6, num_workers=workers))
-    assert len(found) == 3
-    for one, other in zip(found, expected[3:], strict=True):
-        assert one["pixel_values"].dtype == torch.uint8 and one["pixel_values"].shape == (16, 3, 8, 8)
-        assert torch.equal(one["pixel_values"], other["pixel_values"])
-        assert torch.equal(one["index"], other["index"]) and one["epoch"] == other["epoch"] == 0
+    batches = list(training_loader(decoded, plan, 0, 3, 6, num_workers=workers))
+    assert len(batches) == 3
+    for batch, other in zip(batches, expected[3:], strict=True):
+        assert batch["pixel_values"].dtype == torch.uint8 and batch["pixel_values"].shape == (16, 3, 8, 8)
+        assert torch.equal(batch["pixel_values"], other["pixel_values"])
+        assert torch.equal(batch["index"], other["index"]) and batch["epoch"] == other["epoch"] == 0
 
 
 def test_a_small_set_is_decoded_whole():
@@ -306,7 +306,7 @@ def test_a_small_set_is_decoded_whole():
     decoded = decode_all(images, show_progress=False)
     pixels = decoded.pixels
     assert pixels.shape == (359, 3, 8, 8) and pixels.dtype == torch.uint8 and decoded.refusals == {}
-    assert all(torch.equal(pixels[i], one) for i, one in zip((0, 300), images.read_pixels([0, 300]), strict=True))
+    assert all(torch.equal(pixels[i], image) for i, image in zip((0, 300), images.read_pixels([0, 300]), strict=True))
 
 
 def test_images_of_several_sizes_or_too_many_of_them_stay_encoded(tmp_path, monkeypatch):

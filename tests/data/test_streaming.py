@@ -81,7 +81,7 @@ def test_orders_differ_by_epoch_and_seed_and_leave_shards_and_blocks_together(st
     rows = epoch_of(stream, 0)
     shards = [row.index >> 32 for row in rows]
     assert shards != sorted(shards)
-    assert sum(one != other for one, other in pairwise(shards)) == len(SHARDS) - 1
+    assert sum(shard != following for shard, following in pairwise(shards)) == len(SHARDS) - 1
     large = [row.index % 2**32 for row in rows if row.index >> 32 == 1]  # 12 rows in blocks of 4
     assert [sorted(large[i : i + 4]) for i in (0, 4, 8)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     assert len({tuple(row % 4 for row in large[i : i + 4]) for i in (0, 4, 8)}) > 1, "each block has its own order"
@@ -91,7 +91,7 @@ def test_orders_differ_by_epoch_and_seed_and_leave_shards_and_blocks_together(st
 def test_every_cursor_leads_to_the_very_next_image(stream, readers):
     rows = list(islice(stream.walk(0, readers - 1, readers), 60))  # across epochs
     for position in range(len(rows) - 3):
-        following = islice(stream.walk(0, readers - 1, readers, rows[position].behind), 3)
+        following = islice(stream.walk(0, readers - 1, readers, rows[position].cursor), 3)
         assert list(following) == rows[position + 1 : position + 4], "their cursors, too"
 
 
@@ -105,7 +105,7 @@ def taken(stream, steps: range, workers: int, cursors: list[Cursor], rank: int =
 
 @pytest.mark.parametrize("workers", [0, 2, 3])
 @pytest.mark.parametrize("border", [1, 4, 7])
-def test_a_run_goes_on_from_any_step_as_if_it_had_not_been_interrupted(stream, workers, border):
+def test_a_run_continues_from_any_step_as_if_it_had_not_been_interrupted(stream, workers, border):
     changes = {"processes": 2, "rank": 1, "accumulation": 1}
     whole = taken(stream, range(10), workers, [START] * max(1, workers), **changes)
     cursors = [START] * max(1, workers)
@@ -115,9 +115,9 @@ def test_a_run_goes_on_from_any_step_as_if_it_had_not_been_interrupted(stream, w
     cursors = [Cursor(*cursor) for cursor in json.loads(json.dumps(cursors))]  # as a checkpoint holds them
     tail = taken(stream, range(border, 10), workers, cursors, **changes)
     assert len(head + tail) == len(whole) == 10
-    for one, other in zip(head + tail, whole, strict=True):
-        assert torch.equal(one["index"], other["index"]) and torch.equal(one["epoch"], other["epoch"])
-        assert torch.equal(one["pixel_values"], other["pixel_values"])
+    for batch, expected in zip(head + tail, whole, strict=True):
+        assert torch.equal(batch["index"], expected["index"]) and torch.equal(batch["epoch"], expected["epoch"])
+        assert torch.equal(batch["pixel_values"], expected["pixel_values"])
 
 
 def parquet(folder, images: list[bytes], shards: int = 1) -> str:

@@ -134,7 +134,7 @@ def test_an_interrupted_probe_continues_to_the_same_bits(model, tmp_path, monkey
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(BatchNormHead, "step", interrupted)
         train("cut")
-    with pytest.raises(ValueError, match="cut is half of the same work with other schedule; start it as before"):
+    with pytest.raises(ValueError, match="cut belongs to a run with other schedule; use the same"):
         train("cut", base_learning_rate=2.0)
     resumed_heads, resumed = train("cut")
     assert resumed == record

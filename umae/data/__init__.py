@@ -1,1 +1,1 @@
-"""From files to batches on the device: images, labels, crops, augmentation, streaming."""
+"""Data sets and batches: images, labels, crops, augmentation, streaming."""

@@ -1,8 +1,8 @@
-"""What fine-tuning does to images beyond crops, as pure functions: what is random comes in as numbers (seeding.py).
+"""Augmentations of fine-tuning after the crop, as pure functions: the random numbers are arguments (see seeding.py).
 
-Crops are changed one by one where they are read (`augment`: flip, RandAugment, random erasing), pairs of images are
-mixed on the device (`mix_pairs`: mixup, cutmix). An image's numbers belong to (seed, epoch, index), a pair's to its
-first image, so that workers, processes and interruptions change nothing.
+The loader's workers change single crops (`augment`: flip, RandAugment, random erasing), the device mixes image pairs
+(`mix_pairs`: mixup, cutmix). An image's random numbers are keyed by (seed, epoch, index), a pair's by its first image,
+so that the number of workers or processes and interruptions change nothing.
 """
 
 import math
@@ -15,23 +15,23 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from umae import seeding
 
-OPERATIONS = 2  # of RandAugment, on each image
+OPERATIONS = 2  # of RandAugment for each image
 SPREAD = 0.5  # standard deviation of their magnitudes
 MOST = 10.0  # the largest magnitude
-AUGMENT_NUMBERS = 4 * OPERATIONS  # which operation, whether at all, how strongly, which direction
+AUGMENT_NUMBERS = 4 * OPERATIONS  # which operation, whether to apply it, magnitude, direction
 ERASED = (0.02, 1 / 3)  # bounds of the share of the area
 ERASED_RATIO = (0.3, 1 / 0.3)  # bounds of height / width, drawn uniformly in the logarithm
 _ATTEMPTS = 10
-ERASE_NUMBERS = 1 + 4 * _ATTEMPTS  # whether at all, then area, ratio and position of every attempt
-_TRIES = 16  # for a number of the beta distribution; fewer than one pair in 60,000 needs more
-MIX_NUMBERS = 2 * _TRIES + 3  # then: which of the two, and the centre of the box
+ERASE_NUMBERS = 1 + 4 * _ATTEMPTS  # whether to erase, then area, ratio and position of every attempt
+_TRIES = 16  # to draw from the beta distribution; fewer than one pair in 60,000 needs more
+MIX_NUMBERS = 2 * _TRIES + 3  # then: mixup or cutmix, and the centre of the box
 _NORMAL = NormalDist()
-_HALF_STEP = 2.0**-25  # of the numbers' grid: makes numbers in [0, 1) ones in (0, 1)
+_HALF_STEP = 2.0**-25  # half the spacing of the random numbers: moves [0, 1) into (0, 1)
 
 
-def _enhance(kind: type) -> Callable[[Image.Image, float, tuple], Image.Image]:
+def _enhance(enhancer: type) -> Callable[[Image.Image, float, tuple], Image.Image]:
     """Colour, contrast, brightness or sharpness: 1 is the image itself, a change of up to 0.9 either way."""
-    return lambda image, strength, fill: kind(image).enhance(max(0.1, 1 + 0.9 * strength))
+    return lambda image, strength, fill: enhancer(image).enhance(max(0.1, 1 + 0.9 * strength))
 
 
 def _affine(image: Image.Image, matrix: Sequence[float], fill: tuple[int, int, int]) -> Image.Image:
@@ -39,13 +39,13 @@ def _affine(image: Image.Image, matrix: Sequence[float], fill: tuple[int, int, i
 
 
 def _solarize_add(image: Image.Image, strength: float) -> Image.Image:
-    """Dark levels (below 128) are raised by up to 110."""
+    """Raise dark levels (below 128) by up to 110."""
     added = int(110 * abs(strength))
     return image.point([min(255, level + added) if level < 128 else level for level in range(256)] * 3)
 
 
-# Each: (image, strength in [-1, 1], colour of what comes in from outside) -> image. A negative strength is the
-# other direction where there is one. The larger it is, the more the image changes ("increasing").
+# Each: (image, strength in [-1, 1], fill colour for pixels from outside the image) -> image. A negative strength is the
+# opposite direction, if there is one. A larger absolute strength changes the image more ("increasing").
 AUGMENTATIONS: dict[str, Callable[[Image.Image, float, tuple[int, int, int]], Image.Image]] = {
     "autocontrast": lambda image, strength, fill: ImageOps.autocontrast(image),
     "equalize": lambda image, strength, fill: ImageOps.equalize(image),
@@ -66,7 +66,7 @@ AUGMENTATIONS: dict[str, Callable[[Image.Image, float, tuple[int, int, int]], Im
 
 
 def _posterize(image: Image.Image, bits: int) -> Image.Image:
-    """Only the highest bits of every level are kept; 0 leaves nothing."""
+    """Keep only the highest `bits` bits of every level; 0 makes the image black."""
     kept = 0xFF & ~((1 << (8 - bits)) - 1)
     return image.point([level & kept for level in range(256)] * 3)
 
@@ -76,15 +76,15 @@ def rand_augment(
 ) -> torch.Tensor:
     """RandAugment (Cubuk et al. 2020, "RandAugment: Practical automated data augmentation...", section 3).
 
-    OPERATIONS are drawn out of AUGMENTATIONS, with repetition; each is applied with probability 1/2, at a magnitude
-    that is normal around the given one, in a direction of equal chances. Operations and magnitudes are those of the
+    OPERATIONS are drawn from AUGMENTATIONS, with replacement; each is applied with probability 1/2, with a normally
+    distributed magnitude, in either direction with probability 1/2. Operations and magnitudes are those of the
     policy that MAE fine-tunes with, `rand-m9-mstd0.5-inc1` in timm's documentation.
 
     Args:
         image: uint8 (3, height, width).
         numbers: float (AUGMENT_NUMBERS,), uniform in [0, 1).
-        magnitude: mean of the magnitudes, 0 (as weak as the operations get) to 10.
-        fill: colour of what comes in from outside of the image, 0..255.
+        magnitude: mean of the magnitudes, 0 (weakest) to 10.
+        fill: colour of pixels from outside the image, 0..255.
 
     Returns:
         uint8 (3, height, width).
@@ -113,10 +113,10 @@ def erased_box(numbers: torch.Tensor, height: int, width: int, probability: floa
     Args:
         numbers: float (ERASE_NUMBERS,), uniform in [0, 1).
         height, width: of the image, in pixels.
-        probability: that there is one.
+        probability: share of the images with a box.
 
     Returns:
-        (top, left, height, width) in pixels, the first of ten that fits; None for no box.
+        (top, left, height, width) in pixels, the first of ten random boxes that fits; None for no box.
     """
     whether, *attempts = numbers.tolist()
     if whether >= probability:
@@ -138,14 +138,14 @@ def random_erasing(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> torch.Tensor:
-    """Fill a box with noise, another for every pixel and channel.
+    """Fill a box with noise, drawn for every pixel and channel.
 
-    The noise is that of normalised pixels, normal with mean 0 and variance 1, rounded to the levels that an image has
-    and therefore cut off where these end, about two deviations from the mean.
+    The normalised pixels are normally distributed, mean 0 and variance 1, but rounded to the levels of an image and
+    therefore clipped about two standard deviations from the mean.
 
     Args:
-        image: uint8 (3, height, width); left as it is.
-        box: (top, left, height, width), as `erased_box` gives it.
+        image: uint8 (3, height, width); not changed.
+        box: (top, left, height, width), as returned by `erased_box`.
         numbers: float (3 * box height * box width,), uniform in [0, 1).
         mean, std: of the images' normalisation, of values in 0..1.
     """
@@ -160,15 +160,15 @@ def random_erasing(
 
 @dataclass(frozen=True)
 class Strengths:
-    """How images are changed; 0 turns an augmentation off.
+    """The strength of every augmentation; 0 turns one off.
 
     Args:
-        horizontal_flip: share of the images that are mirrored.
+        horizontal_flip: share of the images that are flipped.
         rand_augment: RandAugment's mean magnitude, up to 10.
-        random_erasing: share of the images a part of which becomes noise.
-        mixup, cutmix: alpha of the beta distribution that says how much of either image a pair keeps, up to 1; with
-            both, a pair is mixed the one way or the other with equal chances.
-        label_smoothing: share of the target that all classes get alike.
+        random_erasing: share of the images with a box of noise.
+        mixup, cutmix: alpha of the beta distribution of a pair's mixing weight, up to 1; with both, a pair gets one of
+            them with probability 1/2.
+        label_smoothing: share of the target that is spread over all classes.
     """
 
     horizontal_flip: float = 0.5
@@ -180,7 +180,7 @@ class Strengths:
 
     @property
     def mixes(self) -> bool:
-        """Whether images come in pairs."""
+        """Whether pairs of images are mixed."""
         return self.mixup > 0 or self.cutmix > 0
 
 
@@ -199,9 +199,9 @@ def augment(
     Args:
         crops: uint8 (3, height, width) each.
         index: int64 (batch,), their positions in the data set.
-        mean, std: of the images' normalisation, of values in 0..1; the mean colour fills what comes in from outside.
+        mean, std: of the images' normalisation, of values in 0..1; pixels from outside the image get the mean colour.
     """
-    fill = tuple(round(255 * value) for value in mean)
+    red, green, blue = (round(255 * value) for value in mean)
     flips = (seeding.uniform(seed, seeding.FLIP, epoch, index, 1)[:, 0] < strengths.horizontal_flip).tolist()
     chosen = seeding.uniform(seed, seeding.AUGMENT, epoch, index, AUGMENT_NUMBERS)
     erased = seeding.uniform(seed, seeding.ERASE, epoch, index, ERASE_NUMBERS)
@@ -209,10 +209,11 @@ def augment(
     for i, image in enumerate(crops):
         image = image.flip(-1) if flips[i] else image
         if strengths.rand_augment > 0:
-            image = rand_augment(image, chosen[i], strengths.rand_augment, fill)
-        box = erased_box(erased[i], *image.shape[-2:], strengths.random_erasing)
+            image = rand_augment(image, chosen[i], strengths.rand_augment, (red, green, blue))
+        height, width = image.shape[-2:]
+        box = erased_box(erased[i], height, width, strengths.random_erasing)
         if box is not None:
-            count = ERASE_NUMBERS + 3 * box[2] * box[3]  # the first are those that have chosen the box
+            count = ERASE_NUMBERS + 3 * box[2] * box[3]  # the first ERASE_NUMBERS have chosen the box
             (noise,) = seeding.uniform(seed, seeding.ERASE, epoch, index[i : i + 1], count)
             image = random_erasing(image, box, noise[ERASE_NUMBERS:], mean, std)
         changed.append(image)
@@ -237,7 +238,7 @@ def beta(numbers: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 def cut_boxes(share: torch.Tensor, centre: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The boxes of cutmix: a share of the image's area, around any pixel, as far as they lie in the image.
+    """The boxes of cutmix: a share of the image's area around a centre, clipped to the image.
 
     Args:
         share: float (batch,), in [0, 1].
@@ -261,31 +262,31 @@ def mix_pairs(
 
     Mixup (Zhang et al. 2018, "mixup: Beyond Empirical Risk Minimization") averages two images with the weights
     lambda and 1 - lambda, cutmix (Yun et al. 2019, "CutMix: Regularization Strategy to Train Strong Classifiers...")
-    puts a box of one into the other, with 1 - lambda of its area. Lambda is drawn for each pair; images 0 and 1 are
-    one, 2 and 3 the next. (MAE draws one lambda for all images of a process, and pairs the first with the last: there
-    the images depend on how many processes share them.) Never waits for the device.
+    puts a box of one into the other, with 1 - lambda of its area. Lambda is drawn for each pair: images 0 and 1, 2 and
+    3, and so on. (MAE draws one lambda for all images of a process and pairs the first with the last, so its images
+    depend on the number of processes.) Never waits for the device.
 
     Args:
         pixel_values: float (batch, channels, height, width), an even number of images.
         targets: float (batch, classes).
         numbers: float (batch / 2, MIX_NUMBERS), uniform in [0, 1), on the same device.
-        mixup, cutmix: alpha of the beta distribution of lambda, in (0, 1]; 0 for never. With both, half of the pairs
-            are mixed the one way and half the other.
+        mixup, cutmix: alpha of the beta distribution of lambda, in (0, 1]; 0 for never. With both, a pair gets one of
+            them with probability 1/2.
 
     Returns:
         Images and targets, of the same shapes.
     """
     height, width = pixel_values.shape[-2:]
     draws, which, centre = numbers[:, : 2 * _TRIES], numbers[:, 2 * _TRIES], numbers[:, 2 * _TRIES + 1 :]
-    lambdas = [beta(draws, alpha) if alpha > 0 else None for alpha in (mixup, cutmix)]
     cuts = torch.full_like(which, mixup == 0, dtype=torch.bool) if 0 in (mixup, cutmix) else which < 0.5
     boxes = torch.zeros(len(numbers), height, width, device=numbers.device)
     if cutmix > 0:
-        boxes = cut_boxes(1 - lambdas[1], centre, height, width).float()
-    kept = 1 - boxes.mean(dim=(1, 2)) if mixup == 0 else torch.where(cuts, 1 - boxes.mean(dim=(1, 2)), lambdas[0])
-    weights = torch.where(
-        cuts[:, None, None], 1 - boxes, kept[:, None, None]
-    )  # (pairs, height, width), of the own pixel
+        boxes = cut_boxes(1 - beta(draws, cutmix), centre, height, width).float()
+    kept = 1 - boxes.mean(dim=(1, 2))
+    if mixup > 0:
+        kept = torch.where(cuts, kept, beta(draws, mixup))
+    # The weight of an image's own pixels, (pairs, height, width)
+    weights = torch.where(cuts[:, None, None], 1 - boxes, kept[:, None, None])
 
     def mixed(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         pairs = values.unflatten(0, (-1, 2))
@@ -295,6 +296,6 @@ def mix_pairs(
 
 
 def soft_targets(labels: torch.Tensor, num_classes: int, smoothing: float) -> torch.Tensor:
-    """One-hot targets, a share of which all classes get alike (Szegedy et al. 2016): int64 (batch,) -> (batch, C)."""
+    """Smoothed one-hot targets (label smoothing, Szegedy et al. 2016): int64 (batch,) -> (batch, C)."""
     targets = torch.full((len(labels), num_classes), smoothing / num_classes, device=labels.device)
     return targets.scatter_add_(1, labels[:, None], torch.full_like(targets[:, :1], 1 - smoothing))

@@ -1,12 +1,13 @@
-"""From images to batches: which images every process sees at every step, and the data sets that read them.
+"""Batches of images: which images every process gets at every step, and the data sets that read them.
 
-The order of the images is a pure function of (seed, epoch, step, rank), and a crop one of (seed, epoch, index), so that
-resuming means starting at step N and the number of workers or processes changes nothing.
+The order of the images is a pure function of (seed, epoch, step, rank), and a crop is one of (seed, epoch, index), so
+a run resumes at step N with the same batches, and the number of workers or processes changes nothing.
 """
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -21,14 +22,15 @@ from umae.progress_bar import progress_bar
 
 Augment = Callable[[list[torch.Tensor], int, torch.Tensor], list[torch.Tensor]]
 MEMORY_LIMIT = 2**30  # bytes of decoded images that a process keeps in memory
+CROP_SCALE = 0.08  # smallest share of an image's area in the crops that probes are trained on
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which images every process sees at every step; a pure function of the numbers below.
+    """Which images every process gets at every step; a pure function of the numbers below.
 
-    An epoch is a keyed permutation of the images, dealt out in micro-batches of `batch_size * processes`; what does
-    not fill a whole optimiser step is left out (other images in every epoch). The same global micro-batch goes to
+    An epoch is a keyed permutation of the images, split into micro-batches of `batch_size * processes`; images that do
+    not fill a whole optimiser step are left out (different ones in every epoch). The same global micro-batch goes to
     one process or is shared by several.
 
     Args:
@@ -57,10 +59,11 @@ class Plan:
 
     def micro_batches(self, rank: int, start_step: int, stop_step: int) -> Iterator[tuple[int, torch.Tensor]]:
         """(epoch, indices of `batch_size` images) for one process, `accumulation` of them for every step."""
-        order, order_epoch = None, None
+        order: torch.Tensor | None = None
+        order_epoch = -1
         for step in range(start_step, stop_step):
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-            if epoch != order_epoch:
+            if order is None or epoch != order_epoch:
                 order, order_epoch = seeding.permutation(self.seed, epoch, self.images), epoch
             for micro in range(step_of_epoch * self.accumulation, (step_of_epoch + 1) * self.accumulation):
                 first = (micro * self.processes + rank) * self.batch_size
@@ -83,7 +86,7 @@ class Decoded:
 
     Args:
         pixels: uint8 (N, 3, height, width).
-        refusals: why those that cannot be read cannot, by index.
+        refusals: the errors of the images that cannot be read, by index.
     """
 
     pixels: torch.Tensor
@@ -91,41 +94,42 @@ class Decoded:
 
 
 def decode_all(images: Images, show_progress: bool = True) -> Decoded | None:
-    """Small data sets (CIFAR, digits) decoded once and for all: three times faster to crop than from their files.
+    """A small data set (CIFAR, digits) decoded into memory, which makes cropping three times faster than from files.
 
     Returns None if the images differ in size, or together exceed MEMORY_LIMIT.
     """
-    pixels, refusals = None, {}
+    pixels: torch.Tensor | None = None
+    refusals: dict[int, UnreadableImage] = {}
     for start in progress_bar(
         range(0, len(images), 256), "decoding", unit="batch", leave=False, disable=not show_progress
     ):
         indices = list(range(start, min(start + 256, len(images))))
-        for index, one in zip(indices, images.read_pixels(indices), strict=True):
-            if isinstance(one, UnreadableImage):
-                refusals[index] = one
+        for index, image in zip(indices, images.read_pixels(indices), strict=True):
+            if isinstance(image, UnreadableImage):
+                refusals[index] = image
                 continue
             if pixels is None:
-                if len(images) * one.numel() > MEMORY_LIMIT:
+                if len(images) * image.numel() > MEMORY_LIMIT:
                     return None
-                pixels = torch.zeros(len(images), *one.shape, dtype=torch.uint8)
-            if one.shape != pixels.shape[1:]:
+                pixels = torch.zeros(len(images), *image.shape, dtype=torch.uint8)
+            if image.shape != pixels.shape[1:]:
                 return None
-            pixels[index] = one
+            pixels[index] = image
     return None if pixels is None else Decoded(pixels, refusals)
 
 
 class TrainingImages(torch.utils.data.Dataset):
-    """Images as random crops; asked for a whole micro-batch at once.
+    """Random crops of images, indexed by a whole micro-batch: (epoch, indices int64 (batch,)).
 
     A batch is `{"pixel_values": uint8 (batch, 3, height, width), "index": int64 (batch,), "epoch": int, "refusals":
-    {index: reason}}`; flipping and normalising are left to the device. The place of an image that cannot be read is
-    taken by the next one of the epoch's order that can, whatever process or worker finds it out.
+    {index: error message}}`; images are flipped and normalised later, on the device. An image that cannot be read is
+    replaced by the next readable one in the epoch's order, the same one in every process and worker.
 
     Args:
         size: (height, width) of the crops, in pixels.
-        decoded: the images in memory, if `decode_all` gave them.
-        min_scale: least share of an image's area that a crop shows.
-        augment: (crops, epoch, indices int64 (batch,)) -> crops, what else is done to them, uint8 as they are.
+        decoded: the images in memory, if `decode_all` returned them.
+        min_scale: smallest share of an image's area in a crop.
+        augment: (crops, epoch, indices int64 (batch,)) -> crops, applied after cropping; uint8 before and after.
     """
 
     def __init__(
@@ -146,14 +150,16 @@ class TrainingImages(torch.utils.data.Dataset):
     def __getitem__(self, micro_batch: tuple[int, torch.Tensor]) -> dict:
         epoch, indices = micro_batch
         numbers = seeding.uniform(self.seed, seeding.CROP, epoch, indices, CROP_NUMBERS)
-        shown, crops, refusals = indices.tolist(), [], {}
-        for position, pixels in enumerate(self._read(shown.copy())):
+        used_indices, crops = indices.tolist(), []
+        refusals: dict[int, UnreadableImage] = {}
+        for position, pixels in enumerate(self._read(used_indices.copy())):
             if isinstance(pixels, UnreadableImage):
-                shown[position], pixels = self._next_readable(epoch, shown[position], pixels, refusals)
-                crops.append(random_crop(pixels, self.seed, epoch, shown[position], self.size, self.min_scale))
+                used, pixels = self._next_readable(epoch, used_indices[position], pixels, refusals)
+                used_indices[position] = used
+                crops.append(random_crop(pixels, self.seed, epoch, used, self.size, self.min_scale))
             else:
                 crops.append(random_resized_crop(pixels, numbers[position], self.size, (self.min_scale, 1.0)))
-        index = torch.tensor(shown)
+        index = torch.tensor(used_indices)
         return {
             "pixel_values": torch.stack(crops if self.augment is None else self.augment(crops, epoch, index)),
             "index": index,
@@ -166,8 +172,10 @@ class TrainingImages(torch.utils.data.Dataset):
             return self.images.read_pixels(indices, least_side(self.size, self.min_scale))
         return (self.decoded.refusals.get(index, self.decoded.pixels[index]) for index in indices)
 
-    def _next_readable(self, epoch: int, index: int, pixels, refusals: dict) -> tuple[int, torch.Tensor]:
-        """The first image after `index` in the epoch's order that can be read; notes those that cannot."""
+    def _next_readable(
+        self, epoch: int, index: int, pixels: torch.Tensor | UnreadableImage, refusals: dict[int, UnreadableImage]
+    ) -> tuple[int, torch.Tensor]:
+        """The first readable image after `index` in the epoch's order; adds the others to `refusals`."""
         order = seeding.permutation(self.seed, epoch, len(self)).tolist()
         position = order.index(index)
         while isinstance(pixels, UnreadableImage):
@@ -181,7 +189,7 @@ class TrainingImages(torch.utils.data.Dataset):
 
 
 def ignore_signals(worker: int = 0) -> None:
-    """For the loader's workers: a terminal's Ctrl-C reaches them too, but they end when the training process does."""
+    """Ignore SIGINT and SIGTERM in a worker: Ctrl-C is sent to it, too, but it ends with the training process."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -195,7 +203,7 @@ def training_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Micro-batches of one process from `start_step` on. One pass is the whole run: its workers live through it."""
+    """Micro-batches of one process from `start_step` on. One iterator is the whole run, so workers start only once."""
     return DataLoader(
         dataset,
         sampler=plan.micro_batches(rank, start_step, stop_step),
@@ -207,11 +215,11 @@ def training_loader(
 
 
 class EvaluationImages(torch.utils.data.Dataset):
-    """Images as the image processor prepares them; asked for a whole batch at once.
+    """Images after the image processor, indexed by a whole batch of indices.
 
     A batch is `{"pixel_values": (readable, channels, height, width), "index": int64 (readable,), "rows": int64
-    (readable,), "errors": [str]}`: `rows` are the places of the readable images among those asked for, and `errors`
-    name the others. (An error that is raised in a worker would arrive in two tracebacks.)
+    (readable,), "errors": [str]}`: `rows` are the positions of the readable images in the batch, and `errors` name the
+    others. (An exception in a worker would arrive with two tracebacks.)
     """
 
     def __init__(self, images: Images, processor: BaseImageProcessor):
@@ -221,32 +229,30 @@ class EvaluationImages(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, indices: Sequence[int]) -> dict:
-        images, rows, errors = [], [], []
+        images, readable, errors = [], [], []
         for row, index in enumerate(indices):
             try:
                 images.append(self.images.read(index))
-                rows.append(row)
+                readable.append(row)
             except UnreadableImage as error:
                 errors.append(str(error))
         pixel_values = self.processor(images=images, return_tensors="pt")["pixel_values"] if images else None
-        rows = torch.tensor(rows, dtype=torch.int64)
+        rows = torch.tensor(readable, dtype=torch.int64)
         return {"pixel_values": pixel_values, "index": torch.tensor(indices)[rows], "rows": rows, "errors": errors}
 
 
 class AugmentedImages(torch.utils.data.Dataset):
-    """Random resized crops and flips of the images instead, as `TrainingImages` draws them.
+    """Random resized crops and flips of images, drawn as in `TrainingImages`, in batches like `EvaluationImages`.
 
     Args:
-        view: which of an image's augmentations; the same view is the same pixels.
+        processor: of transformers, with `image_mean` and `image_std`.
+        view: number of the augmentation; the same number gives the same pixels.
         size: (height, width) of the crops, in pixels.
     """
 
-    def __init__(self, images: Images, processor: BaseImageProcessor, view: int, size: tuple[int, int]):
-        self.crops, self.view, self.processor = (
-            TrainingImages(images, size, 0, min_scale=CROP_SCALE),
-            view,
-            processor,
-        )
+    def __init__(self, images: Images, processor: Any, view: int, size: tuple[int, int]):
+        self.crops = TrainingImages(images, size, seed=0, min_scale=CROP_SCALE)
+        self.view, self.processor = view, processor
 
     def __len__(self) -> int:
         return len(self.crops)
@@ -257,6 +263,3 @@ class AugmentedImages(torch.utils.data.Dataset):
         pixel_values = flipped_and_normalized(batch, torch.device("cpu"), self.crops.seed, mean, std)
         rows, errors = torch.arange(len(indices)), list(batch["refusals"].values())
         return {"pixel_values": pixel_values, "index": batch["index"], "rows": rows, "errors": errors}
-
-
-CROP_SCALE = 0.08  # least share of an image's area in the crops that probes are trained on

@@ -1,10 +1,12 @@
-"""Labelled images in two splits, one to train on and one to evaluate by, and the classes that they share."""
+"""Labelled images in two splits, for training and evaluation, and the names of their classes."""
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from umae.data.images import NO_LABELS, Images, held_out_splits, load_images, split_names
 from umae.data.streaming import Stream
 
+AnyImages = TypeVar("AnyImages", bound=Images | Stream)
 UNLABELLED = "comes without labels (no column of them, or -1 in every row)"
 
 
@@ -17,11 +19,11 @@ def load_labelled(
     label_column: str | None = None,
     log: Callable[[str], None] = print,
 ) -> tuple[Images, Images, list[str]]:
-    """The images to train on, those to evaluate by, and the names of the classes, see `load_images`.
+    """The images for training, the images for evaluation, and the names of the classes, see `load_images`.
 
     Args:
-        test_split: None for `test` or `validation`, the first of them that has labels.
-        log: prints a line, if `test` has none.
+        test_split: by default `test` or `validation`, the first of them that has labels.
+        log: called with one line if `test` has no labels.
 
     Raises:
         ValueError: a split is missing, both are the same, or their labels are missing or differ.
@@ -37,9 +39,9 @@ def load_labelled(
         return load_images(name, config_name, split, image_column, label_column)
 
     train = load(train_split)
-    train.labels()  # a refusal that names the missing labels rather than a missing split
+    train.labels()  # an error about missing labels comes before one about a missing split
     if test_split == train_split:
-        raise ValueError(f"train_split and test_split are both {test_split}; a classifier is evaluated on others")
+        raise ValueError(f"train_split and test_split are both {test_split}; use another split for evaluation")
     splits = [test_split] if test_split else held_out_splits(name, config_name, train_split)
     known = ", ".join(split_names(name, config_name))
     if not splits:
@@ -51,24 +53,24 @@ def load_labelled(
 
 
 def load_first_labelled(
-    load: Callable[[str], Images | Stream], splits: Sequence[str], log: Callable[[str], None]
-) -> Images | Stream:
-    """Of some splits the first that has labels, with a word on those before it; if none has any, simply the first."""
-    unlabelled = []
+    load: Callable[[str], AnyImages], splits: Sequence[str], log: Callable[[str], None]
+) -> AnyImages:
+    """The first split that has labels, or else the first of all; logs each split that was skipped."""
+    unlabelled: list[AnyImages] = []
     for split in splits:
         images = load(split)
         if images.has_labels:
-            for other in unlabelled:
-                log(f"{other.description} {UNLABELLED}; {images.description} is used instead")
+            for skipped in unlabelled:
+                log(f"{skipped.description} {UNLABELLED}; {images.description} is used instead")
             return images
         unlabelled.append(images)
     return unlabelled[0]
 
 
 def class_names(train: Images, test: Images) -> list[str]:
-    """The names of the classes, their numbers if they have none. Raises `ValueError` if the splits' labels differ."""
-    found, highest_test = train.labels().unique().tolist(), int(test.labels().max())
-    highest, names = found[-1], train.label_names
+    """The names of the classes, by default their numbers. Raises `ValueError` if the classes of the splits differ."""
+    train_labels, highest_test = train.labels().unique().tolist(), int(test.labels().max())
+    highest, names = train_labels[-1], train.label_names
     if names != test.label_names:
         raise ValueError(
             f"{train.description} and {test.description} do not have the same classes: {_listed(names)} and "
@@ -78,9 +80,9 @@ def class_names(train: Images, test: Images) -> list[str]:
     if max(highest, highest_test) >= len(names):
         raise ValueError(
             f"{test.description} has labels up to {highest_test}, {train.description} up to {highest} of {len(names)} "
-            f"classes; a class can be evaluated only if it was trained on"
+            f"classes; every class of the test split must be in the training split"
         )
-    if len(found) < 2:
+    if len(train_labels) < 2:
         raise ValueError(f"{train.description} has the class {names[highest]} only; expected at least 2 classes")
     return names
 

@@ -1,4 +1,4 @@
-"""Random crops as pure functions: what is random comes in as numbers (see seeding.py)."""
+"""Random crops as pure functions: the random numbers are arguments (see seeding.py)."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch.nn.functional import interpolate
 
 from umae import seeding
 
-MIN_SCALE, RATIO = 0.2, (3 / 4, 4 / 3)  # of pre-training's crops: least share of the area, width / height
+MIN_SCALE, RATIO = 0.2, (3 / 4, 4 / 3)  # of pre-training's crops: smallest share of the area, width / height
 _ATTEMPTS = 10
 CROP_NUMBERS = 2 * _ATTEMPTS + 2  # an area and a ratio per attempt, then the two of the position
 
@@ -19,9 +19,9 @@ def crop_box(
     scale: tuple[float, float] = (MIN_SCALE, 1.0),
     ratio: tuple[float, float] = RATIO,
 ) -> tuple[int, int, int, int]:
-    """The box of a random resized crop, by the law of torchvision's RandomResizedCrop.get_params.
+    """The box of a random resized crop, distributed as in torchvision's RandomResizedCrop.get_params.
 
-    Of ten boxes the first that fits, else the largest central one of an allowed ratio.
+    The first of ten random boxes that fits, else the largest central box of an allowed ratio.
 
     Args:
         numbers: float (CROP_NUMBERS,), uniform in [0, 1).
@@ -54,7 +54,7 @@ def random_resized_crop(
     size: tuple[int, int],
     scale: tuple[float, float] = (MIN_SCALE, 1.0),
 ) -> torch.Tensor:
-    """Cut the box that crop_box draws and resize it, bicubic with antialiasing.
+    """Crop the box of `crop_box` and resize it, bicubic with antialiasing.
 
     Args:
         image: uint8 (channels, height, width), on the CPU.
@@ -63,9 +63,10 @@ def random_resized_crop(
         scale: bounds of the box's share of the image's area.
 
     Returns:
-        uint8 (channels, *size), contiguous, in memory of its own; a box that has the size already keeps its pixels.
+        uint8 (channels, *size), contiguous, in new memory; a box of this size already keeps its pixels.
     """
-    top, left, height, width = crop_box(numbers, *image.shape[-2:], scale)
+    image_height, image_width = image.shape[-2:]
+    top, left, height, width = crop_box(numbers, image_height, image_width, scale)
     box = image[None, :, top : top + height, left : left + width]
     return interpolate(box, size, mode="bicubic", antialias=True)[0]
 
@@ -73,8 +74,8 @@ def random_resized_crop(
 def least_side(size: tuple[int, int], min_scale: float = MIN_SCALE) -> int:
     """How many pixels an image's shorter side must keep when it is decoded at a reduced scale, for crops of `size`.
 
-    Its smallest crop then still has 1.5 times the pixels of the result along each axis: on ImageNet images the
-    crops differ from those of the full scale by less than 1 of 255 levels on average.
+    Its smallest crop then has at least 1.5 times the pixels of the result along each axis: on ImageNet the crops
+    differ from those of the full scale by less than 1 of 255 levels on average.
     """
     return math.ceil(1.5 * max(size) / math.sqrt(min_scale * RATIO[0]))
 

@@ -1,4 +1,4 @@
-"""An image file as a tensor of the pixels that `open_image` gives, which travels with every saved model."""
+"""An image file as a tensor, with the same pixels as `open_image` in `image_processing_umae.py`."""
 
 import io
 import os
@@ -12,26 +12,26 @@ from PIL import ExifTags, Image
 from image_processing_umae import MAX_PIXELS, open_image
 
 try:
-    import simplejpeg  # a faster way to the same pixels; `pip install umae[fast]`
+    import simplejpeg  # decodes the same pixels faster; `pip install umae[fast]`
 except ImportError:
     simplejpeg = None
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
-    """The pixels of an RGB image: uint8 (3, height, width), in memory of its own (channels last, as Pillow's)."""
+    """The pixels of an RGB image: uint8 (3, height, width), in new memory (channels last, as Pillow's)."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def read_pixels(
     source: bytes | str | os.PathLike | Image.Image, name: str = "image", min_side: int | None = None
 ) -> torch.Tensor:
-    """As `to_tensor(open_image(...))`, the same pixels and refusals, faster where simplejpeg is installed."""
+    """`to_tensor(open_image(...))`, with the same pixels and errors, but faster where simplejpeg is installed."""
     pixels = None if simplejpeg is None or isinstance(source, Image.Image) else _plain_jpeg(source, min_side)
     return to_tensor(open_image(source, name, min_side)) if pixels is None else pixels
 
 
 def _plain_jpeg(source: bytes | str | os.PathLike, min_side: int | None) -> torch.Tensor | None:
-    """The pixels of a sound, upright JPEG in colour or grey; None leaves all others, and the verdict, to Pillow."""
+    """The pixels of a valid, upright JPEG in colour or grey; None for any other file, which Pillow then reads."""
     try:
         encoded = source if isinstance(source, bytes) else Path(source).read_bytes()
         image = Image.open(io.BytesIO(encoded), formats=("JPEG",))
@@ -46,5 +46,5 @@ def _plain_jpeg(source: bytes | str | os.PathLike, min_side: int | None) -> torc
         return None
 
 
-# Once and for all, because catch_warnings around every image makes the whole process repeat its once-only warnings.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image refuses what it warns of
+# For the whole process, because catch_warnings around every image would make all once-only warnings appear again.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # open_image raises an error instead

@@ -1,4 +1,4 @@
-"""A Hub name, a folder of images, a folder of parquet or the bundled digits -> one split of images and their labels."""
+"""One split of images and labels: from the Hub, a folder of images or of parquet files, or the bundled digits."""
 
 import contextlib
 import hashlib
@@ -18,25 +18,25 @@ from image_processing_umae import UnreadableImage, open_image
 from umae import seeding
 from umae.data.decoding import read_pixels
 
-# What Pillow opens without plugins and people keep images in.
-PICTURE_ENDINGS = (
+# Endings of image files that Pillow opens without plugins.
+IMAGE_ENDINGS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif",
 )  # fmt: skip
 
-# What lies in folders of images and is none. Files with other endings than these and PICTURE_ENDINGS are named.
+# Endings of other files in folders of images. Files with endings that are in neither list are reported.
 OTHER_ENDINGS = (
     ".txt", ".json", ".jsonl", ".csv", ".tsv", ".md", ".rst", ".xml", ".html", ".yaml", ".yml", ".toml", ".ini", ".log",
     ".db", ".py", ".sh", ".pdf", ".xls", ".xlsx", ".docx",
 )  # fmt: skip
 
-# What `datasets` may find images in, or be led to them by.
-DATA = (*PICTURE_ENDINGS, ".parquet", ".arrow", ".tar", ".zip", ".gz", ".tgz", ".csv", ".tsv", ".json", ".jsonl")
-KNOWN_ENDINGS = {*PICTURE_ENDINGS, *OTHER_ENDINGS}
+# Endings of files from which `datasets` may load images.
+DATA = (*IMAGE_ENDINGS, ".parquet", ".arrow", ".tar", ".zip", ".gz", ".tgz", ".csv", ".tsv", ".json", ".jsonl")
+KNOWN_ENDINGS = {*IMAGE_ENDINGS, *OTHER_ENDINGS}
 SHOWN_ENDINGS = 5
-NO_LABELS = "none"  # as label_column: whatever labels there seem to be
+NO_LABELS = "none"  # as label_column: ignore all labels
 SHOWN_CLASSES = 6
 
-# Sub-folders that mean a split rather than a class, and the split they mean.
+# Names of sub-folders that are splits, not classes, and their splits.
 SPLIT_FOLDERS = {
     "train": "train", "training": "train", "test": "test", "testing": "test",
     "validation": "validation", "valid": "validation", "val": "validation",
@@ -51,9 +51,9 @@ class Images:
         dataset: rows with the undecoded image (`{"bytes", "path"}`) and possibly a label.
         image_column: name of the image's column.
         label_column: name of the label's column, None if there is none.
-        description: what to call it in print, without any local path: `uoft-cs/cifar10 (train)`.
-        folder: where the files lie, for a folder of images.
-        not_read: what else lies there with an ending that is not read, in words: `12 .heic, 3 .cr2`; empty if nothing.
+        description: its name in messages, without any local path: `uoft-cs/cifar10 (train)`.
+        folder: the folder of the files, for a folder of images.
+        not_read: number of its files with endings that are not read: `12 .heic, 3 .cr2`; empty if there are none.
     """
 
     dataset: datasets.Dataset
@@ -71,15 +71,15 @@ class Images:
         return len(self)
 
     def read(self, index: int) -> Image.Image:
-        """The image at `index`, RGB. Raises `UnreadableImage`, which names the file."""
+        """The image at `index`, RGB. Raises `UnreadableImage` with the name of the file."""
         ((source, name),) = self._sources([index])
         return open_image(source, name)
 
     def read_pixels(self, indices: list[int], min_side: int | None = None) -> Iterator[torch.Tensor | UnreadableImage]:
         """The images at `indices`, uint8 (3, height, width), large JPEGs possibly smaller (see `umae.data.decoding`).
 
-        They are opened one by one, their bytes are fetched together. An image that cannot be read is the refusal
-        itself, which does not end the others.
+        Their bytes are fetched together, then decoded one by one. For an image that cannot be read, its
+        `UnreadableImage` is yielded, and the next images follow.
         """
         for source, name in self._sources(indices):
             try:
@@ -88,7 +88,7 @@ class Images:
                 yield error
 
     def sample(self, seed: int, count: int) -> Iterator[tuple[int, Image.Image]]:
-        """The indices of at most this many images, and those of them that can be read, see `spread`."""
+        """(index, image) of at most this many images, see `spread`, without those that cannot be read."""
         return self._readable(self.spread(count, seed))
 
     def spread(self, count: int, seed: int = 0) -> list[int]:
@@ -103,21 +103,21 @@ class Images:
                 yield index, self.read(index)
 
     def index_name(self, index: int) -> str:
-        """An index as people read it."""
+        """An index as text, for messages."""
         return str(index)
 
     def fingerprint(self) -> str:
-        """What tells these images from others of the same name and number: of the bytes of 16 that lie far apart."""
+        """16 hex digits, different for other images of the same name and number: a hash of 16 evenly spread images."""
         digest = hashlib.sha256()
         indices = sorted({round(position * (len(self) - 1) / 15) for position in range(16)})
         for source, _ in self._sources(indices):
-            with contextlib.suppress(OSError):  # a file that cannot be read differs from one that can
+            with contextlib.suppress(OSError):  # a missing file changes the hash, too
                 digest.update(source if isinstance(source, bytes) else Path(source).read_bytes())
             digest.update(b"\0")
         return digest.hexdigest()[:16]
 
     def check_readable(self) -> None:
-        """Raise `ValueError`, with the first three reasons, if not one image can be read."""
+        """Raise `ValueError`, with the first three errors, if no image can be read."""
         reasons = []
         for index in range(len(self)):
             (pixels,) = self.read_pixels([index])
@@ -127,17 +127,17 @@ class Images:
         raise ValueError(f"none of the {len(self)} images of {self.description} can be read: {'; '.join(reasons[:3])}")
 
     def _sources(self, indices: list[int]) -> Iterator[tuple[bytes | str, str]]:
-        """What to read, bytes or a path, and what a refusal calls it."""
+        """The bytes or the path of each image, and its name in error messages."""
         for index, encoded in zip(indices, self.dataset[indices][self.image_column], strict=True):
             source = encoded["path"] if encoded["bytes"] is None else encoded["bytes"]
             yield source, self._name(index, encoded["path"])
 
     def name_of(self, index: int) -> str:
-        """The image's file, relative to its folder, or its place in the data set (`digits (train)[17]`)."""
+        """The image's file, relative to its folder, or its index in the data set (`digits (train)[17]`)."""
         return self._name(index, self.dataset[index][self.image_column]["path"])
 
     def _name(self, index: int, path: str | None) -> str:
-        if self.folder is not None:
+        if self.folder is not None and path is not None:
             return os.path.relpath(path, self.folder)
         return f"{self.description}[{index}]" + (f" {Path(path).name}" if path else "")
 
@@ -149,14 +149,14 @@ class Images:
 
     @property
     def has_labels(self) -> bool:
-        """Whether any image has a label: many test splits on the Hub hide theirs, and hold -1 in every row."""
+        """Whether any image has a label: many test splits on the Hub have -1 in every row instead."""
         if self.label_column is None:
             return False
         return any(label not in (None, -1) for label in self.dataset[self.label_column][:])
 
     @property
     def label_summary(self) -> str:
-        """The labels and where they come from, in words: `2 classes from sub-folders: cat, dog`."""
+        """The labels and their source as text: `2 classes from sub-folders: cat, dog`."""
         if self.label_column is None:
             return "none"
         source = "sub-folders" if self.folder is not None else f"column {self.label_column!r}"
@@ -164,11 +164,11 @@ class Images:
         if names is None:
             feature = self.dataset.features[self.label_column]
             return f"{getattr(feature, 'dtype', 'nested')} values from {source}"
-        shown = ", ".join(names[:SHOWN_CLASSES]) + (", ..." if len(names) > SHOWN_CLASSES else "")
-        return f"{len(names)} classes from {source}: {shown}"
+        first_names = ", ".join(names[:SHOWN_CLASSES]) + (", ..." if len(names) > SHOWN_CLASSES else "")
+        return f"{len(names)} classes from {source}: {first_names}"
 
     def labels(self) -> torch.Tensor:
-        """int64 (N,). Raises `ValueError` if there are none, or some are missing, negative or text."""
+        """int64 (N,). Raises `ValueError` if there are no labels, or any is missing, negative or text."""
         if self.label_column is None:
             raise ValueError(
                 f"{self.description} has no labels: its columns are {', '.join(self.dataset.column_names)}; "
@@ -199,14 +199,14 @@ def load_images(
             are classes), a local folder of parquet or other files that `datasets` reads, or a name on the Hub.
             Sub-folders with the names in SPLIT_FOLDERS are splits if there are images nowhere else. A single such name
             among others is a class (`bus`, `car`, `train`). Several of them beside others, or any beside loose images
-            only, may be either and are refused.
+            only, are ambiguous: an error.
         config_name: the Hub data set's configuration.
         split: which split; for `datasets`' own formats also slices such as `train[:10%]`.
-        image_column, label_column: found by their types if there is one candidate; the label column `none` says that
-            there are no labels, whatever the sub-folders or columns look like.
+        image_column, label_column: by default the only column of the right type; the label column `none` means no
+            labels, for any sub-folders and columns.
 
     Raises:
-        ValueError: the data set, split or column does not exist or is ambiguous; what does exist is listed.
+        ValueError: the data set, split or column does not exist or is ambiguous; the message lists those that exist.
     """
     folder = Path(name)
     if name == "digits":
@@ -218,19 +218,19 @@ def load_images(
     if folder.is_dir() and _not_read(folder) and not any(path.suffix.lower() in DATA for path in _files(folder)):
         raise ValueError(
             f"{name}: no images could be loaded; it holds {_not_read(folder)}, which are not read; expected images "
-            f"({', '.join(PICTURE_ENDINGS)}) or parquet files; convert them"
+            f"({', '.join(IMAGE_ENDINGS)}) or parquet files; convert them"
         )
     rows = load_split(name, config_name, split)
     return _prepare(rows, image_column, label_column, describe(name, split))
 
 
 def describe(name: str, split: str) -> str:
-    """What to call a data set in print: its name on the Hub, or of its folder without the path."""
+    """A data set's name in messages: its name on the Hub, or of its folder without the path, and the split."""
     return f"{Path(name).resolve().name if Path(name).is_dir() else name} ({split})"
 
 
 def comes_in_files(name: str) -> bool:
-    """Whether a data set is read image by image: the digits, a folder of images."""
+    """Whether a data set is read image by image, not in shards: the digits, a folder of images."""
     return name == "digits" or (Path(name).is_dir() and _holds_images(Path(name)))
 
 
@@ -251,7 +251,7 @@ def held_out_splits(name: str, config_name: str | None, train_split: str) -> lis
 
 
 def load_split(name: str, config_name: str | None, split: str, streaming: bool = False):
-    """`datasets.load_dataset`, whose errors become a `ValueError` that says what there is."""
+    """`datasets.load_dataset`; its errors become a `ValueError` that lists what exists."""
     folder = Path(name)
     if not folder.is_dir() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ValueError(f"there is no folder {name}; give an existing folder, a name on the Hub, or `digits`")
@@ -262,14 +262,14 @@ def load_split(name: str, config_name: str | None, split: str, streaming: bool =
     except (datasets.data_files.EmptyDatasetError, ConnectionError, FileNotFoundError) as error:
         raise ValueError(
             f"{name}: no images could be loaded ({error}); expected a folder with images "
-            f"({', '.join(PICTURE_ENDINGS)}) or parquet files, or a name on the Hub"
+            f"({', '.join(IMAGE_ENDINGS)}) or parquet files, or a name on the Hub"
         ) from error
     except ValueError as error:  # an unknown or empty split or configuration: the message lists those that exist
         raise ValueError(f"{name}, split {split!r}: {error}") from error
 
 
 def _holds_images(folder: Path) -> bool:
-    """Whether a folder holds image files, at any depth, and nothing at its top that is a data set of its own."""
+    """Whether a folder has image files, at any depth, and no other kind of data set at its top level."""
     for entry in folder.iterdir():
         if entry.suffix in (".parquet", ".arrow", ".tar") or entry.stem == "metadata":
             return False
@@ -278,7 +278,7 @@ def _holds_images(folder: Path) -> bool:
 
 def _image_files(folder: Path) -> Iterator[Path]:
     """Image files at any depth, sorted by path, hidden ones left out."""
-    return (path for path in _files(folder) if path.suffix.lower() in PICTURE_ENDINGS)
+    return (path for path in _files(folder) if path.suffix.lower() in IMAGE_ENDINGS)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -291,12 +291,12 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _not_read(folder: Path) -> str:
-    """How many files of which endings may be images, and are not read, in words: `12 .heic, 3 .cr2`."""
+    """The number of files with each unknown ending, which are not read, as text: `12 .heic, 3 .cr2`."""
     endings = Counter(path.suffix.lower() or "without an ending" for path in _files(folder))
     counts = [(ending, count) for ending, count in endings.most_common() if ending not in KNOWN_ENDINGS]
-    shown = [f"{count:,} {ending}" for ending, count in counts[:SHOWN_ENDINGS]]
+    texts = [f"{count:,} {ending}" for ending, count in counts[:SHOWN_ENDINGS]]
     rest = sum(count for _, count in counts[SHOWN_ENDINGS:])
-    return ", ".join([*shown, f"{rest:,} others"] if rest else shown)
+    return ", ".join([*texts, f"{rest:,} others"] if rest else texts)
 
 
 def _image_folder(folder: Path) -> dict[str, datasets.Dataset]:
@@ -307,13 +307,14 @@ def _image_folder(folder: Path) -> dict[str, datasets.Dataset]:
     """
     files = list(_image_files(folder))
     parts = [file.relative_to(folder).parts for file in files]
-    split_of, members = _split_folders(parts, folder), {}
+    split_of = _split_folders(parts, folder)
+    images_of: dict[str, list[tuple[str, str | None]]] = {}  # split: (path, class) of its images
     for file, path in zip(files, parts, strict=True):
         split, below = (split_of[path[0]], path[1:]) if split_of else ("train", path)
-        members.setdefault(split, []).append((str(file), below[0] if len(below) > 1 else None))
+        images_of.setdefault(split, []).append((str(file), below[0] if len(below) > 1 else None))
     rows = {}
-    for split, some in members.items():
-        paths, classes = map(list, zip(*some, strict=True))
+    for split, images in images_of.items():
+        paths, classes = map(list, zip(*images, strict=True))
         columns, features = {"image": paths}, {"image": datasets.Image(decode=False)}
         if None not in classes and len(set(classes)) > 1:
             columns["label"] = classes
@@ -329,7 +330,7 @@ def _split_folders(parts: list[tuple[str, ...]], folder: Path) -> dict[str, str]
         parts: of the path of every image below `folder`.
 
     Raises:
-        ValueError: they may be either (see `load_images`), or two are of one split.
+        ValueError: they are ambiguous (see `load_images`), or two of them are the same split.
     """
     tops = {path[0] for path in parts if len(path) > 1}
     loose = [path[0] for path in parts if len(path) == 1]
@@ -341,20 +342,20 @@ def _split_folders(parts: list[tuple[str, ...]], folder: Path) -> dict[str, str]
         beside = ", ".join(others[:5]) or f"{len(loose)} loose images such as {loose[0]}"
         raise ValueError(
             f"folder {folder}: its sub-folders {', '.join(named)} are named like splits, but {beside} beside them "
-            f"belong to none; move these elsewhere, or rename the sub-folders if they are classes"
+            f"belong to no split; move these elsewhere, or rename the sub-folders if they are classes"
         )
     splits: dict[str, str] = {}
     for top in named:
         split = SPLIT_FOLDERS[top.lower()]
         if split in splits.values():
-            both = ", ".join(one for one in named if SPLIT_FOLDERS[one.lower()] == split)
+            both = ", ".join(name for name in named if SPLIT_FOLDERS[name.lower()] == split)
             raise ValueError(f"folder {folder}: its sub-folders {both} are both of the split {split}; keep one of them")
         splits[top] = split
     return splits
 
 
 def _digits() -> dict[str, datasets.Dataset]:
-    """The 1,797 handwritten digits of 8 x 8 pixels bundled with scikit-learn, every fifth of them for testing."""
+    """The 1,797 handwritten digits of 8 x 8 pixels bundled with scikit-learn, every fifth of them in the test split."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -392,7 +393,7 @@ def _prepare(
     description: str,
     folder: Path | None = None,
 ) -> Images:
-    """Find the columns and leave the images encoded."""
+    """The rows as `Images`: with their columns found and the images still encoded."""
     features = rows.features
     if label_column not in (None, NO_LABELS, *features):
         raise ValueError(f"{description} has no column {label_column!r}; it has {', '.join(features)}")
@@ -410,15 +411,15 @@ def _prepare(
 
 
 def find_image_column(features: Mapping[str, Any], given: str | None, description: str) -> str:
-    """The column that was given, or else the only one of images; raises `ValueError` with those that exist."""
+    """The given column, by default the only one of images; raises `ValueError` with the columns that exist."""
     if given is not None:
         if given not in features:
             raise ValueError(f"{description} has no column {given!r}; it has {', '.join(features)}")
         return given
     candidates = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     if len(candidates) != 1:
-        found = f"{len(candidates)} image columns" if candidates else "no image column"
+        count = f"{len(candidates)} image columns" if candidates else "no image column"
         raise ValueError(
-            f"{description} has {found} among {', '.join(features)}; name the one to use with image_column_name"
+            f"{description} has {count} among {', '.join(features)}; name the one to use with image_column_name"
         )
     return candidates[0]

@@ -1,7 +1,8 @@
-"""What a model is fed: images flipped and normalised on the device, and the processor that evaluates."""
+"""A model's inputs: images flipped and normalised on the device, and the image processor for evaluation."""
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import overload
 
 import torch
 from transformers.image_utils import PILImageResampling
@@ -29,17 +30,17 @@ def normalize(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[f
         float32, same shape.
     """
     values = pixel_values.float().div_(255)
-    # Channel by channel, because a tensor of the means would have to be copied to the device at every step.
+    # Channel by channel, because a tensor of the means would be copied to the device at every step.
     for channel, channel_mean, channel_std in zip(values.unbind(1), mean, std, strict=True):
         channel.sub_(channel_mean).div_(channel_std)
     return values
 
 
 def evaluation_processor(size: tuple[int, int]) -> UMAEImageProcessor:
-    """The transform that features are computed with: resize the shortest edge, cut the centre, normalise.
+    """The image processor for evaluation: resize the shortest edge, crop the centre, normalise.
 
-    MAE resizes to 256 and cuts 224; other sizes keep that proportion. Small images (under 96 pixels: CIFAR, digits)
-    have no margin to spare and are used whole.
+    MAE resizes to 256 and crops to 224; other sizes keep this ratio, but images under 96 pixels (CIFAR, digits) are
+    not cropped.
 
     Args:
         size: (height, width) of the result, in pixels.
@@ -60,7 +61,7 @@ def evaluation_processor(size: tuple[int, int]) -> UMAEImageProcessor:
 def device_inputs(
     batch: dict, device: torch.device, num_patches: int, seed: int, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A micro-batch of uint8 crops -> flipped and normalised float32 images, and the noise that masks them."""
+    """A micro-batch of uint8 crops -> flipped, normalised float32 images and masking noise (batch, num_patches)."""
     index, epoch = on_device(batch["index"], device), on_device(batch["epoch"], device)
     pixel_values = flipped_and_normalized(batch, device, seed, mean, std)
     return pixel_values, seeding.uniform(seed, seeding.MASK, epoch, index, num_patches)
@@ -75,8 +76,12 @@ def flipped_and_normalized(
     return horizontal_flip(pixel_values, seeding.uniform(seed, seeding.FLIP, epoch, index, 1)[:, 0] < 0.5)
 
 
+@overload
+def on_device(value: torch.Tensor, device: torch.device) -> torch.Tensor: ...
+@overload
+def on_device(value: int, device: torch.device) -> int: ...
 def on_device(value: torch.Tensor | int, device: torch.device) -> torch.Tensor | int:
-    """A tensor, where it is wanted, without waiting for it; a number, as it is."""
+    """A tensor on `device`, copied without waiting; an int is returned unchanged."""
     return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
 
@@ -86,19 +91,20 @@ def load_processor(
     """The image processor of a U-MAE, ViT or ViTMAE, by Pillow, reading images as `open_image` does.
 
     Args:
-        size: (height, width) of the encoder's images; a file of the original code, which says nothing of how they
-            are prepared, then means MAE's way.
+        size: (height, width) of the encoder's images, for a file of the original code, which has no processor and
+            gets `evaluation_processor(size)`.
 
     Raises:
-        ValueError: there is none, or it is not of the kind that these models have.
+        ValueError: there is no image processor, or it is not one of these models.
     """
     if size is not None and Path(name_or_path).is_file():
         return evaluation_processor(size)
     try:
         settings, _ = UMAEImageProcessor.get_image_processor_dict(name_or_path, revision=revision)
     except OSError as error:
-        raise ValueError(f"{name_or_path} does not say how its images are prepared: {error}") from error
-    kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "none"
-    if not kind.startswith("ViT"):
-        raise ValueError(f"{name_or_path} prepares its images by {kind}; expected an image processor of the ViT family")
-    return UMAEImageProcessor.from_pretrained(name_or_path, revision=revision)
+        raise ValueError(f"{name_or_path} has no image processor: {error}") from error
+    class_name = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "none"
+    if not class_name.startswith("ViT"):
+        raise ValueError(f"{name_or_path} has the image processor {class_name}; expected one of ViT, ViTMAE or U-MAE")
+    # transformers declares `revision: str`, and passes None on to huggingface_hub, which takes it for the default
+    return UMAEImageProcessor.from_pretrained(name_or_path, revision=revision)  # type: ignore[arg-type]

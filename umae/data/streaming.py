@@ -1,8 +1,8 @@
-"""Images of a data set in shards, read as they come: nothing is downloaded in advance, nothing stays on the disk.
+"""Images of a data set in shards, streamed: nothing is downloaded in advance, nothing is stored on the disk.
 
-The shards of an epoch are put in a keyed order and dealt out to the readers, which are the loader's workers of all
-processes; the rows of a shard are shuffled by a keyed permutation of every block of BLOCK rows. So where a reader
-stands is four numbers, its cursor, and a run continues from there with the very next image.
+The shards of an epoch are put in a keyed order and distributed to the readers, which are the loader's workers of all
+processes; the rows of a shard are shuffled by a keyed permutation of every block of BLOCK rows. A reader's position is
+therefore four numbers, its cursor, from which a run continues with the next image.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ from umae.data.decoding import read_pixels
 from umae.data.images import comes_in_files, describe, find_image_column, load_split
 
 BLOCK = 1024  # rows that a reader holds, still encoded: about 100 MB of ImageNet
-HEAD = 64  # rows that are looked at before training
+HEAD = 64  # rows that are checked before training
 ROW_BITS = 32  # an image's index is its shard * 2**32 + its row
 
 
 class Cursor(NamedTuple):
-    """Where a reader stands: epoch, place among its shards of that epoch, block of the shard, rows done of it."""
+    """A reader's position: epoch, position in its shards of the epoch, block of the shard, rows done of the block."""
 
     epoch: int
     position: int
@@ -41,24 +41,25 @@ class Cursor(NamedTuple):
 START = Cursor(0, 0, 0, 0)
 
 
-class Row(NamedTuple):
-    """An encoded image, and what is needed to continue behind it."""
+@dataclass(frozen=True)
+class Row:
+    """An encoded image, and the cursor from which the next row is read."""
 
     index: int
     epoch: int
     source: bytes | str
     name: str
-    behind: Cursor
+    cursor: Cursor
 
 
 @dataclass(frozen=True)
 class Stream:
-    """One split of a data set that is read while it is trained on.
+    """One split of a data set that is read during training.
 
     Args:
         dataset: rows with the undecoded image (`{"bytes", "path"}`).
         image_column: name of the image's column.
-        description: what to call it in print: `org/set (train)`.
+        description: its name in messages: `org/set (train)`.
         num_images: None if the data set does not say.
     """
 
@@ -73,25 +74,25 @@ class Stream:
 
     @property
     def has_labels(self) -> bool:
-        """False: a stream is read without them."""
+        """False: a stream is read without labels."""
         return False
 
     @property
     def label_summary(self) -> str:
-        """As `Images.label_summary`."""
+        """The counterpart of `Images.label_summary`."""
         return "none, a stream is read without them"
 
     @property
     def not_read(self) -> str:
-        """As `Images.not_read`: a stream has rows, not files."""
+        """The counterpart of `Images.not_read`, empty: a stream has rows, not files."""
         return ""
 
     def index_name(self, index: int) -> str:
-        """An index as people read it."""
+        """An index as text, for messages."""
         return f"row {index % 2**ROW_BITS} of shard {index >> ROW_BITS}"
 
     def walk(self, seed: int, reader: int = 0, readers: int = 1, start: Cursor = START) -> Iterator[Row]:
-        """One reader's rows, epoch after epoch without end, from `start` on.
+        """One reader's rows from `start` on, epoch after epoch, without end.
 
         Raises:
             ValueError: an epoch of this reader holds no row.
@@ -99,25 +100,25 @@ class Stream:
         epoch, position, first_block, done = start
         while True:
             shards = seeding.permutation(seed, epoch, self.num_shards).tolist()[reader::readers]
-            found = start != START and epoch == start.epoch
+            has_rows = start != START and epoch == start.epoch
             for position in range(position, len(shards)):  # noqa: B020  # the first epoch begins in the middle
                 for block, rows in enumerate(self._blocks(shards[position], first_block), first_block):
                     order = seeding.permutation(seed, epoch, len(rows), shards[position], block).tolist()
                     for count, row in enumerate(order[done:], done + 1):
-                        index, found = (shards[position] << ROW_BITS) + block * BLOCK + row, True
+                        index, has_rows = (shards[position] << ROW_BITS) + block * BLOCK + row, True
                         source, name = self._source(rows[row], index)
                         yield Row(index, epoch, source, name, Cursor(epoch, position, block, count))
                     done = 0
                 first_block = done = 0
-            if not found:
+            if not has_rows:
                 raise ValueError(f"{self.description}: the shards {shards[:5]} hold no rows")
             epoch, position = epoch + 1, 0
 
     def _blocks(self, shard: int, first: int) -> Iterator[list[dict]]:
-        """The encoded images of a shard, BLOCK of them at a time, from a block on."""
+        """The encoded images of a shard in blocks of BLOCK, from block `first` on."""
         rows = self.dataset.shard(self.num_shards, shard)
         rows = rows.skip(first * BLOCK) if first else rows
-        for batch in rows.iter(BLOCK):  # unlike iter(rows), not shared out among a loader's workers once more
+        for batch in rows.iter(BLOCK):  # unlike iter(rows), not split among the loader's workers again
             yield batch[self.image_column]
 
     def _source(self, encoded: dict, index: int) -> tuple[bytes | str, str]:
@@ -134,11 +135,11 @@ class Stream:
     def _head(self) -> list[Row]:
         """The first rows of the first shard."""
         rows = self.dataset.shard(self.num_shards, 0).iter(HEAD)
-        encoded = next(rows, {self.image_column: []})[self.image_column]
-        return [Row(index, 0, *self._source(one, index), START) for index, one in enumerate(encoded)]
+        images: list[dict] = next(rows, {self.image_column: []})[self.image_column]
+        return [Row(index, 0, *self._source(encoded, index), START) for index, encoded in enumerate(images)]
 
     def check_readable(self) -> None:
-        """Raise `ValueError`, with the first three reasons, if not one of the first images can be read."""
+        """Raise `ValueError`, with the first three errors, if none of the first HEAD images can be read."""
         refusals: list[str] = []
         if next(self._readable(self._head(), refusals), None) is None:
             raise ValueError(
@@ -146,11 +147,11 @@ class Stream:
             )
 
     def sample(self, seed: int, count: int) -> Iterator[tuple[int, Image.Image]]:
-        """The indices of some images that can be read, and the images; the same ones for the same seed."""
+        """(index, image) of `count` images that can be read; the same ones for the same seed."""
         return islice(self._readable(self.walk(seed), []), count)
 
     def fingerprint(self) -> str:
-        """What tells these images from others of the same name: of the first ones, and the number of shards."""
+        """16 hex digits, different for other images of the same name: a hash of the first ones and the shard count."""
         digest = hashlib.sha256(str(self.num_shards).encode())
         for row in self._head():
             digest.update(row.source if isinstance(row.source, bytes) else row.source.encode())
@@ -161,7 +162,7 @@ def load_stream(name: str, config_name: str | None, split: str, image_column: st
     """One split of a data set that `datasets` can stream: on the Hub, or a folder of parquet, arrow or tar files.
 
     Raises:
-        ValueError: the data set, split or column does not exist or is ambiguous; what does exist is listed.
+        ValueError: the data set, split or column does not exist or is ambiguous; the message lists those that exist.
     """
     if comes_in_files(name):
         raise ValueError(f"{name} does not come in shards; leave out streaming")
@@ -176,13 +177,13 @@ def load_stream(name: str, config_name: str | None, split: str, image_column: st
 class StreamedImages(torch.utils.data.IterableDataset):
     """Micro-batches of random crops of one process; each worker of the loader is a reader of its own.
 
-    A batch is as `TrainingImages` has it, but its `epoch` is int64 (batch,), and its `cursor` says which reader it
-    came from, and where that stands behind it. An image that cannot be read is left out.
+    A batch is as in `TrainingImages`, but its `epoch` is int64 (batch,), and its `cursor` is (number of its reader in
+    the process, that reader's `Cursor` after the batch). An image that cannot be read is left out.
 
     Args:
         size: (height, width) of the crops, in pixels.
-        micro_batches: the numbers of the process' micro-batches in the run, from where it starts to its end.
-        cursors: where each of its readers stands at the start; one, if the loader has no workers.
+        micro_batches: the numbers of the process' micro-batches in the run, from the first to read to the last.
+        cursors: the position of each of its readers at the start; one cursor if the loader has no workers.
     """
 
     def __init__(
@@ -194,34 +195,36 @@ class StreamedImages(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         info = torch.utils.data.get_worker_info()
         if info is not None:
-            fsspec.asyn.reset_lock()  # a forked process would wait for its parent's
+            fsspec.asyn.reset_lock()  # or a forked process would wait for its parent's lock
         turn, readers = info.id if info else 0, len(self.cursors)
-        mine = (self.micro_batches.start + turn) % readers  # the loader begins with its first worker wherever it starts
+        mine = (self.micro_batches.start + turn) % readers  # the loader always begins with its first worker
         reader = self.rank * readers + mine
         rows = self.stream.walk(self.plan.seed, reader, self.plan.processes * readers, self.cursors[mine])
         for _ in self.micro_batches[turn::readers]:
             yield self._micro_batch(rows, mine)
 
     def _micro_batch(self, rows: Iterator[Row], reader: int) -> dict:
-        shown, crops, refusals = [], [], {}
+        positions: list[tuple[int, int]] = []  # (index, epoch) of every crop
+        crops: list[torch.Tensor] = []
+        refusals: dict[int, str] = {}
         while len(crops) < self.plan.batch_size:
             row = next(rows)
             try:
                 pixels = read_pixels(row.source, row.name, least_side(self.size))
             except UnreadableImage as error:
-                if row.index in refusals:  # this reader has come around, and found nothing
+                if row.index in refusals:  # an epoch later: this reader has no readable image
                     raise
                 refusals[row.index] = str(error)
                 continue
             crops.append(random_crop(pixels, self.plan.seed, row.epoch, row.index, self.size))
-            shown.append((row.index, row.epoch))
-        index, epoch = torch.tensor(shown).unbind(1)
+            positions.append((row.index, row.epoch))
+        index, epoch = torch.tensor(positions).unbind(1)
         return {
             "pixel_values": torch.stack(crops),
             "index": index,
             "epoch": epoch,
             "refusals": refusals,
-            "cursor": (reader, row.behind),
+            "cursor": (reader, row.cursor),
         }
 
 
@@ -235,7 +238,7 @@ def streaming_loader(
     num_workers: int,
     pin_memory: bool = False,
 ) -> Iterator[dict]:
-    """Micro-batches of one process for some steps; `cursors` follows what is taken, and is what a checkpoint needs."""
+    """Micro-batches of one process for `steps`; updates `cursors`, which a checkpoint saves, after each of them."""
     micro_batches = range(steps.start * plan.accumulation, steps.stop * plan.accumulation)
     loader = DataLoader(
         StreamedImages(stream, size, plan, rank, micro_batches, list(cursors)),

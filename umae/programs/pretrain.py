@@ -317,7 +317,7 @@ def make_task(job: Job, model: UMAEForPreTraining, log: MetricsLog) -> Task:
             observe=observe if monitor and step % OBSERVED_STEPS == 0 else None,
         )  # fmt: skip
 
-    def evaluate(state: State, micro_batch: dict) -> dict[str, float]:
+    def evaluate(state: State, micro_batch: dict) -> dict[str, float | None]:
         assert monitor is not None
         return evaluate_features(job, monitor, state, micro_batch)
 
@@ -383,7 +383,7 @@ def evaluates(job: Job, step: int) -> bool:
     return is_first or is_due(step, job.schedule.total_steps, logging_steps(job), eval_steps(job))
 
 
-def evaluate_features(job: Job, monitor: Monitor, state: State, batch: dict) -> dict[str, float]:
+def evaluate_features(job: Job, monitor: Monitor, state: State, batch: dict) -> dict[str, float | None]:
     """Measure the features; show it by a line on the terminal, and by figures in the run folder and in the trackers."""
     values, reconstructed = monitor.evaluate(state.model, batch, state.step)
     if job.accelerator.is_main_process:
@@ -394,7 +394,7 @@ def evaluate_features(job: Job, monitor: Monitor, state: State, batch: dict) -> 
     return values
 
 
-def in_words(values: dict[str, float], most: int) -> str:
+def in_words(values: dict[str, float | None], most: int) -> str:
     """Diagnostics on one line; `most` is what the rank of the probe images' features can be."""
     if "effective_rank_cls" not in values:
         return "nothing can be measured: no probe image can be read, or no feature is finite"
