@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +355,7 @@ def _split_folders(parts: list[tuple[str, ...]], folder: Path) -> dict[str, str]
     return splits
 
 
+@cache  # several splits are loaded in a run
 def _digits() -> dict[str, datasets.Dataset]:
     """The 1,797 handwritten digits of 8 x 8 pixels bundled with scikit-learn, every fifth of them in the test split."""
     from sklearn.datasets import load_digits

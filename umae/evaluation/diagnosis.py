@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Sequence
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from modeling_umae import UMAEModel
 from umae import seeding
@@ -69,9 +69,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="images per batch (default 64)")
     args = parser.parse_args(argv)
     measures = diagnose(args.model, args.dataset, args.split, args.most_images, args.batch_size)
-    print(f"{'':<20}" + "".join(f"{pooling:>12}" for pooling in measures))
-    for name in measures[POOLINGS[0]]:
-        print(f"{name:<20}" + "".join(f"{measures[pooling][name]:>12.4g}" for pooling in measures))
+    if PartialState().is_main_process:
+        print(f"{'':<20}" + "".join(f"{pooling:>12}" for pooling in measures))
+        for name in measures[POOLINGS[0]]:
+            print(f"{name:<20}" + "".join(f"{measures[pooling][name]:>12.4g}" for pooling in measures))
 
 
 def encode_views(encoder: UMAEModel, pixel_values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
