@@ -75,6 +75,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    name = "load_images" if name == "load_pictures" else name  # its former name
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_LAZY[name]), name)
