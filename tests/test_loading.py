@@ -59,8 +59,8 @@ import importlib, pkgutil, sys
 assert not {"umae", "transformers"} & set(sys.modules)
 sys.modules.update(dict.fromkeys(["fcntl", "grp", "psutil", "pwd", "resource", "syslog"]))  # None: cannot be imported
 import umae, run_pretrain, run_linear_probe, run_finetune
-for module in pkgutil.iter_modules(umae.__path__):
-    importlib.import_module(f"umae.{module.name}")
+for module in pkgutil.walk_packages(umae.__path__, "umae."):
+    importlib.import_module(module.name)
 umae.evaluation.features.main(["run", "images", "features.parquet"])
 """
 

@@ -329,7 +329,12 @@ def test_data_that_cannot_be_learned_from_is_refused_with_what_to_do(encoder, tm
             "--per_device_train_batch_size",
             "7",
         ): "7 is odd, and mixup and cutmix take images in pairs; use 8, or mixup 0",
-        ("--per_device_train_batch_size", "4", "--test_split", "train"): "are both train; a classifier is evaluated",
+        (
+            "--per_device_train_batch_size",
+            "4",
+            "--test_split",
+            "train",
+        ): "are both train; use another split for evaluation",
         ("--per_device_train_batch_size", "4", "--min_crop_scale", "0"): "crops of nothing",
     }.items():
         with pytest.raises(ValueError, match=message):

@@ -30,3 +30,15 @@ def test_a_busy_machine_is_named(monkeypatch, capsys, load, said):
     monkeypatch.setattr(hardware, "usable_cores", lambda: 2)
     hardware.set_threads(Accelerator(cpu=True), {"OMP_NUM_THREADS": "1"}, 1e12)
     assert ("load 6.1 on 2 cores" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize(
+    ("launcher", "fast", "asked", "expected"),
+    [("no", True, None, "bf16"), ("no", False, None, "no"), ("no", True, "no", "no"), ("bf16", False, None, "bf16")],
+)
+def test_precision_is_what_was_asked_for_or_what_the_hardware_has(
+    monkeypatch, tmp_path, launcher, fast, asked, expected
+):
+    monkeypatch.setattr(hardware, "has_fast_bf16", lambda device: fast)
+    environ = {"ACCELERATE_MIXED_PRECISION": launcher, "ACCELERATE_USE_CPU": "1"}
+    assert hardware.make_accelerator(environ, asked, 1, "none", tmp_path).mixed_precision == expected
