@@ -37,6 +37,7 @@ run_pretrain.main(sys.argv[1:])
 STEP = ("--max_train_steps", "1", "--eval_steps", "0")
 
 
+@pytest.mark.slow
 def test_a_forked_program_is_as_a_freshly_started_one(tmp_path):
     """What it finds, what it computes and what it leaves; the first one after another as well."""
     (tmp_path / "facts.py").write_text(FACTS)

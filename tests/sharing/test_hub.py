@@ -80,7 +80,7 @@ def test_a_run_is_pushed_in_one_commit_and_loads_by_its_name(server, tmp_path):
 
 
 def test_a_finished_run_is_pushed_later_on_request(server, tmp_path):
-    command = ("run_pretrain.py", "--output_dir", tmp_path / "digits", "--max_train_steps", "1")
+    command = ("run_pretrain.py", "--output_dir", tmp_path / "digits", "--max_train_steps", "1", "--eval_steps", "0")
     run(*command)
     card = tmp_path / "digits" / "README.md"
     assert "license: apache-2.0\n" in card.read_text(), "trained from scratch, here"
@@ -151,7 +151,7 @@ def test_an_index_on_the_hub_writes_nothing_outside_of_the_cache(server, tmp_pat
 
 
 def test_no_token_is_written_and_nothing_published_reveals_the_machine(server, tmp_path):
-    run("run_pretrain.py", "--output_dir", tmp_path / "first", "--max_train_steps", "1")
+    run("run_pretrain.py", "--output_dir", tmp_path / "first", "--max_train_steps", "1", "--eval_steps", "0")
     result = run(
         "run_pretrain.py", "--output_dir", tmp_path / "digits", "--max_train_steps", "2", "--report_to", "tensorboard",
         "--model_name_or_path", tmp_path / "first", "--push_to_hub", "--hub_model_id", "tester/digits",
@@ -319,6 +319,7 @@ def test_a_run_outlives_the_hub_and_the_command_it_names_repeats_the_push(server
     server.faults.append({"match": "POST .*/commit/", "status": 403, "times": -1})
     failed = run(
         "run_pretrain.py", "--output_dir", tmp_path / "digits", "--max_train_steps", "4", "--checkpointing_steps", "2",
+        "--eval_steps", "0",
         "--push_to_hub", "--hub_model_id", "tester/digits", "--hub_private_repo", check=False,
         **online(server, tmp_path / "home"),
     )  # fmt: skip
@@ -339,6 +340,7 @@ def test_a_run_outlives_the_hub_and_the_command_it_names_repeats_the_push(server
 def test_every_checkpoint_is_a_revision_that_loads(server, tmp_path):
     run(
         "run_pretrain.py", "--output_dir", tmp_path / "digits", "--max_train_steps", "9", "--checkpointing_steps", "4",
+        "--eval_steps", "0",
         "--logging_steps", "9", "--checkpoints_total_limit", "9", "--push_to_hub", "--hub_model_id", "tester/digits",
         **online(server, tmp_path / "home"),
     )  # fmt: skip

@@ -37,7 +37,8 @@ def test_unreadable_images_are_left_out_named_once_and_counted(tmp_path, capsys,
 
 def test_too_many_unreadable_images_end_the_run_with_their_names(tmp_path):
     settings = folder_with_bad_images(tmp_path / "images", 40, bad=2)
-    command = f"{settings} --output_dir {tmp_path / 'run'} --per_device_train_batch_size 8 --max_train_steps 20".split()
+    settings += " --per_device_train_batch_size 8 --max_train_steps 20 --eval_steps 0"
+    command = f"{settings} --output_dir {tmp_path / 'run'}".split()
     with pytest.raises(ValueError, match=r"[12] of 40 images cannot be read, more than max_unreadable_share 0\.01"):
         run_pretrain.main(command)
 
@@ -118,7 +119,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_weight(tmp_path, m
         return values if next(steps) < 5 else values.index_fill(0, torch.tensor([3]), float("nan"))
 
     monkeypatch.setattr(inputs, "normalize", spoil)
-    settings = ["--max_train_steps", "12", "--checkpointing_steps", "4", "--logging_steps", "6"]
+    settings = ["--max_train_steps", "12", "--checkpointing_steps", "4", "--logging_steps", "6", "--eval_steps", "0"]
     with pytest.raises(FloatingPointError) as failure:
         run_pretrain.main(["--output_dir", str(tmp_path / "run"), *settings])
     message = str(failure.value)
@@ -157,6 +158,7 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_all_at_that_step(tmp_path
     result = run(
         "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", tmp_path / "spoiled.py",
         "--output_dir", tmp_path / "run", "--per_device_train_batch_size", "4", "--max_train_steps", "12",
+        "--eval_steps", "0",
         "--checkpointing_steps", "4", "--logging_steps", "8", cwd=tmp_path, check=False, ACCELERATE_USE_CPU="1",
         PYTHONPATH=str(ROOT),
     )  # fmt: skip
@@ -229,6 +231,17 @@ def test_weights_freeze_from_the_first_value_that_is_not_finite(tmp_path, monkey
 
     monkeypatch.setattr(loop, "optimizer_step", observed)
     with pytest.raises(FloatingPointError):
-        run_pretrain.main(["--output_dir", str(tmp_path / "run"), "--max_train_steps", "6", "--logging_steps", "5"])
+        run_pretrain.main(
+            [
+                "--output_dir",
+                str(tmp_path / "run"),
+                "--max_train_steps",
+                "6",
+                "--logging_steps",
+                "5",
+                "--eval_steps",
+                "0",
+            ]
+        )
     assert not torch.equal(kept[0], kept[1])  # step 0 has learning rate 0
     assert all(torch.equal(kept[1], kept[step]) for step in (2, 3, 4))
