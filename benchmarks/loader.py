@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from benchmarks import measure
 from umae import seeding
 from umae.data import decoding
-from umae.data.batches import Plan, TrainingImages, decode_all, training_loader
+from umae.data.batches import Decoded, Plan, TrainingImages, decode_all, training_loader
 from umae.data.crops import CROP_NUMBERS, crop_box
 from umae.data.images import Images, load_images
 from umae.data.inputs import IMAGENET_MEAN, IMAGENET_STD, normalize
@@ -51,9 +51,9 @@ def pillow_loader(images: Images, plan: Plan, size: tuple[int, int], in_float: b
 
 
 def our_loader(
-    images: Images, plan: Plan, size: tuple[int, int], workers: int, pixels: torch.Tensor | None = None
+    images: Images, plan: Plan, size: tuple[int, int], workers: int, decoded: Decoded | None = None
 ) -> DataLoader:
-    return training_loader(TrainingImages(images, size, SEED, pixels), plan, 0, 0, 10**6, workers)
+    return training_loader(TrainingImages(images, size, SEED, decoded), plan, 0, 0, 10**6, workers)
 
 
 def images_per_second(loader: Iterable, plan: Plan, batches: int) -> float:
@@ -121,10 +121,10 @@ def photographs(folder: str, repetitions: int) -> str:
 
 def small_set(name: str, repetitions: int) -> str:
     images, workers = load_images(name), 0
-    pixels = decode_all(images)
-    if pixels is None:
+    decoded = decode_all(images)
+    if decoded is None:
         raise SystemExit(f"{name} is not a small data set: its images differ in size or do not fit into memory")
-    size = tuple(pixels.shape[2:])
+    size = tuple(decoded.pixels.shape[2:])
     plan = Plan(len(images), batch_size=256, accumulation=1, processes=1, seed=SEED)
 
     def rate(loader: DataLoader) -> float:
@@ -132,7 +132,7 @@ def small_set(name: str, repetitions: int) -> str:
 
     pillow = "Pillow, resize(box=)"
     contenders = {
-        "ours, in memory": lambda: rate(our_loader(images, plan, size, workers, pixels)),
+        "ours, in memory": lambda: rate(our_loader(images, plan, size, workers, decoded)),
         "ours, from the encoded images": lambda: rate(our_loader(images, plan, size, workers)),
         pillow: lambda: rate(pillow_loader(images, plan, size, False, workers)),
     }

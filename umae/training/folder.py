@@ -32,6 +32,9 @@ class Run:
 
     folder: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`, one dictionary each."""
