@@ -102,6 +102,27 @@ def test_another_number_of_processes_goes_on_with_the_same_run(finished, tmp_pat
     assert_same_curve(metrics(mine), metrics(folder))
 
 
+PATIENT = """
+import datetime, os, sys, time
+from pathlib import Path
+from umae.training import hardware
+hardware.PATIENCE = datetime.timedelta(seconds=2)  # of an ordinary barrier
+accelerator = hardware.make_accelerator(os.environ, "no", 1, "none", Path("."))
+cache = Path(sys.argv[1])
+with hardware.main_process_first(accelerator):
+    if accelerator.is_main_process:
+        time.sleep(6)
+        cache.write_text("downloaded")
+    print(cache.read_text())
+hardware.close(accelerator)
+"""
+
+
+def test_the_others_wait_for_a_download_that_takes_longer_than_their_patience(tmp_path):
+    results = together(2, "-c", PATIENT, tmp_path / "cache")
+    assert [result.stdout for result in results] == ["downloaded\n"] * 2
+
+
 DYING = """
 import os, signal, sys, datetime, run_pretrain, umae.training.hardware
 from umae.training import loop

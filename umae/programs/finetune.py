@@ -39,7 +39,7 @@ from umae.training import checkpoints
 from umae.training.failures import log_on
 from umae.training.finetuning import VALUES, classification_losses
 from umae.training.folder import Run, write_run
-from umae.training.hardware import fast_attention, set_threads, usual_workers
+from umae.training.hardware import fast_attention, main_process_first, set_threads, usual_workers
 from umae.training.log import is_due
 from umae.training.loop import Losses, Task
 from umae.training.schedules import Schedule, layer_decay_groups, make_schedule
@@ -156,7 +156,7 @@ class Job:
 
 def load_data(accelerator: Accelerator, args: FinetuneDataArguments) -> tuple[Images, Images, list[str]]:
     """The images to train on, those to evaluate on, and the names of the classes."""
-    with accelerator.main_process_first():  # the others find the main process' cache
+    with main_process_first(accelerator):  # the others find the main process' cache
         return load_labelled(
             args.dataset_name, args.dataset_config_name, args.train_split, args.test_split, args.image_column_name,
             args.label_column_name, accelerator.print,

@@ -44,7 +44,7 @@ from umae.sharing import cards, gallery
 from umae.speed import training_flops
 from umae.training import checkpoints
 from umae.training.folder import Run, write_run
-from umae.training.hardware import fast_attention, set_threads, usual_workers
+from umae.training.hardware import fast_attention, main_process_first, set_threads, usual_workers
 from umae.training.log import SPEED, MetricsLog, is_due, track_image
 from umae.training.loop import Losses, Task
 from umae.training.pretraining import VALUES, pretraining_losses
@@ -143,7 +143,7 @@ class Job:
 
 def load_data(accelerator: Accelerator, args: PretrainDataArguments, split: str) -> Images | Stream:
     columns = (args.image_column_name, args.label_column_name)
-    with accelerator.main_process_first():  # the others find the main process' cache
+    with main_process_first(accelerator):  # the others find the main process' cache
         if args.streaming:
             return load_stream(args.dataset_name, args.dataset_config_name, split, args.image_column_name)
         return load_images(args.dataset_name, args.dataset_config_name, split, *columns)

@@ -33,7 +33,7 @@ from umae.evaluation.mae import ProbeSchedule, train_mae_probe
 from umae.files import write_text
 from umae.programs.keywords import keywords
 from umae.sharing.cards import base_model, probe_card
-from umae.training.hardware import close
+from umae.training.hardware import close, main_process_first
 
 NEIGHBOURS, TEMPERATURE = (10, 20), 0.07  # of k-NN, as DINO evaluates
 REPORT = "linear_probe.json"
@@ -63,7 +63,7 @@ def run(args: ProbeArguments) -> dict[str, Any]:
     encoder = encoder_from_pretrained(args.model_name_or_path)
     pooling = args.pooling or encoder.config.pooling
     processor = load_processor(args.model_name_or_path, encoder.config.image_height_width)
-    with accelerator.main_process_first():  # the others then read its cache
+    with main_process_first(accelerator):  # the others then read its cache
         train, test, names = load_labelled(
             args.dataset_name, args.dataset_config_name, args.train_split, args.test_split, args.image_column_name,
             args.label_column_name, accelerator.print,

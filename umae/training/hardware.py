@@ -1,11 +1,13 @@
 """What a run is started on: device, processes, precision, trackers, loader processes."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import get_available_trackers
@@ -14,6 +16,7 @@ from accelerate.utils import str_to_bool
 from umae.speed import has_fast_bf16
 
 FLOPS_FOR_THREADS = 5e9  # a step of fewer is not faster on two threads: the digits' recipe has 0.9e9, CIFAR-10's 42e9
+DOWNLOAD = timedelta(days=7)  # at most, of a data set
 PATIENCE = timedelta(minutes=30)  # with a process that does not answer; one that has died is noticed at once
 
 
@@ -77,6 +80,24 @@ def set_threads(accelerator: Accelerator, environ: Mapping[str, str], flops_per_
 def usable_cores() -> int:
     """The processor cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """The main process does something, a download mostly, before the others do, which then find its cache.
+
+    As `Accelerator.main_process_first`, but the others wait for DOWNLOAD instead of PATIENCE.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    waiting = dist.new_group(backend="gloo", timeout=DOWNLOAD)
+    if not accelerator.is_main_process:
+        dist.barrier(waiting)
+    yield
+    if accelerator.is_main_process:
+        dist.barrier(waiting)
+    dist.destroy_process_group(waiting)
 
 
 def close(accelerator: Accelerator) -> None:
