@@ -65,6 +65,11 @@ def has_fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
+def has_float64(device: torch.device) -> bool:
+    """Whether the device computes in float64; Apple's GPUs (MPS) do not."""
+    return device.type != "mps"
+
+
 def used_memory(device: torch.device) -> int:
     """Bytes: on a GPU the peak of allocated tensors so far, on a CPU the resident memory of the process now."""
     if device.type == "cuda":

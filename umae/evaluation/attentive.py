@@ -15,6 +15,7 @@ from torch import nn
 
 from umae.evaluation.linear import EPSILON, best_head, check_labels, split_off
 from umae.progress_bar import progress_bar
+from umae.speed import has_float64
 from umae.training.schedules import learning_rate_at
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -127,16 +128,18 @@ def train_attentive_head(
 
 def _moments(tokens: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean (D,) of all tokens, and the factor (D,) that scales them to a variance of 1."""
-    sums = torch.zeros(2, tokens.shape[-1], dtype=torch.float64, device=device)
+    adding = device if has_float64(device) else torch.device("cpu")
+    sums = torch.zeros(2, tokens.shape[-1], dtype=torch.float64, device=adding)
     with progress_bar(total=len(tokens), desc="moments of the tokens", unit="image", leave=False) as bar:
         for block in tokens.split(BATCH_SIZE):
-            block = block.to(device).double()
+            block = block.to(adding).double()
             sums += torch.stack([block.sum(dim=(0, 1)), block.square().sum(dim=(0, 1))])
             bar.update(len(block))
     if not sums.isfinite().all():
         raise ValueError("the encoder's tokens exceed float16's range, +-65,504; leave out the attentive head")
     mean, square = sums / (tokens.shape[0] * tokens.shape[1])
-    return mean.float(), ((square - mean.square()).clamp(min=0) + EPSILON).rsqrt().float()
+    factor = ((square - mean.square()).clamp(min=0) + EPSILON).rsqrt()
+    return mean.float().to(device), factor.float().to(device)
 
 
 def _initial_parameters(num_classes: int, width: int, generator: torch.Generator) -> dict[str, torch.Tensor]:

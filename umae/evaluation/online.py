@@ -79,11 +79,12 @@ class OnlineClassifier:
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         """Restore the state that `tensors` returned."""
-        tensors = {name: tensor.to(self.weight.device) for name, tensor in tensors.items()}
-        self.weight.data.copy_(tensors.pop("weight"))
-        self.means.copy_(tensors.pop("means"))
-        self.lacks = tensors.pop("lacks").item()
-        self.optimizer.state[self.weight] = tensors
+        self.lacks = tensors["lacks"].item()  # float64, which not every device has
+        device = self.weight.device
+        moved = {name: tensor.to(device) for name, tensor in tensors.items() if name != "lacks"}
+        self.weight.data.copy_(moved.pop("weight"))
+        self.means.copy_(moved.pop("means"))
+        self.optimizer.state[self.weight] = moved
 
 
 class MemoryBank:
