@@ -59,6 +59,7 @@ def top1(head, features, labels):
     return (head(features).argmax(dim=1) == labels).float().mean().item()
 
 
+@pytest.mark.slow
 def test_it_finds_the_token_with_the_class_which_the_mean_hides(capsys):
     generator, device = torch.Generator().manual_seed(0), torch.device("cpu")
     (tokens, labels), test = marked(800, generator), marked(300, generator)

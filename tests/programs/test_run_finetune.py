@@ -264,6 +264,7 @@ def test_two_processes_train_as_one_does_with_mixup_and_count_every_test_image_o
     assert two[-1]["test_top1"] == pytest.approx(top1, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_plain_fine_tuning_learns_the_digits(encoder, tmp_path):
     words = command(encoder, tmp_path / "run", "--max_train_steps", "660", "--base_learning_rate", "0.04")
     off = "--layer_decay 1 --horizontal_flip 0 --rand_augment 0 --random_erasing 0 --mixup 0 --cutmix 0"
