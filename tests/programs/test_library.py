@@ -56,6 +56,7 @@ def test_a_function_trains_to_the_bits_of_the_command(finished, tmp_path):
 def test_runs_in_one_process_leave_nothing_to_each_other(tmp_path):
     with pytest.raises(ValueError, match=r"^mask_ratio 0 hides no patch"):
         umae.pretrain(output_dir=tmp_path / "refused", mixed_precision="bf16", mask_ratio=0, **TWO_STEPS)
+    assert not AcceleratorState._shared_state, "a probe or a diagnosis would compute in bf16"
     pretrained = umae.pretrain(output_dir=tmp_path / "run", mixed_precision="no", **TWO_STEPS)
     identity = json.loads((pretrained.folder / "run.json").read_text())["identity"]
     assert identity["mixed_precision"] == "no", "that of the run before would be found in Accelerate's state"

@@ -39,7 +39,7 @@ from umae.training import checkpoints
 from umae.training.failures import log_on
 from umae.training.finetuning import VALUES, classification_losses
 from umae.training.folder import Run, write_run
-from umae.training.hardware import fast_attention, main_process_first, set_threads, usual_workers
+from umae.training.hardware import fast_attention, main_process_first, own_state, set_threads, usual_workers
 from umae.training.log import is_due
 from umae.training.loop import Losses, Task
 from umae.training.schedules import Schedule, layer_decay_groups, make_schedule
@@ -64,7 +64,8 @@ def finetune(**given: Any) -> Run:
         ValueError: an argument, the images, the weights or the folder are not as they should be.
         FloatingPointError: a loss or gradient was not finite.
     """
-    return run(*arguments_of(FINETUNE, given))
+    with own_state():
+        return run(*arguments_of(FINETUNE, given))
 
 
 def run(

@@ -44,7 +44,7 @@ from umae.sharing import cards, gallery
 from umae.speed import training_flops
 from umae.training import checkpoints
 from umae.training.folder import Run, write_run
-from umae.training.hardware import fast_attention, main_process_first, set_threads, usual_workers
+from umae.training.hardware import fast_attention, main_process_first, own_state, set_threads, usual_workers
 from umae.training.log import SPEED, MetricsLog, is_due, track_image
 from umae.training.loop import Losses, Task
 from umae.training.pretraining import VALUES, pretraining_losses
@@ -70,7 +70,8 @@ def pretrain(**given: Any) -> Run:
         ValueError: an argument, the images, the weights or the folder are not as they should be.
         FloatingPointError: a loss or gradient was not finite.
     """
-    return run(*pretraining_arguments(given))
+    with own_state():
+        return run(*pretraining_arguments(given))
 
 
 def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, args: PretrainTrainingArguments) -> Run:

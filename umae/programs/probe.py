@@ -33,7 +33,7 @@ from umae.evaluation.mae import ProbeSchedule, train_mae_probe
 from umae.files import write_text
 from umae.programs.keywords import keywords
 from umae.sharing.cards import base_model, probe_card
-from umae.training.hardware import close, main_process_first
+from umae.training.hardware import close, main_process_first, own_state
 
 NEIGHBOURS, TEMPERATURE = (10, 20), 0.07  # of k-NN, as DINO evaluates
 REPORT = "linear_probe.json"
@@ -50,7 +50,8 @@ def probe(**given: Any) -> dict[str, Any]:
     Raises:
         ValueError: an argument, the images, the weights or the output folder are not valid.
     """
-    return run(*arguments_of(PROBE, given))
+    with own_state():
+        return run(*arguments_of(PROBE, given))
 
 
 def run(args: ProbeArguments) -> dict[str, Any]:

@@ -48,8 +48,6 @@ def make_accelerator(
     asked = mixed_precision or environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if mixed_precision is None and asked == "no" and has_fast_bf16(device):
         asked = "bf16"
-    AcceleratorState._reset_state()  # of a run before this one in the same process, which has failed
-    GradientState._reset_state()
     return Accelerator(
         mixed_precision=asked,
         gradient_accumulation_steps=gradient_accumulation_steps,
@@ -101,11 +99,20 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
 
 
 def close(accelerator: Accelerator) -> None:
-    """Let go of models, processes, trackers and Accelerate's state, which would be that of the next run too."""
+    """Let go of models, processes and trackers."""
     accelerator.free_memory()  # a DistributedDataParallel that outlives its process group can hang the process
     accelerator.end_training()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+
+
+@contextmanager
+def own_state() -> Iterator[None]:
+    """Forget Accelerate's state at the end, also of a run that fails: later work in the process would inherit it, for
+    example its precision."""
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 def fast_attention(accelerator: Accelerator) -> str:
