@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch.nn.functional import normalize
 
 from modeling_umae import UMAEModel
@@ -25,22 +25,28 @@ COLOURS = (
     "#56b4e9",
 )  # Okabe and Ito's colour-blind-safe ones
 
+SIDE, SPACE, MARGIN = 128, 8, 28  # pixels: of an image in a figure, about, between two images, and for a row's name
+
 
 def strips(rows: dict[str, np.ndarray]) -> Image.Image:
-    """Rows of images with their names beside them, each row uint8 (images, height, width, channels)."""
-    columns, height, width = next(iter(rows.values())).shape[:3]
-    figure = Figure(figsize=(1.25 * columns, 1.3 * len(rows)), layout="constrained", dpi=100)
-    axis = figure.subplots()  # one for all images: to lay out one per image takes seconds
-    right, down = (side / max(height, width) / 2 for side in (width, height))  # half the width and height of an image
-    for row, images in enumerate(rows.values()):
+    """Rows of images with their names beside them, each row uint8 (images, height, width, 3)."""
+    height, width = next(iter(rows.values())).shape[1:3]
+    scale = SIDE / max(height, width)
+    scale = max(1, round(scale)) if scale > 0.5 else scale  # whole pixels, where there are not many of them
+    size, resample = (round(width * scale), round(height * scale)), Image.Resampling.NEAREST
+    if scale < 1:
+        resample = Image.Resampling.LANCZOS
+    columns, font = max(map(len, rows.values())), ImageFont.load_default(SIDE // 9)
+    right, down = size[0] + SPACE, max(size[1], SIDE) + SPACE  # from one image to the next
+    figure = Image.new("RGB", (MARGIN + columns * right, SPACE + len(rows) * down), "white")
+    for row, (name, images) in enumerate(rows.items()):
+        label = Image.new("L", (down, MARGIN))
+        ImageDraw.Draw(label).text((down / 2, MARGIN / 2), name, fill=255, font=font, anchor="mm")
+        figure.paste("black", (0, row * down + SPACE // 2), label.rotate(90, expand=True))
         for column, image in enumerate(images):
-            x, y = 1.06 * column, 1.1 * row
-            axis.imshow(image, interpolation="nearest", extent=(x - right, x + right, y + down, y - down))
-    axis.set(xlim=(-right, 1.06 * (columns - 1) + right), ylim=(1.1 * (len(rows) - 1) + 0.5, -0.5), xticks=[])
-    axis.set_yticks([1.1 * row for row in range(len(rows))], rows, rotation=90, va="center", fontsize=10)
-    axis.tick_params(length=0)
-    axis.spines[:].set_visible(False)
-    return _rendered(figure)
+            place = (MARGIN + column * right, SPACE + row * down + (down - SPACE - size[1]) // 2)
+            figure.paste(Image.fromarray(image).resize(size, resample), place)
+    return figure
 
 
 def spectrum(runs: dict[str, dict[str, Sequence[float]]]) -> Image.Image:
