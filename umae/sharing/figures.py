@@ -55,7 +55,8 @@ def spectrum(runs: dict[str, dict[str, Sequence[float]]]) -> Image.Image:
     Args:
         runs: by run name, `{"cls": singular values, "mean": singular values}`, descending.
     """
-    figure = Figure(figsize=(8, 3), layout="constrained", dpi=100)
+    figure = Figure(figsize=(8, 3), dpi=100)
+    figure.subplots_adjust(left=0.085, right=0.99, bottom=0.17, top=0.9, wspace=0.05)
     titles = {"cls": "class token", "mean": "mean of the patches"}
     for axis, (pooling, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
         for position, (name, spectra) in enumerate(runs.items()):
@@ -65,6 +66,7 @@ def spectrum(runs: dict[str, dict[str, Sequence[float]]]) -> Image.Image:
             largest = values[0] or 1.0
             axis.plot(range(1, len(values) + 1), [value / largest for value in values], label=label, **_line(position))
         axis.set(yscale="log", ylim=(1e-4, 1.5), xlabel="singular value")
+        axis.minorticks_off()
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="lower left")
@@ -86,9 +88,11 @@ def training_curves(runs: dict[str, Sequence[dict[str, Any]]]) -> Image.Image:
     """The CURVES that the runs' `metrics.jsonl` hold, over the steps; `runs` are its lines by run name."""
     logged = {name for lines in runs.values() for line in lines for name in line}
     panels = {name: title for name, title in CURVES.items() if name in logged}
-    height = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(8, 2.4 * height), layout="constrained", dpi=100)
-    for axis, (metric, title) in zip(figure.subplots(height, 2, squeeze=False).flat, panels.items(), strict=False):
+    rows = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(8, 2.4 * rows), dpi=100)
+    # In shares of the figure's size; matplotlib's own layouts draw everything twice
+    figure.subplots_adjust(left=0.075, right=0.985, bottom=0.2 / rows, top=1 - 0.1 / rows, wspace=0.2, hspace=0.5)
+    for axis, (metric, title) in zip(figure.subplots(rows, 2, squeeze=False).flat, panels.items(), strict=False):
         for position, (name, lines) in enumerate(runs.items()):
             points = [(line["step"], line[metric]) for line in lines if metric in line]
             steps, values = ([point[column] for point in points] for column in (0, 1))
