@@ -23,6 +23,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="huggingface-")
 
 import processes
 import pytest
+from fake_hub import FakeHub
 from hypothesis import settings
 from training_runs import SHORT, TWENTY, metrics
 
@@ -45,6 +46,13 @@ def fresh_accelerate():
     if state is not None:
         state.AcceleratorState._reset_state(reset_partial_state=True)
         state.GradientState._reset_state()
+
+
+@pytest.fixture
+def server():
+    """A Hub without repositories, always at the same address; `processes.hub_user()` is a user of it."""
+    with FakeHub(processes.hub_port()) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,8 @@ def _begin(request: dict, files: list[int]) -> list[str]:
         os.dup2(file, number)
     os.closerange(3, max(map(int, os.listdir("/proc/self/fd"))) + 1)
     os.chdir(request["cwd"])
+    before, now = (environ.get("PYTHONPATH", "").split(":") for environ in (os.environ, request["environ"]))
+    sys.path[1:] = [*filter(None, now), *(entry for entry in sys.path[1:] if entry not in before)]
     os.environ.clear()
     os.environ.update(request["environ"])
     if "torch" in sys.modules:  # `random` does it by itself

@@ -1,12 +1,14 @@
 """Running our scripts as a user does: other processes, other folders, one thread each.
 
 Most of what a short run takes are imports, so the processes are forked from one that has them (fork_server.py), unless
-they are asked to differ in what those imports have read.
+they are asked to differ in what those imports have read. There is one such process for every way to reach the Hub
+that the tests use, so they should use few.
 """
 
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -32,6 +34,10 @@ LIBRARIES = (
     "torch", "torch.distributed.fsdp", "torch._dynamo", "torch.utils.flop_counter", "torch.utils.tensorboard", "pandas",
     "pyarrow.parquet", "matplotlib.backends.backend_agg", "sklearn.datasets", "psutil",
 )  # fmt: skip
+TRANSFORMERS = (
+    "accelerate", "datasets", "transformers.pipelines", "transformers.models.vit.modeling_vit",
+    "transformers.models.vit.image_processing_pil_vit", "transformers.models.auto.image_processing_auto",
+)  # fmt: skip
 PROGRAMS = (
     "umae.programs.pretrain", "umae.programs.finetune", "umae.programs.probe", "umae.sharing.report",
     "transformers.hf_argparser",
@@ -42,6 +48,26 @@ def environment(**changes: str) -> dict[str, str]:
     """This process' environment (see conftest.py) without progress bars, and with our modules importable."""
     base = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
     return {**base, "TQDM_DISABLE": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **changes}
+
+
+@cache
+def hub_port() -> int:
+    """Of the tests' own Hub: one port, so that one fork server serves all who use it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@cache
+def _hub_home() -> Path:
+    return Path(tempfile.mkdtemp(prefix="hub-")) / "home"
+
+
+def hub_user() -> dict[str, str]:
+    """The environment of a user who is logged in to the tests' own Hub and has nothing of it in the cache."""
+    shutil.rmtree(_hub_home(), ignore_errors=True)
+    login = {"HF_ENDPOINT": f"http://127.0.0.1:{hub_port()}", "HF_TOKEN": "hf_test", "HF_HOME": str(_hub_home())}
+    return {**login, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
 
 
 class Forked:
@@ -81,10 +107,10 @@ class Forked:
 class ForkServer:
     """The near end of a fork server's socket."""
 
-    def __init__(self, *modules: str, parent: "ForkServer | None" = None):
+    def __init__(self, *modules: str, parent: "ForkServer | None" = None, **env: str):
         """Have it import `modules`, in a new process or in one that `parent` forks."""
         self._control, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.environ = environment()
+        self.environ = environment(**env)
         words = [str(ROOT / "tests" / "fork_server.py"), *modules]
         with far_end:
             if parent is None:
@@ -116,31 +142,35 @@ class ForkServer:
         self.process.wait(TIMEOUT)
 
 
-@cache
-def libraries() -> ForkServer:
-    return ForkServer(*LIBRARIES)
+_servers: list[ForkServer] = []  # each forked by the one before, or by an earlier one
 
 
 @cache
-def programs() -> ForkServer:
-    return ForkServer(*PROGRAMS, parent=libraries())
+def server(*steps: tuple[str, ...], changes: frozenset[tuple[str, str]] = frozenset()) -> ForkServer:
+    """One that has imported the modules of these steps; all but the first step may see changes of the environment."""
+    *earlier, modules = steps
+    parent = server(*earlier, changes=changes if len(earlier) > 1 else frozenset()) if earlier else None
+    _servers.append(ForkServer(*modules, parent=parent, **dict(changes)))
+    return _servers[-1]
 
 
 def end_servers() -> None:
-    for server in (programs, libraries):
-        if server.cache_info().currsize:
-            server().end()
-            server.cache_clear()
+    while _servers:
+        _servers.pop().end()
+    server.cache_clear()
 
 
 def server_for(environ: dict[str, str]) -> ForkServer | None:
-    """The one whose imports have read nothing that differs in `environ`."""
+    """The one whose imports have read nothing that differs in `environ`; without ours if it has another PYTHONPATH."""
     if not hasattr(os, "pidfd_open"):
         return None  # the servers need Linux
-    changed = {name for name, _ in environment().items() ^ environ.items()} - LATE
-    if not changed:
-        return programs()
-    return libraries() if all(name.startswith("HF_") for name in changed) else None
+    usual = environment()
+    changed = {name for name, _ in usual.items() ^ environ.items()} - LATE
+    of_hub = frozenset((name, environ[name]) for name in changed if name.startswith("HF_") and name in environ)
+    if changed - {name for name, _ in of_hub} - {"PYTHONPATH"}:
+        return None
+    ours = () if "PYTHONPATH" in changed else (PROGRAMS,)
+    return server(LIBRARIES, TRANSFORMERS, *ours, changes=of_hub)
 
 
 def start(
@@ -155,8 +185,8 @@ def start(
         fresh: in a process that is started rather than forked.
     """
     words, environ = [str(word) for word in command], environment(**env)
-    server = None if fresh else server_for(environ)
-    if server is None:
+    forking = None if fresh else server_for(environ)
+    if forking is None:
         command = [sys.executable, *words]
         return subprocess.Popen(
             command,
@@ -170,7 +200,7 @@ def start(
     with open(os.devnull, "r+") as null:
         out = null if stdout is subprocess.DEVNULL else stdout
         error = out if stderr is subprocess.STDOUT else stderr
-        return server.fork(words, cwd, environ, (null.fileno(), out.fileno(), error.fileno()))
+        return forking.fork(words, cwd, environ, (null.fileno(), out.fileno(), error.fileno()))
 
 
 def run(

@@ -9,7 +9,7 @@ import time
 
 import psutil
 import pytest
-from processes import LATE, LIBRARIES, PROGRAMS, ROOT, Forked, run, start
+from processes import LATE, LIBRARIES, PROGRAMS, ROOT, TRANSFORMERS, Forked, run, start
 
 FACTS = """
 import importlib, json, os, random, signal, sys, threading, warnings
@@ -45,7 +45,7 @@ def test_a_forked_program_is_as_a_freshly_started_one(tmp_path):
     for number, fresh in enumerate((True, False, False)):
         folder = tmp_path / str(number)
         folder.mkdir()
-        modules = " ".join(LIBRARIES + PROGRAMS)
+        modules = " ".join(LIBRARIES + TRANSFORMERS + PROGRAMS)
         result = run("../facts.py", "--output_dir", "run", *STEP, cwd=folder, fresh=fresh, MODULES=modules)
         found.append(json.loads(result.stdout.splitlines()[0].replace(str(folder), "")))
         found[-1]["warned"] = [line for line in result.stderr.splitlines() if "Warning" in line]
@@ -83,8 +83,9 @@ def test_modules_scripts_and_lines_of_code_are_found_where_python_finds_them(tmp
     (tmp_path / "beside.py").write_text("import sys; print(sys.argv, sys.path, __name__, __file__)")
     (tmp_path / "script.py").write_text("import beside, sys; print(sys.argv, sys.path, __name__, __file__)")
     for words in (("-m", "package", "x"), ("script.py", "x"), (tmp_path / "script.py",), ("-c", "import beside", "x")):
-        mine, expected = (run(*words, cwd=tmp_path, fresh=fresh).stdout for fresh in (False, True))
-        assert mine == expected and "path" not in mine
+        for env in ({}, {"PYTHONPATH": ""}):
+            mine, expected = (run(*words, cwd=tmp_path, fresh=fresh, **env).stdout for fresh in (False, True))
+            assert mine == expected and (str(ROOT / "tests") in mine) == (not env), words
 
 
 def test_what_the_environment_says_is_seen_whenever_it_is_read(tmp_path):
@@ -117,7 +118,7 @@ def test_a_program_that_hangs_is_ended_with_all_it_has_started(tmp_path):
 
 LEAVING = """
 import os, signal, tempfile, time, processes
-processes.LIBRARIES = ()
+processes.LIBRARIES = processes.TRANSFORMERS = processes.PROGRAMS = ()
 def test_that_leaves_files_and_a_program(tmp_path):
     assert "umae-tests-" in tempfile.mkdtemp()
     code = "import os, tempfile, time; print(tempfile.mkdtemp()); open('there', 'w'); os.fork(); time.sleep(600)"

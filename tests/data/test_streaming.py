@@ -6,13 +6,14 @@ import shutil
 import tarfile
 from collections import Counter
 from itertools import chain, islice, pairwise
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from fake_hub import Blob, FakeHub, Repo
+from fake_hub import Blob, Repo
 from PIL import Image
-from processes import run, torchrun
+from processes import hub_user, run, torchrun
 
 from umae.data import streaming
 from umae.data.batches import Plan
@@ -202,15 +203,13 @@ dataset_info:
 """
 
 
-def test_a_data_set_of_the_hub_is_streamed_without_a_copy(shards, tmp_path):
-    with FakeHub() as hub:
-        repo = hub.repos["dataset", "tester/set"] = Repo("tester/set", private=False)
-        files = {path.name: path.read_bytes() for path in shards.iterdir()} | {"README.md": CARD}
-        repo.add("main", {name: Blob(content, False) for name, content in files.items()}, "data")
-        online = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-        printed = run("-c", FROM_HUB, **online).stdout
-    assert printed == "6 8 True\ntester/set (train) 40\n"
-    assert not list((tmp_path / "home").rglob("*.parquet")), "nothing stays on the disk"
+def test_a_data_set_of_the_hub_is_streamed_without_a_copy(shards, server):
+    repo = server.repos["dataset", "tester/set"] = Repo("tester/set", private=False)
+    files = {path.name: path.read_bytes() for path in shards.iterdir()} | {"README.md": CARD}
+    repo.add("main", {name: Blob(content, False) for name, content in files.items()}, "data")
+    user = hub_user()
+    assert run("-c", FROM_HUB, **user).stdout == "6 8 True\ntester/set (train) 40\n"
+    assert not list(Path(user["HF_HOME"]).rglob("*.parquet")), "nothing stays on the disk"
 
 
 def interrupted_copy(run_folder, copy, step: int):

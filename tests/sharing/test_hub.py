@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_hub import Blob, FakeHub, Repo
+from fake_hub import Blob, Repo
 from golden_models import fresh_config
-from huggingface_hub import ModelCard, constants
-from processes import run
+from huggingface_hub import ModelCard, close_session, constants
+from processes import hub_user, run
 
 import run_pretrain
 from modeling_umae import UMAEModel
@@ -45,22 +45,10 @@ assert torch.equal(encoder_from_pretrained("tester/digits")(torch.ones(1, 3, 8, 
 """
 
 
-@pytest.fixture
-def server():
-    with FakeHub() as server:
-        yield server
-
-
-def online(server, home) -> dict[str, str]:
-    """The environment of a user who is logged in to that server, with an empty cache."""
-    login = {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_test", "HF_HOME": str(home)}
-    return {**login, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-
-
 def test_a_run_is_pushed_in_one_commit_and_loads_by_its_name(server, tmp_path):
     pushed = run(
         "run_pretrain.py", "--output_dir", tmp_path / "digits", "--max_train_steps", "2", "--push_to_hub",
-        "--hub_model_id", "tester/digits", **online(server, tmp_path / "home"),
+        "--hub_model_id", "tester/digits", **hub_user(),
     )  # fmt: skip
     assert f"{server.url}/tester/digits" in pushed.stdout
     requests = [entry["request"].split("?")[0] for entry in server.log]
@@ -74,7 +62,7 @@ def test_a_run_is_pushed_in_one_commit_and_loads_by_its_name(server, tmp_path):
         "preprocessor_config.json", "progress.png",
         "reconstructions.png", "spectrum.json", "spectrum.png",
     }  # fmt: skip
-    run("-c", LOAD + MORE, cwd=tmp_path, PYTHONPATH="", **online(server, tmp_path / "fresh_home"))
+    run("-c", LOAD + MORE, cwd=tmp_path, PYTHONPATH="", **hub_user())
     expected = UMAEModel.from_pretrained(tmp_path / "digits")(torch.ones(1, 3, 8, 8)).pooler_output
     assert torch.equal(torch.load(tmp_path / "features.pt", weights_only=True), expected)
 
@@ -86,7 +74,7 @@ def test_a_finished_run_is_pushed_later_on_request(server, tmp_path):
     assert "license: apache-2.0\n" in card.read_text(), "trained from scratch, here"
     card.write_text(card.read_text().replace("license: apache-2.0", "license: mit"))
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "digits").rglob("*")}
-    pushed = run(*command, "--push_to_hub", "--hub_model_id", "tester/digits", **online(server, tmp_path / "home"))
+    pushed = run(*command, "--push_to_hub", "--hub_model_id", "tester/digits", **hub_user())
     assert "finished; nothing to do" in pushed.stdout and f"pushed to {server.url}/tester/digits" in pushed.stdout
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "digits").rglob("*")}
     repo = server.repos["model", "tester/digits"]
@@ -108,7 +96,7 @@ def test_a_fine_tuned_classifier_is_pushed_and_classifies_by_its_name(server, tm
     pushed = run(
         "run_finetune.py", "--model_name_or_path", tmp_path / "encoder", "--output_dir", tmp_path / "tuned",
         "--max_train_steps", "1", "--push_to_hub", "--hub_model_id", "tester/tuned",
-        **online(server, tmp_path / "home"),
+        **hub_user(),
     )  # fmt: skip
     assert f"pushed to {server.url}/tester/tuned" in pushed.stdout
     repo = server.repos["model", "tester/tuned"]
@@ -117,7 +105,7 @@ def test_a_fine_tuned_classifier_is_pushed_and_classifies_by_its_name(server, tm
         "README.md", "config.json", "configuration_umae.py", "finetune.json", "image_processing_umae.py",
         "metrics.jsonl", "model.safetensors", "modeling_umae.py", "preprocessor_config.json",
     }  # fmt: skip
-    run("-c", CLASSIFY, cwd=tmp_path, PYTHONPATH="", **online(server, tmp_path / "fresh_home"))
+    run("-c", CLASSIFY, cwd=tmp_path, PYTHONPATH="", **hub_user())
 
 
 @pytest.mark.parametrize("name", ["../../outside", "a/../../b", "/etc/model", "a/b/c", "a b"])
@@ -142,10 +130,11 @@ def test_an_index_on_the_hub_writes_nothing_outside_of_the_cache(server, tmp_pat
     files["model.safetensors.index.json"] = Blob(json.dumps(index).encode(), False)
     server.repos["model", "tester/hostile"] = repo = Repo("tester/hostile", private=False)
     repo.add("main", files, "hostile")
-    home = tmp_path / "home"
-    result = run("-c", LOAD_HOSTILE, cwd=tmp_path, check=False, **online(server, home))
+    user = hub_user()
+    home = Path(user["HF_HOME"])
+    result = run("-c", LOAD_HOSTILE, cwd=tmp_path, check=False, **user)
     assert result.returncode != 0
-    written = {path for path in tmp_path.rglob("*") if path.is_file() and "evil" in path.name}
+    written = {path for path in home.parent.rglob("*") if path.is_file() and "evil" in path.name}
     assert all(home / "hub" / "models--tester--hostile" in path.parents for path in written), result.stderr
     assert not Path("/evil.safetensors").exists()
 
@@ -155,7 +144,7 @@ def test_no_token_is_written_and_nothing_published_reveals_the_machine(server, t
     result = run(
         "run_pretrain.py", "--output_dir", tmp_path / "digits", "--max_train_steps", "2", "--report_to", "tensorboard",
         "--model_name_or_path", tmp_path / "first", "--push_to_hub", "--hub_model_id", "tester/digits",
-        **online(server, tmp_path / "home"),
+        **hub_user(),
     )  # fmt: skip
     files = [path for path in (tmp_path / "digits").rglob("*") if path.is_file()]
     assert any("tfevents" in path.name for path in files)
@@ -177,7 +166,7 @@ def test_no_token_is_written_and_nothing_published_reveals_the_machine(server, t
 def test_a_run_that_could_not_be_pushed_is_refused_before_training(server, tmp_path):
     result = run(
         "run_pretrain.py", "--output_dir", tmp_path / "digits", "--push_to_hub", "--hub_model_id", "somebody/else",
-        check=False, **online(server, tmp_path / "home"),
+        check=False, **hub_user(),
     )  # fmt: skip
     assert result.returncode == 1
     assert "cannot write to somebody/else on the Hub" in result.stderr and "hf auth login" in result.stderr
@@ -198,7 +187,8 @@ def logged_in(server, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(hub, "WAITS", (0, 0, 0))
     monkeypatch.setattr(hub, "TIMEOUT", 3)
-    return server
+    yield server
+    close_session()  # its connections are to a server that ends, and the next one has the same address
 
 
 FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 16}
@@ -321,7 +311,7 @@ def test_a_run_outlives_the_hub_and_the_command_it_names_repeats_the_push(server
         "run_pretrain.py", "--output_dir", tmp_path / "digits", "--max_train_steps", "4", "--checkpointing_steps", "2",
         "--eval_steps", "0",
         "--push_to_hub", "--hub_model_id", "tester/digits", "--hub_private_repo", check=False,
-        **online(server, tmp_path / "home"),
+        **hub_user(),
     )  # fmt: skip
     assert failed.returncode == 1 and "step-2 is not on the Hub" in failed.stdout + failed.stderr
     assert f"{tmp_path}/digits is finished and whole, but cannot push to tester/digits" in failed.stderr
@@ -330,9 +320,9 @@ def test_a_run_outlives_the_hub_and_the_command_it_names_repeats_the_push(server
     assert server.repos["model", "tester/digits"].private
     server.faults.clear()
     (tmp_path / "digits" / "notes.txt").write_text("not for others")
-    dry = run(*command, "--dry_run", **online(server, tmp_path / "home")).stdout
+    dry = run(*command, "--dry_run", **hub_user()).stdout
     assert "MB  model.safetensors" in dry and "# U-MAE" in dry and names(server, "tester/digits") == {".gitattributes"}
-    run(*command, **online(server, tmp_path / "home"))
+    run(*command, **hub_user())
     assert "model.safetensors" in names(server, "tester/digits")
     assert "notes.txt" not in names(server, "tester/digits")
 
@@ -342,7 +332,7 @@ def test_every_checkpoint_is_a_revision_that_loads(server, tmp_path):
         "run_pretrain.py", "--output_dir", tmp_path / "digits", "--max_train_steps", "9", "--checkpointing_steps", "4",
         "--eval_steps", "0",
         "--logging_steps", "9", "--checkpoints_total_limit", "9", "--push_to_hub", "--hub_model_id", "tester/digits",
-        **online(server, tmp_path / "home"),
+        **hub_user(),
     )  # fmt: skip
     repo = server.repos["model", "tester/digits"]
     assert "step-4" in repo.refs, "the second one may have come while the first was under way"
@@ -353,7 +343,7 @@ def test_every_checkpoint_is_a_revision_that_loads(server, tmp_path):
     }  # fmt: skip
     assert "| Steps | 4 of 9, each of 128 images, seed 0 |" in published["README.md"].data.decode()
     load = LOAD.replace('"tester/digits"', '"tester/digits", revision="step-4"')
-    run("-c", load, cwd=tmp_path, PYTHONPATH="", **online(server, tmp_path / "fresh_home"))
+    run("-c", load, cwd=tmp_path, PYTHONPATH="", **hub_user())
     expected = UMAEModel.from_pretrained(tmp_path / "digits" / "step-4")(torch.ones(1, 3, 8, 8)).pooler_output
     assert torch.equal(torch.load(tmp_path / "features.pt", weights_only=True), expected)
 
