@@ -236,7 +236,7 @@ def together(
 
 
 def _results(commands, cwd, check, fresh, timeout) -> list[subprocess.CompletedProcess]:
-    """Of (words, environment) each, at the same time; when one fails the others are ended."""
+    """Of (words, environment) each, at the same time; with `check`, when one fails the others are ended."""
     deadline = time.monotonic() + timeout
     with ExitStack() as stack:
         files = [[stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in commands]
@@ -246,7 +246,7 @@ def _results(commands, cwd, check, fresh, timeout) -> list[subprocess.CompletedP
         ]
         try:
             while any(process.poll() is None for process in processes):
-                if any(process.poll() for process in processes):
+                if check and any(process.poll() for process in processes):
                     break
                 if time.monotonic() > deadline:
                     raise subprocess.TimeoutExpired(str(commands), timeout)

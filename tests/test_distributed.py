@@ -143,9 +143,10 @@ if __name__ == "__main__":
     ("how", "seconds", "named"),
     [
         ("dies", 120, r"rank +: 1 \(local_rank: 1\)\n +exitcode +: -9"),
-        pytest.param("stops", 180, "Timed out waiting 15000ms", marks=pytest.mark.slow),
+        ("stops", 180, "Timed out waiting 15000ms"),
     ],
 )
+@pytest.mark.slow
 def test_a_process_that_dies_or_stops_ends_the_others_and_spoils_nothing(tmp_path, how, seconds, named):
     (tmp_path / "dying.py").write_text(DYING)
     flags = ("--output_dir", tmp_path / "run", *SHORT, "--per_device_train_batch_size", 64)
@@ -153,6 +154,15 @@ def test_a_process_that_dies_or_stops_ends_the_others_and_spoils_nothing(tmp_pat
     result = torchrun(2, tmp_path / "dying.py", how, *flags, check=False)
     assert result.returncode != 0 and time.monotonic() - start < seconds
     assert re.search(named, result.stderr), result.stderr[-3000:]
+    assert newest_whole(tmp_path / "run") == (tmp_path / "run" / "step-4", [])
+
+
+def test_the_process_left_alone_ends_by_itself_and_spoils_nothing(tmp_path):
+    """The same without a launcher that would end it."""
+    (tmp_path / "dying.py").write_text(DYING)
+    flags = ("--output_dir", tmp_path / "run", *SHORT, "--per_device_train_batch_size", 64)
+    left, died = together(2, tmp_path / "dying.py", "dies", *flags, check=False)
+    assert died.returncode == -9 and left.returncode == 1 and "RuntimeError" in left.stderr
     assert newest_whole(tmp_path / "run") == (tmp_path / "run" / "step-4", [])
 
 

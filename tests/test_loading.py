@@ -73,7 +73,7 @@ def test_a_stranger_loads_a_folder_without_the_package(folder):
 
 
 def test_with_the_package_no_remote_code_is_needed(folder):
-    run("-c", OWNER, cwd=folder.parent, fresh=True)
+    run("-c", OWNER, cwd=folder.parent)
 
 
 def test_all_imports_and_features_are_computed_without_what_only_linux_has(folder):

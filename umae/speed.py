@@ -119,12 +119,12 @@ def ideal_seconds(flops: int, device: torch.device, mixed_precision: str, proces
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of square matrix products: the best of 20, as other work may slow some, or
-    of at least 3 where these take longer than SECONDS."""
+    """Floating-point operations per second of square matrix products: the best of up to 20 in SECONDS, as other work
+    may slow some."""
     size = 1024 if device.type == "cpu" else 8192
     a, b = torch.randn(2, size, size, device=device).to(dtype)
     seconds: list[float] = []
-    while len(seconds) < 20 and (len(seconds) < 3 or sum(seconds) < SECONDS):
+    while len(seconds) < 20 and sum(seconds) < SECONDS:
         _synchronize(device)
         start = time.perf_counter()
         a @ b

@@ -75,8 +75,9 @@ def test_it_finds_the_token_with_the_class_which_the_mean_hides(capsys):
     assert all(torch.equal(head.parameters[name], again.parameters[name]) for name in attentive.PARAMETER_NAMES)
 
 
-def test_heads_side_by_side_are_those_trained_one_by_one():
+def test_heads_side_by_side_are_those_trained_one_by_one(monkeypatch):
     """In float64."""
+    monkeypatch.setattr(attentive, "EPOCHS", 10)
     tokens, labels = marked(100, torch.Generator().manual_seed(1))
     mean, scale = (moment.double() for moment in attentive._moments(tokens, torch.device("cpu")))
 

@@ -275,28 +275,34 @@ def test_the_command_ends_with_one_line_on_invalid_input(model, tmp_path):
     assert result.stderr.startswith("run_linear_probe.py: there is no model")
 
 
-def test_two_processes_report_what_one_does_by_either_protocol(tmp_path):
+def reports_of_one_and_two_processes(tmp_path, *words, batch=None):
+    """Their reports on the digits, the same but for the protocol; `batch`: images of a step, shared out if given."""
     torch.manual_seed(0)
     UMAEForPreTraining(fresh_config(image_size=8, patch_size=2)).save_pretrained(tmp_path / "model")
     evaluation_processor((8, 8)).save_pretrained(tmp_path / "model")
-    flags = ("--model_name_or_path", tmp_path / "model", "--dataset_name", "digits", "--layers", "1")
-    cached = (*flags, "--attentive", "--augmented_passes", "1")
-    mae = (*flags[:4], "--protocol", "mae", "--num_train_epochs", "3", "--warmup_epochs", "1")
-    for protocol, words, batch in (("cached", cached, ()), ("mae", mae, ("--per_device_train_batch_size",))):
-        reports = []
-        for processes in (1, 2):
-            output = tmp_path / f"{protocol}{processes}"
-            share = (*batch, 256 // processes) if batch else ()
-            together(processes, "run_linear_probe.py", *words, "--output_dir", output, *share)
-            reports.append(report(output))
-        for name in reports[0].keys() - {"protocol"}:
-            assert reports[0][name] == reports[1][name], (protocol, name)
-    attentive = report(tmp_path / "cached1")["attentive"]
-    assert 60 < attentive["top1"] <= attentive["top5"] and "cls@1" in report(tmp_path / "cached1")
-    card = (tmp_path / "cached1" / "README.md").read_text()
+    words = ("run_linear_probe.py", "--model_name_or_path", tmp_path / "model", "--dataset_name", "digits", *words)
+    for processes in (1, 2):
+        share = ("--per_device_train_batch_size", batch // processes) if batch else ()
+        together(processes, *words, "--output_dir", tmp_path / str(processes), *share)
+    one, two = (report(tmp_path / str(processes)) for processes in (1, 2))
+    for name in one.keys() - {"protocol"}:
+        assert one[name] == two[name], name
+    return one
+
+
+@pytest.mark.slow
+def test_two_processes_report_what_one_does(tmp_path):
+    one = reports_of_one_and_two_processes(tmp_path, "--layers", "1", "--attentive", "--augmented_passes", "1")
+    attentive = one["attentive"]
+    assert 60 < attentive["top1"] <= attentive["top5"] and "cls@1" in one
+    card = (tmp_path / "1" / "README.md").read_text()
     assert f"| attentive probe top-1, % | {attentive['top1']} |" in card and "attentive features" not in card
-    assert "cls@1" not in report(tmp_path / "mae1")
-    record = report(tmp_path / "mae1")["protocol"]["linear"]
+
+
+def test_two_processes_report_what_one_does_by_protocol_mae(tmp_path):
+    words = ("--protocol", "mae", "--num_train_epochs", "3", "--warmup_epochs", "1")
+    one = reports_of_one_and_two_processes(tmp_path, *words, batch=256)
+    record = one["protocol"]["linear"]
     assert record["epochs"] == 3 and record["of_each_seed"][0]["pictures_per_step"] == 256
 
 
@@ -328,17 +334,17 @@ def test_the_precision_that_is_reported_is_that_of_training_and_of_evaluation(
 
 
 def test_seeds_layers_and_parts_are_reported_with_their_deviation(model, folder, tmp_path, capsys):
-    probe(model, folder, tmp_path / "out", "--seeds", "0,1,2", "--layers", "all", "--low_shot", "50%,2")
+    probe(model, folder, tmp_path / "out", "--seeds", "0,1", "--layers", "all", "--low_shot", "50%,2")
     results = report(tmp_path / "out")
     layers = encoder_from_pretrained(model).config.num_hidden_layers
     expected = {"cls", "mean", *(f"{name}@{layer}" for layer in range(1, layers) for name in ("cls", "mean"))}
     low_shot = results["low_shot"]
-    assert set(results) == {*expected, "low_shot", "protocol"} and results["protocol"]["seeds"] == [0, 1, 2]
+    assert set(results) == {*expected, "low_shot", "protocol"} and results["protocol"]["seeds"] == [0, 1]
     assert set(low_shot) == {"50%", "2"} and set(low_shot["2"]) == expected
     assert low_shot["2"]["cls"]["pictures"] == 12 and low_shot["50%"]["cls"]["pictures"] == 60
     for result in (results["cls"], low_shot["2"]["mean@1"]):
         values = [of_seed["top1"] for of_seed in result["of_each_seed"]]
-        assert result["top1"] == round(sum(values) / 3, 2)
+        assert result["top1"] == round(sum(values) / 2, 2)
         assert result["deviation"]["top1"] == pytest.approx(np.std(values, ddof=1), abs=0.01)
     assert low_shot["2"]["mean"]["top1"] < results["mean"]["top1"]
     card = (tmp_path / "out" / "README.md").read_text()
