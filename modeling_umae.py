@@ -327,15 +327,29 @@ class UMAEAttention(nn.Module):
 
         The tokens before `first_query` are keys and values only, not queries.
         """
-        queries = hidden_states[:, first_query:]
-        query, key, value = (
-            self.attention[name](tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for name, tokens in (("query", queries), ("key", hidden_states), ("value", hidden_states))
-        )  # (B, heads, tokens, d)
+        if first_query == 0:
+            query, key, value = self.project(hidden_states, "query", "key", "value")
+        else:
+            (query,) = self.project(hidden_states[:, first_query:], "query")
+            key, value = self.project(hidden_states, "key", "value")
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         context, weights = attend(self, query, key, value, None, scaling=self.scaling, dropout=dropout, **kwargs)
-        return self.output["dense"](context.reshape(queries.shape)), weights
+        return self.output["dense"](context.flatten(2)), weights
+
+    def project(self, hidden_states: torch.Tensor, *names: str) -> tuple[torch.Tensor, ...]:
+        """(batch, tokens, D) -> (batch, heads, tokens, d) for each of these projections."""
+        modules = [self.attention[name] for name in names]
+        plain = [module for module in modules if type(module) is UMAEProjection and not module._forward_hooks]
+        if self.training and len(plain) == len(names):
+            # One product instead of three, so that the tokens are cast and read once. What adapters and quantisation
+            # put in place of a projection is of another class.
+            weight = torch.cat([module.weight for module in plain])
+            bias = torch.cat([module.bias for module in plain]) if self.config.qkv_bias else None
+            projected = F.linear(hidden_states, weight, bias).chunk(len(names), dim=-1)
+        else:
+            projected = tuple(module(hidden_states) for module in modules)
+        return tuple(part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in projected)
 
 
 class UMAELayer(GradientCheckpointingLayer):

@@ -286,6 +286,44 @@ def test_gradient_checkpointing_changes_no_gradient():
         assert parameter.grad is None or torch.equal(parameter.grad, other.grad)
 
 
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": False}], ids=str)
+def test_one_product_for_queries_keys_and_values_is_three_in_value_and_gradient(changes):
+    torch.manual_seed(0)
+    attention = UMAEModel(fresh_config(**changes)).encoder["layer"][0].attention.double().train()
+    tokens = torch.randn(2, 5, attention.output["dense"].in_features, dtype=torch.float64)
+    weights = [parameter for parameter in attention.parameters() if parameter is not attention.output["dense"].weight]
+    results = []
+    for separate in (False, True):  # a hook on one of them takes all three apart
+        hooks = [attention.attention["key"].register_forward_hook(lambda *_: None)] if separate else []
+        projected = attention.project(tokens, "query", "key", "value")
+        gradients = torch.autograd.grad(sum(part.square().sum() for part in projected), weights, allow_unused=True)
+        results.append([*projected, *(gradient for gradient in gradients if gradient is not None)])
+        for hook in hooks:
+            hook.remove()
+    assert len(results[0]) == 3 + (6 if attention.config.qkv_bias else 3)
+    for joint, apart in zip(*results, strict=True):
+        assert torch.allclose(joint, apart, rtol=1e-12, atol=0)
+
+
+def test_what_stands_in_place_of_a_projection_is_called_in_training():
+    """An adapter, for example: its own weights would be passed by."""
+
+    class Adapter(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.weight, self.bias, self.base = base.weight, base.bias, base
+
+        def forward(self, tokens):
+            return self.base(tokens) + 1
+
+    attention = UMAEModel(fresh_config()).encoder["layer"][0].attention.train()
+    tokens = torch.randn(2, 5, attention.output["dense"].in_features)
+    before = attention.project(tokens, "query", "key", "value")
+    attention.attention["value"] = Adapter(attention.attention["value"])
+    query, _, value = attention.project(tokens, "query", "key", "value")
+    assert torch.allclose(query, before[0], atol=1e-6) and torch.allclose(value, before[2] + 1, atol=1e-6)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.slow  # compiling takes a minute
 def test_compiled_layers_give_the_losses_and_gradients_of_eager_ones(checkpointing):

@@ -176,7 +176,7 @@ def test_normalize_is_the_formula_in_float32():
 
 
 def test_normalize_refuses_another_number_of_channels():
-    with pytest.raises(ValueError, match="argument 2 is shorter"):
+    with pytest.raises(ValueError, match="3 channels, but 1 means and 1 deviations"):
         normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), (0.5,), (0.5,))
 
 

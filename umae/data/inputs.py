@@ -1,8 +1,8 @@
 """A model's inputs: images flipped and normalised on the device, and the image processor for evaluation."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import overload
 
 import torch
 from transformers.image_utils import PILImageResampling
@@ -28,12 +28,21 @@ def normalize(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[f
 
     Returns:
         float32, same shape.
+
+    Raises:
+        ValueError: there are more or fewer means or deviations than channels.
     """
-    values = pixel_values.float().div_(255)
-    # Channel by channel, because a tensor of the means would be copied to the device at every step.
-    for channel, channel_mean, channel_std in zip(values.unbind(1), mean, std, strict=True):
-        channel.sub_(channel_mean).div_(channel_std)
-    return values
+    channels = pixel_values.shape[1]
+    if not channels == len(mean) == len(std):
+        raise ValueError(f"{channels} channels, but {len(mean)} means and {len(std)} deviations to normalise them by")
+    shift, scale = (_of_channels(tuple(numbers), pixel_values.device) for numbers in (mean, std))
+    return pixel_values.float().div_(255).sub_(shift).div_(scale)
+
+
+@lru_cache
+def _of_channels(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """(channels, 1, 1), copied to the device once, not at every step."""
+    return torch.tensor(numbers, device=device)[:, None, None]
 
 
 def evaluation_processor(size: tuple[int, int]) -> UMAEImageProcessor:
@@ -62,27 +71,23 @@ def device_inputs(
     batch: dict, device: torch.device, num_patches: int, seed: int, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A micro-batch of uint8 crops -> flipped, normalised float32 images and masking noise (batch, num_patches)."""
-    index, epoch = on_device(batch["index"], device), on_device(batch["epoch"], device)
-    pixel_values = flipped_and_normalized(batch, device, seed, mean, std)
-    return pixel_values, seeding.uniform(seed, seeding.MASK, epoch, index, num_patches)
+    # Drawn on the CPU: on a GPU it takes some 70 tiny kernels, and Apple's lack fast 64-bit integers
+    noise = seeding.uniform(seed, seeding.MASK, batch["epoch"], batch["index"], num_patches)
+    return flipped_and_normalized(batch, device, seed, mean, std), on_device(noise, device)
 
 
 def flipped_and_normalized(
     batch: dict, device: torch.device, seed: int, mean: Sequence[float], std: Sequence[float]
 ) -> torch.Tensor:
     """A micro-batch of uint8 crops -> float32 images, half of them mirrored."""
-    index, epoch = on_device(batch["index"], device), on_device(batch["epoch"], device)
-    pixel_values = normalize(on_device(batch["pixel_values"], device), mean, std)
-    return horizontal_flip(pixel_values, seeding.uniform(seed, seeding.FLIP, epoch, index, 1)[:, 0] < 0.5)
+    flip = seeding.uniform(seed, seeding.FLIP, batch["epoch"], batch["index"], 1)[:, 0] < 0.5
+    pixel_values = horizontal_flip(on_device(batch["pixel_values"], device), on_device(flip, device))
+    return normalize(pixel_values, mean, std)
 
 
-@overload
-def on_device(value: torch.Tensor, device: torch.device) -> torch.Tensor: ...
-@overload
-def on_device(value: int, device: torch.device) -> int: ...
-def on_device(value: torch.Tensor | int, device: torch.device) -> torch.Tensor | int:
-    """A tensor on `device`, copied without waiting; an int is returned unchanged."""
-    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on `device`, copied without waiting."""
+    return tensor.to(device, non_blocking=True)
 
 
 def load_processor(

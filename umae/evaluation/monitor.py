@@ -19,7 +19,7 @@ from image_processing_umae import UnreadableImage
 from umae import seeding
 from umae.data.batches import Plan
 from umae.data.images import Images
-from umae.data.inputs import device_inputs, normalize
+from umae.data.inputs import device_inputs, normalize, on_device
 from umae.data.streaming import Stream
 from umae.evaluation.diagnosis import VIEWS, Diagnosis
 from umae.evaluation.linear import knn_classify
@@ -224,10 +224,9 @@ class Monitor:
     @torch.no_grad()
     def _encode(self, model: nn.Module, position: int) -> torch.Tensor:
         """(images of one batch of every process, 2 * VIEWS + 1, D): as `encode_views`, then the training feature."""
-        pixel_values, index = self._batch(position)
-        patches, views = self.config.grid[0] * self.config.grid[1], []
+        pixel_values, views = self._pixel_values(position), []
         for view in range(VIEWS):
-            noise = seeding.uniform(0, seeding.MASK, view, index, patches)
+            noise = self._noise(position, view)
             output = model(pixel_values, noise=noise, mask_ratio=None if view else 0.0, features_only=True)
             tokens, width = output.last_hidden_state, self.config.hidden_size
             mean = tokens[:, 1:].float().mean(dim=1)
@@ -239,16 +238,20 @@ class Monitor:
         readable = self.probe_images.readable[position].to(encoded.device)
         return self.accelerator.gather(encoded.where(readable[:, None, None], torch.nan))
 
-    def _batch(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised pixel values (batch, channels, height, width) and indices (batch,) on the device."""
-        device = self.accelerator.device
-        pixel_values = normalize(self.probe_images.pixel_values[position].to(device), self.mean, self.std)
-        return pixel_values, self.probe_images.index[position].to(device)
+    def _pixel_values(self, position: int) -> torch.Tensor:
+        """(batch, channels, height, width), normalised, on the device."""
+        pixel_values = on_device(self.probe_images.pixel_values[position], self.accelerator.device)
+        return normalize(pixel_values, self.mean, self.std)
+
+    def _noise(self, position: int, view: int) -> torch.Tensor:
+        """(batch, patches), on the device."""
+        patches = self.config.grid[0] * self.config.grid[1]
+        noise = seeding.uniform(0, seeding.MASK, view, self.probe_images.index[position], patches)
+        return on_device(noise, self.accelerator.device)
 
     @torch.no_grad()
     def _reconstruct(self, model: nn.Module) -> dict[str, np.ndarray]:
-        pixel_values, index = (values[:FIGURE_IMAGES] for values in self._batch(0))
-        noise = seeding.uniform(0, seeding.MASK, 1, index, self.config.grid[0] * self.config.grid[1])
+        pixel_values, noise = self._pixel_values(0)[:FIGURE_IMAGES], self._noise(0, 1)[:FIGURE_IMAGES]
         output = model(pixel_values, noise=noise, output_logits=True)
         return reconstructions(output, pixel_values, self.config, self.mean, self.std)
 

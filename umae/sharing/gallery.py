@@ -53,8 +53,8 @@ def draw(folder: Path, images: Sequence[tuple[int, Image.Image]], description: s
     mean, std, config = processor.image_mean, processor.image_std, model.config
     pixel_values = torch.cat([processor(images=image, return_tensors="pt")["pixel_values"] for _, image in images])
 
-    index = torch.tensor([index for index, _ in images[:FIGURE_IMAGES]], device=device)
-    noise = seeding.uniform(0, seeding.MASK, 1, index, config.grid[0] * config.grid[1])
+    index = torch.tensor([index for index, _ in images[:FIGURE_IMAGES]])
+    noise = seeding.uniform(0, seeding.MASK, 1, index, config.grid[0] * config.grid[1]).to(device)
     first = pixel_values[:FIGURE_IMAGES].to(device)
     rows = reconstructions(model(first, noise=noise), first, config, mean, std)
     strips(rows).save(folder / "reconstructions.png")

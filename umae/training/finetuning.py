@@ -8,7 +8,7 @@ from torch import nn
 
 from umae import seeding
 from umae.data.augmentation import MIX_NUMBERS, Strengths, mix_pairs, soft_targets
-from umae.data.inputs import normalize
+from umae.data.inputs import normalize, on_device
 from umae.training.loop import Losses
 
 # What a step logs, in this order; the loop adds the norm of the gradient.
@@ -55,10 +55,9 @@ def mixed_inputs(
     std: Sequence[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A micro-batch of uint8 crops -> normalised and mixed images, and their targets (batch, classes)."""
-    index = batch["index"].to(device, non_blocking=True)
-    pixel_values = normalize(batch["pixel_values"].to(device, non_blocking=True), mean, std)
-    targets = soft_targets(labels[index], num_classes, strengths.label_smoothing)
+    pixel_values = normalize(on_device(batch["pixel_values"], device), mean, std)
+    targets = soft_targets(labels[on_device(batch["index"], device)], num_classes, strengths.label_smoothing)
     if not strengths.mixes:
         return pixel_values, targets
-    numbers = seeding.uniform(seed, seeding.MIX, batch["epoch"], index[::2], MIX_NUMBERS)
-    return mix_pairs(pixel_values, targets, numbers, strengths.mixup, strengths.cutmix)
+    numbers = seeding.uniform(seed, seeding.MIX, batch["epoch"], batch["index"][::2], MIX_NUMBERS)
+    return mix_pairs(pixel_values, targets, on_device(numbers, device), strengths.mixup, strengths.cutmix)
