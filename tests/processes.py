@@ -23,11 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 TIMEOUT = 300  # seconds; a process that hangs is a failure
 
-# No import reads these, and those of the libraries read none of Hugging Face's
-LATE = {
-    "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "RANK",
-    "WORLD_SIZE",
-}  # fmt: skip
+# No import reads what begins so, and those of the libraries read none of Hugging Face's
+LATE = ("ACCELERATE_", "FSDP_", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 LIBRARIES = (
     "torch", "torch.distributed.fsdp", "torch._dynamo", "torch.utils.flop_counter", "torch.utils.tensorboard", "pandas",
     "pyarrow.parquet", "matplotlib.backends.backend_agg", "sklearn.datasets", "psutil",
@@ -137,7 +134,7 @@ def server_for(environ: dict[str, str]) -> ForkServer | None:
     """The one whose imports have read nothing that differs in `environ`."""
     if not hasattr(os, "pidfd_open"):
         return None  # the servers need Linux
-    changed = {name for name, _ in environment().items() ^ environ.items()} - LATE
+    changed = {name for name, _ in environment().items() ^ environ.items() if not name.startswith(LATE)}
     if not changed:
         return programs()
     return libraries() if all(name.startswith("HF_") for name in changed) else None
