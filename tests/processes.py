@@ -25,11 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 TIMEOUT = 300  # seconds; a process that hangs is a failure
 
-# No import reads these, and those of the libraries read none of Hugging Face's
-LATE = {
-    "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "RANK",
-    "WORLD_SIZE",
-}  # fmt: skip
+# No import reads what begins so, and those of the libraries read none of Hugging Face's
+LATE = ("ACCELERATE_", "FSDP_", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
 LIBRARIES = (
     "torch", "torch.distributed.fsdp", "torch._dynamo", "torch.utils.flop_counter", "torch.utils.tensorboard", "pandas",
     "pyarrow.parquet", "matplotlib.backends.backend_agg", "sklearn.datasets", "psutil",
@@ -165,7 +162,7 @@ def server_for(environ: dict[str, str]) -> ForkServer | None:
     if not hasattr(os, "pidfd_open"):
         return None  # the servers need Linux
     usual = environment()
-    changed = {name for name, _ in usual.items() ^ environ.items()} - LATE
+    changed = {name for name, _ in usual.items() ^ environ.items() if not name.startswith(LATE)}
     of_hub = frozenset((name, environ[name]) for name in changed if name.startswith("HF_") and name in environ)
     if changed - {name for name, _ in of_hub} - {"PYTHONPATH"}:
         return None

@@ -42,3 +42,10 @@ def test_precision_is_what_was_asked_for_or_what_the_hardware_has(
     monkeypatch.setattr(hardware, "has_fast_bf16", lambda device: fast)
     environ = {"ACCELERATE_MIXED_PRECISION": launcher, "ACCELERATE_USE_CPU": "1"}
     assert hardware.make_accelerator(environ, asked, 1, "none", tmp_path).mixed_precision == expected
+
+
+@pytest.mark.parametrize("version", [{}, {"FSDP_VERSION": "1"}])
+def test_the_first_version_of_fsdp_is_refused(tmp_path, version):
+    environ = {"ACCELERATE_USE_CPU": "1", "ACCELERATE_USE_FSDP": "true", **version}
+    with pytest.raises(ValueError, match="FSDP version 1, expected 2; set fsdp_version: 2 in its configuration"):
+        hardware.make_accelerator(environ, "no", 1, "none", tmp_path)

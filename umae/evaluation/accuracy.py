@@ -68,9 +68,11 @@ def guess(
     for batch in loader:
         batch_guesses = torch.full((batch_size, best), -1, device=accelerator.device)
         errors |= set(batch["errors"])
-        if batch["pixel_values"] is not None:
-            logits = model(batch["pixel_values"].to(accelerator.device, non_blocking=True)).logits.float()
-            batch_guesses[batch["rows"].to(accelerator.device)] = logits.topk(best, dim=1).indices
+        pixel_values, rows = batch["pixel_values"], batch["rows"].to(accelerator.device)
+        if pixel_values is None:  # under FSDP2 the other processes would wait for one that does not call the model
+            pixel_values = torch.zeros(1, 3, *accelerator.unwrap_model(model).config.image_height_width)
+        logits = model(pixel_values.to(accelerator.device, non_blocking=True)).logits.float()
+        batch_guesses[rows] = logits[: len(rows)].topk(best, dim=1).indices
         guesses.append(accelerator.gather(batch_guesses))  # in the order of the processes, as `positions`
     model.train()
     return torch.cat(guesses)[:count].cpu(), sorted(set(gather_object(list(errors))))

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import str_to_bool
+from accelerate.utils import FullyShardedDataParallelPlugin, str_to_bool
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from umae.speed import has_fast_bf16
 
@@ -36,7 +37,7 @@ def make_accelerator(
         folder: of the run; trackers write to `logs` in it.
 
     Raises:
-        ValueError: a tracker is not installed or not known.
+        ValueError: a tracker is not installed or not known, or FSDP is of version 1.
     """
     trackers = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
     available = [str(name) for name in get_available_trackers()]
@@ -53,6 +54,31 @@ def make_accelerator(
         gradient_accumulation_steps=gradient_accumulation_steps,
         log_with=trackers or None,
         project_dir=folder / "logs",
+        fsdp_plugin=fsdp_plugin(environ),
+    )
+
+
+def fsdp_plugin(environ: Mapping[str, str]) -> FullyShardedDataParallelPlugin | None:
+    """FSDP2 as the launcher was asked for it, but for two things; None without FSDP.
+
+    Without Accelerate's mixed precision, which also casts what goes into the model and comes out of it: noise, in which
+    bf16 makes ties, targets and losses. The forward pass runs under autocast instead, as without FSDP, see
+    `State.begin`. And without `cpu_ram_efficient_loading`, as every process loads the weights.
+
+    Args:
+        environ: of the process.
+
+    Raises:
+        ValueError: FSDP of version 1.
+    """
+    if not str_to_bool(environ.get("ACCELERATE_USE_FSDP", "false")):
+        return None
+    if (version := environ.get("FSDP_VERSION", "1")) != "2":
+        raise ValueError(
+            f"the launcher was asked for FSDP version {version}, expected 2; set fsdp_version: 2 in its configuration"
+        )
+    return FullyShardedDataParallelPlugin(
+        mixed_precision_policy=MixedPrecisionPolicy(), cpu_ram_efficient_loading=False
     )
 
 

@@ -24,7 +24,7 @@ class State:
 
     Args:
         step: optimiser steps done.
-        kind: class of the model, which the accelerator may wrap in others.
+        kind: class of the model, which the accelerator may wrap in others, or replace by one of its own (FSDP2).
         model, optimizer: as the accelerator trains them.
         names: of the values that every step returns.
         window: (2, values), sums of these since the last line of the log, and how many of each.
@@ -55,11 +55,13 @@ class State:
         if torch_compile:
             compile_layers(model)
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
-        window = torch.zeros(2, len(names), device=accelerator.device)
+        window, kind = torch.zeros(2, len(names), device=accelerator.device), type(model)
         prepared, optimizer = accelerator.prepare(model, optimizer)
+        if accelerator.is_fsdp2:  # which Accelerate does for every other model; see `fsdp_plugin`
+            prepared.forward = accelerator.autocast()(prepared.forward)
         if isinstance(prepared, DistributedDataParallel):
             prepared.broadcast_buffers = False  # they never change; Accelerate's own way warns from torch 2.13 on
-        return cls(accelerator, 0, type(model), prepared, optimizer, names, window)
+        return cls(accelerator, 0, kind, prepared, optimizer, names, window)
 
     def count(self, values: torch.Tensor) -> None:
         """Add a step and its values, float32 (values,); in fp16 gradients overflow, and are not among them."""
@@ -121,7 +123,9 @@ class State:
         state = state | {"step": self.step, "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
 
         def write(target: Path) -> None:
-            accelerator.unwrap_model(model).save_pretrained(target, state_dict=state_dict)
+            with torch.device("meta"):  # a plain model: a class of FSDP2's would save FSDP2's code instead of ours
+                plain = self.kind(accelerator.unwrap_model(model).config)
+            plain.save_pretrained(target, state_dict=state_dict)
             processor.save_pretrained(target)
             checkpoints.write_training_state(target, tensors, state)
 
