@@ -75,7 +75,9 @@ class TrainingArguments:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
         None, "[what `accelerate` says unless no; then bf16 if the hardware has it]"
     )
-    torch_compile: bool = flag(False, "Compile every layer; takes a minute or two, and pays on GPUs.")
+    torch_compile: Literal["no", "layers", "model", "graphs"] | None = flag(
+        None, "What to compile; graphs: with CUDA graphs, for small models. [model in a long run on a GPU]"
+    )
     gradient_checkpointing: bool = flag(False, "Compute activations twice instead of keeping them: larger batches fit.")
     checkpointing_steps: Count = flag(500, "Steps between checkpoints.")
     checkpoints_total_limit: Count = flag(2, "Checkpoints to keep.")

@@ -19,7 +19,7 @@ from benchmarks import measure
 from modeling_umae import UMAEForPreTraining
 from umae import UMAEConfig
 from umae.convert import rename
-from umae.speed import compile_layers
+from umae.speed import compile_model
 
 # Fields that differ from the defaults of both configurations (ViT-B/16 on 224 x 224), and batch size
 SIZES = {
@@ -156,7 +156,7 @@ def section(size: str, args: argparse.Namespace) -> str:
         saved[name] = (bytes_of_two - bytes_of_one) / 1e6
         contender.optimizer.zero_grad()
         if name.endswith("compiled"):
-            compile_layers(contender.model)
+            compile_model(contender.model, "layers")
             saved[name] = None  # the compiler decides what is kept
         contender.step(*batch)
         transient = measure.peak_bytes(lambda c=contender: c.step(*batch), args.device)

@@ -25,7 +25,7 @@ from modeling_umae import (
     uniformity_loss,
     unpatchify,
 )
-from umae.speed import compile_layers
+from umae.speed import compile_model
 
 
 def images_for(config: UMAEConfig, count: int = 4) -> torch.Tensor:
@@ -325,13 +325,14 @@ def test_what_stands_in_place_of_a_projection_is_called_in_training():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("what", ["layers", "model", "graphs"])
 @pytest.mark.slow  # compiling takes a minute
-def test_compiled_layers_give_the_losses_and_gradients_of_eager_ones(checkpointing):
+def test_what_is_compiled_gives_the_losses_and_gradients_of_the_eager_model(checkpointing, what):
     eager = UMAEForPreTraining(fresh_config(decoder_num_hidden_layers=2)).train()
     compiled = copy.deepcopy(eager)
     if checkpointing:
         compiled.gradient_checkpointing_enable()
-    compile_layers(compiled)
+    compile_model(compiled, what)
     for _ in range(2):
         pixel_values, noise = images_for(eager.config), torch.rand(4, 16)
         losses = [model(pixel_values, noise=noise).loss for model in (eager, compiled)]

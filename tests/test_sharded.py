@@ -209,5 +209,5 @@ def test_a_loss_that_is_not_finite_on_one_sharded_process_freezes_the_weights_of
 def test_compiled_layers_train_the_same_when_sharded(launched, tmp_path):
     flags = (*PRETRAIN, "--mixed_precision", "no", "--output_dir")
     run("-c", PLAIN, *flags, tmp_path / "plain")
-    together(1, "-c", SHARDED, *flags, tmp_path / "compiled", "--torch_compile", **launched)
+    together(1, "-c", SHARDED, *flags, tmp_path / "compiled", "--torch_compile", "layers", **launched)
     assert_same_curve(metrics(tmp_path / "compiled"), metrics(tmp_path / "plain"))

@@ -90,7 +90,7 @@ def train_toy(folder: Path, task: Task, logging_steps: int = 3, publish=lambda s
         checkpoints_total_limit=2,
         max_unreadable_share=0.1,
         gradient_checkpointing=False,
-        torch_compile=False,
+        torch_compile="no",
     )
     record = open_run(accelerator, folder, {"config": {}})
     with hold_folder(accelerator, folder, record), stop or StopRequest() as request:

@@ -51,11 +51,20 @@ def _layer_flops(tokens: int, queries: int, size: int, inner: int) -> int:
     return linear + 4 * queries * tokens * size
 
 
-def compile_layers(model: PreTrainedModel) -> None:
-    """Compile each transformer layer, in place; equal layers share their code, and parameter names do not change."""
-    for module in model.modules():
-        if isinstance(module, UMAELayer):
-            module.compile(dynamic=False)  # encoder and decoder differ in every shape
+def compile_model(model: PreTrainedModel, what: str) -> None:
+    """Compile in place, for one shape of input; parameter names do not change.
+
+    Args:
+        what: `layers` compiles each transformer layer, of which equal ones share their code: the fastest to start, and
+            the only one for a model that FSDP2 shards layer by layer. `model` compiles the forward pass as one graph,
+            `graphs` also has it replayed as CUDA graphs, for models so small that starting kernels takes the time.
+    """
+    if what == "layers":
+        for module in model.modules():
+            if isinstance(module, UMAELayer):
+                module.compile(dynamic=False)  # encoder and decoder differ in every shape
+    else:
+        model.compile(dynamic=False, mode="reduce-overhead" if what == "graphs" else None)
 
 
 def has_fast_bf16(device: torch.device) -> bool:

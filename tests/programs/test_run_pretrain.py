@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from golden_models import SETUP_OF_768, fresh_config, original_file
 from PIL import Image
-from processes import ROOT, SHARED, run
+from processes import ROOT, SHARED, run, together
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_runs import SHORT, folder_of_parquet, folder_with_bad_images, metrics, small_model
 from transformers import AutoImageProcessor
@@ -145,9 +145,12 @@ def test_the_processor_in_the_folder_gives_the_model_its_images(finished):
 
 
 @pytest.mark.slow
-def test_compiled_and_checkpointed_layers_train_the_same(finished, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("what", ["layers", "model"])
+def test_compiled_and_checkpointed_layers_train_the_same(finished, tmp_path, processes, what):
     folder, _ = finished
-    run("run_pretrain.py", "--output_dir", tmp_path / "run", *SHORT, "--torch_compile", "--gradient_checkpointing")
+    flags = (*SHORT, "--torch_compile", what, "--per_device_train_batch_size", 128 // processes)
+    together(processes, "run_pretrain.py", "--output_dir", tmp_path / "run", *flags, "--gradient_checkpointing")
     for mine, expected in zip(metrics(tmp_path / "run"), metrics(folder), strict=True):
         for name in ("reconstruction_loss", "uniformity_loss", "grad_norm"):
             assert mine[name] == pytest.approx(expected[name], rel=1e-4), name

@@ -23,7 +23,7 @@ from umae.evaluation.features import frozen_features
 from umae.evaluation.linear import LinearHead, cross_entropy_gradient
 from umae.files import read_tensors, write_tensors
 from umae.progress_bar import progress_bar
-from umae.speed import compile_layers
+from umae.speed import compile_model
 from umae.training.hardware import fast_attention
 from umae.training.schedules import learning_rate_at
 
@@ -139,7 +139,7 @@ def train_mae_probe(
     encoder = copy.deepcopy(encoder).to(device).eval()  # the caller's is not changed
     encoder.set_attn_implementation(fast_attention(accelerator))
     if torch_compile:
-        compile_layers(encoder)
+        compile_model(encoder, "layers")
     done, total = 0, schedule.epochs * plan.steps_per_epoch
     losses = torch.zeros(total, len(heads), device=device)
     tensors = {f"{name}.{key}": tensor for name, head in heads.items() for key, tensor in head.tensors().items()}

@@ -109,6 +109,7 @@ def run(
     return carry_out(
         accelerator,
         make_settings(
+            accelerator,
             args,
             args.output_dir,
             job.processor,
@@ -116,6 +117,7 @@ def run(
             job.schedule,
             data_args.max_unreadable_share,
             args.logging_steps,
+            flops_of(model.config),
             args.min_learning_rate,
         ),
         identity_of(job, model_args.model_name_or_path),

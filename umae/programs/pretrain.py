@@ -105,7 +105,15 @@ def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, ar
     return carry_out(
         accelerator,
         make_settings(
-            args, args.output_dir, job.processor, plan, job.schedule, data_args.max_unreadable_share, logging_steps(job)
+            accelerator,
+            args,
+            args.output_dir,
+            job.processor,
+            plan,
+            job.schedule,
+            data_args.max_unreadable_share,
+            logging_steps(job),
+            training_flops(model.config),
         ),
         identity_of(job, model_args.model_name_or_path),
         initial_weights=model_args.model_name_or_path,

@@ -15,7 +15,7 @@ from arguments_umae import TrainingArguments, check_launch
 from umae.data.batches import Plan, check_fills_a_step
 from umae.sharing import cards, hub
 from umae.training.folder import Run, hold_folder, open_run
-from umae.training.hardware import close, make_accelerator
+from umae.training.hardware import close, make_accelerator, what_to_compile
 from umae.training.log import MetricsLog
 from umae.training.loop import Settings, Task, train
 from umae.training.schedules import Schedule
@@ -47,6 +47,7 @@ def make_plan(accelerator: Accelerator, num_images: int, description: str, args:
 
 
 def make_settings(
+    accelerator: Accelerator,
     args: TrainingArguments,
     output_dir: str,
     processor: BaseImageProcessor,
@@ -54,9 +55,14 @@ def make_settings(
     schedule: Schedule,
     max_unreadable_share: float,
     logging_steps: int,
+    flops: int,
     min_learning_rate: float = 0.0,
 ) -> Settings:
-    """How a run is trained, from the arguments that all training programs have."""
+    """How a run is trained, from the arguments that all training programs have.
+
+    Args:
+        flops: floating-point operations that train on one image.
+    """
     return Settings(
         folder=Path(output_dir),
         processor=processor,
@@ -68,7 +74,9 @@ def make_settings(
         checkpoints_total_limit=args.checkpoints_total_limit,
         max_unreadable_share=max_unreadable_share,
         gradient_checkpointing=args.gradient_checkpointing,
-        torch_compile=args.torch_compile,
+        torch_compile=what_to_compile(
+            accelerator, args.torch_compile, flops * plan.images_per_step * schedule.total_steps
+        ),
     )
 
 
@@ -115,6 +123,8 @@ def carry_out(
     else:
         with hold_folder(accelerator, folder, record), StopRequest() as stop:
             announce(record)
+            if settings.torch_compile != "no":
+                accelerator.print(f"  {'compiled':<16} {settings.torch_compile}; the first step takes a minute or two")
             log = MetricsLog(accelerator, folder, settings.plan.images_per_step)
             train(make_task(log, record), settings, accelerator, record, log, stop, publish)
             if accelerator.is_main_process and not stop.signal:

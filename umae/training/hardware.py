@@ -11,11 +11,12 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import FullyShardedDataParallelPlugin, str_to_bool
+from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, str_to_bool
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from umae.speed import has_fast_bf16
 
+FLOPS_TO_COMPILE = 1e18  # of a run; half an hour or more on any GPU, of which compiling takes a minute or two
 FLOPS_FOR_THREADS = 5e9  # a step of fewer is not faster on two threads: the digits' recipe has 0.9e9, CIFAR-10's 42e9
 DOWNLOAD = timedelta(days=7)  # at most, of a data set
 PATIENCE = timedelta(minutes=30)  # with a process that does not answer; one that has died is noticed at once
@@ -55,6 +56,7 @@ def make_accelerator(
         log_with=trackers or None,
         project_dir=folder / "logs",
         fsdp_plugin=fsdp_plugin(environ),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # one copy of the gradients
     )
 
 
@@ -144,6 +146,25 @@ def own_state() -> Iterator[None]:
 def fast_attention(accelerator: Accelerator) -> str:
     """The attention to train with: on CPUs in bf16 the backward pass of the fused one is many times slower."""
     return "eager" if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" else "sdpa"
+
+
+def what_to_compile(accelerator: Accelerator, asked: str | None, flops: float) -> str:
+    """`no`, or what of the model to compile, see `compile_model`: by default on GPUs, where the run is long.
+
+    Args:
+        asked: by the user, None for the default.
+        flops: floating-point operations of the whole run.
+
+    Raises:
+        ValueError: what was asked for cannot be compiled with FSDP2.
+    """
+    if accelerator.is_fsdp2 and asked in ("model", "graphs"):
+        raise ValueError(f"torch_compile {asked}: FSDP2 shards the model layer by layer; use torch_compile layers")
+    if asked is not None:
+        return asked
+    if accelerator.device.type != "cuda" or flops < FLOPS_TO_COMPILE:
+        return "no"
+    return "layers" if accelerator.is_fsdp2 else "model"
 
 
 def usual_workers(device: torch.device) -> int:

@@ -76,6 +76,7 @@ class Settings:
         folder: of the run.
         processor: saved with every checkpoint.
         max_unreadable_share: of the images, in [0, 1]; more end the run.
+        torch_compile: `no`, or what to compile, see `compile_model`.
     """
 
     folder: Path
@@ -88,7 +89,7 @@ class Settings:
     checkpoints_total_limit: int
     max_unreadable_share: float
     gradient_checkpointing: bool
-    torch_compile: bool
+    torch_compile: str
 
 
 def train(

@@ -11,7 +11,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from umae.speed import compile_layers
+from umae.speed import compile_model
 from umae.training import checkpoints
 from umae.training.folder import newest_checkpoint, write_run
 
@@ -47,13 +47,17 @@ class State:
         betas: tuple[float, float],
         names: Sequence[str],
         gradient_checkpointing: bool,
-        torch_compile: bool,
+        torch_compile: str,
     ) -> "State":
-        """Nothing done yet, by AdamW on some groups of parameters."""
+        """Nothing done yet, by AdamW on some groups of parameters.
+
+        Args:
+            torch_compile: `no`, or what to compile, see `compile_model`.
+        """
         if gradient_checkpointing:  # transformers is renaming it
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-        if torch_compile:
-            compile_layers(model)
+        if torch_compile != "no":
+            compile_model(model, torch_compile)
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
         window, kind = torch.zeros(2, len(names), device=accelerator.device), type(model)
         prepared, optimizer = accelerator.prepare(model, optimizer)
