@@ -76,10 +76,10 @@ class TrainingArguments:
         None, "[what `accelerate` says unless no; then bf16 if the hardware has it]"
     )
     torch_compile: Literal["no", "layers", "model", "graphs"] | None = flag(
-        None, "What to compile; graphs: with CUDA graphs, for small models. [model in a long run on a GPU]"
+        None, "no, layers, model, or graphs for small models. [model in long runs on GPUs, else no]"
     )
     gradient_checkpointing: bool = flag(False, "Compute activations twice instead of keeping them: larger batches fit.")
-    checkpointing_steps: Count = flag(500, "Steps between checkpoints.")
+    checkpointing_steps: OptionalCount = flag(None, "Steps between checkpoints. [as many as take ten minutes]")
     checkpoints_total_limit: Count = flag(2, "Checkpoints to keep.")
     report_to: str = flag("none", "Trackers, separated by commas: tensorboard, wandb, trackio.")
     hub_model_id: str | None = flag(None, "Repository to upload to: `name/model`. [name of output_dir]")

@@ -64,7 +64,8 @@ class _OneLine(argparse.HelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         choices = " " + "|".join(map(str, action.choices)) if action.choices else ""
-        return action.option_strings[0] + choices
+        # More choices than the column takes are named by the help
+        return action.option_strings[0] + (choices if len(choices) < 20 else "")
 
 
 def given_flags(types: Sequence[type], argv: Sequence[str], title: str | None = None) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from umae.training.hardware import close, make_accelerator
 from umae.training.state import State
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
+    warnings.simplefilter("ignore", DeprecationWarning)  # which Python shows to nobody
     accelerator = make_accelerator(os.environ, "no", 1, "none", Path(sys.argv[1]))
     model = UMAEForPreTraining(fresh_config())
     groups = [{"params": model.parameters()}]

@@ -76,7 +76,9 @@ def toy_losses(model, micro_batches, step):
         yield loss, loss.detach()[None]
 
 
-def train_toy(folder: Path, task: Task, logging_steps: int = 3, publish=lambda step: None, stop=None) -> int:
+def train_toy(
+    folder: Path, task: Task, logging_steps: int = 3, publish=lambda step: None, stop=None, checkpointing_steps=EVERY
+) -> int:
     """Train in a run folder; the number of the signal that stopped it, 0 if none did."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=PLAN.accumulation)
     settings = Settings(
@@ -86,16 +88,16 @@ def train_toy(folder: Path, task: Task, logging_steps: int = 3, publish=lambda s
         schedule=make_schedule(STEPS, PLAN.steps_per_epoch, PLAN.images_per_step, 1.0, 0, usual_warmup_steps=0),
         min_learning_rate=0.0,
         logging_steps=logging_steps,
-        checkpointing_steps=EVERY,
+        checkpointing_steps=checkpointing_steps,
         checkpoints_total_limit=2,
         max_unreadable_share=0.1,
         gradient_checkpointing=False,
         torch_compile="no",
     )
     record = open_run(accelerator, folder, {"config": {}})
-    with hold_folder(accelerator, folder, record), stop or StopRequest() as request:
+    with hold_folder(accelerator, folder, record), stop or StopRequest() as request, checkpoints.Writer() as writer:
         log = MetricsLog(accelerator, folder, PLAN.images_per_step)
-        train(task, settings, accelerator, record, log, request, publish)
+        train(task, settings, accelerator, record, log, request, writer, publish)
     return request.signal
 
 

@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +17,11 @@ from toy_task import STEPS, toy_losses, toy_task, train_toy
 from training_runs import metrics
 
 from modeling_umae import UMAEForPreTraining
+from umae.training import checkpoints, signals
 from umae.training.failures import MOST_OVERFLOWS, no_failure
 from umae.training.loop import optimizer_step
 from umae.training.pretraining import VALUES, pretraining_losses
+from umae.training.signals import StopRequest
 
 BATCH = {"pixel_values": torch.arange(4 * 3 * 16 * 16).view(4, 3, 16, 16).to(torch.uint8), "index": torch.arange(4)}
 
@@ -113,11 +118,77 @@ def assert_same_run(mine, folder):
 def test_the_loop_logs_evaluates_saves_and_publishes_when_it_says(undisturbed, tmp_path):
     published = []
     train_toy(tmp_path / "run", toy_task(), publish=published.append)
-    assert published == [4, 8], "the last is the finished run's"
+    assert published == [4, 8, 12]
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [3, 6, 9, 12]
     assert ["evaluations" in line for line in lines] == [False, True, False, True]
     assert lines[-1]["epoch"] == 1.0
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_which_holds_its_own_step(undisturbed, tmp_path, monkeypatch):
+    written, steps = threading.Event(), []
+
+    def losses(model, micro_batches, step):
+        steps.append(step)
+        if step == 7:  # the fourth step after the checkpoint, and the last before the next one
+            written.set()
+        return toy_losses(model, micro_batches, step)
+
+    def slow(*arguments):
+        if not written.is_set():
+            assert written.wait(TIMEOUT) and steps[-1] == 7, "the loop has not waited"
+            time.sleep(0.1)
+        return write_training_state(*arguments)
+
+    write_training_state = checkpoints.write_training_state
+    monkeypatch.setattr(checkpoints, "write_training_state", slow)
+    train_toy(tmp_path / "slow", toy_task(losses))
+    monkeypatch.undo()
+    assert_same_run(tmp_path / "slow", undisturbed)
+    for name in ("model.safetensors", "optimizer.safetensors", "trainer_state.json"):
+        expected = (undisturbed / "step-8" / name).read_bytes()
+        assert (tmp_path / "slow" / "step-8" / name).read_bytes() == expected
+
+    def stop_at_five(model, micro_batches, step):
+        if step == 5:
+            raise FloatingPointError("the run ends while its checkpoint is written")
+        return toy_losses(model, micro_batches, step)
+
+    written.clear()
+    with pytest.raises(FloatingPointError):
+        monkeypatch.setattr(checkpoints, "write_training_state", lambda *a: time.sleep(0.2) or write_training_state(*a))
+        train_toy(tmp_path / "ended", toy_task(stop_at_five))
+    assert checkpoints.newest_whole(tmp_path / "ended") == (tmp_path / "ended" / "step-4", []), "it is completed"
+    assert train_toy(tmp_path / "ended", toy_task()) == 0
+    assert_same_run(tmp_path / "ended", undisturbed)
+
+
+def test_checkpoints_come_by_the_clock_where_no_number_of_steps_is_given(tmp_path, monkeypatch):
+    clock = iter(range(0, 100_000, 250))  # seconds: a step takes 250
+    monkeypatch.setattr(signals, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    published, stop = [], StopRequest()
+    train_toy(tmp_path / "run", toy_task(), publish=published.append, stop=stop, checkpointing_steps=None)
+    assert published == [3, 6, 9, 12]
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_its_next_line(undisturbed, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError("no space left on device")
+
+    trained = []
+
+    def losses(model, micro_batches, step):
+        trained.append(step)
+        time.sleep(0.05)
+        return toy_losses(model, micro_batches, step)
+
+    monkeypatch.setattr(checkpoints, "write_training_state", full)
+    with pytest.raises(ValueError, match=r"cannot save .*step-4 \(no space left on device\)"):
+        train_toy(tmp_path / "run", toy_task(losses))
+    assert max(trained) == 5, "the line of step 6"
+    monkeypatch.undo()
+    assert train_toy(tmp_path / "run", toy_task()) == 0
     assert_same_run(tmp_path / "run", undisturbed)
 
 

@@ -102,7 +102,7 @@ def looks_until_a_stop(start, while_looking):
             stop.signal = 15
         if stop.has_come(accelerator, step):
             break
-    return looks, stop.signal
+    return looks, stop.signal, stop.seconds
 found = {start: [looks_until_a_stop(start, while_looking) for while_looking in (False, True)] for start in (0, 100_000)}
 print(json.dumps(found))
 """
@@ -111,9 +111,9 @@ print(json.dumps(found))
 def test_two_processes_look_together_about_every_two_seconds_and_stop_after_the_same_step():
     """From the start and resumed; a signal that comes while they look is seen at the next look."""
     first, second = (json.loads(result.stdout) for result in together(2, "-c", LOOKING))
-    assert first == second
+    assert first == second, "also the seconds since the start"
     for start, found in first.items():
-        for (looks, signal_seen), looks_after_signal in zip(found, (1, 2), strict=True):
+        for (looks, signal_seen, _), looks_after_signal in zip(found, (1, 2), strict=True):
             assert signal_seen == signal.SIGTERM and looks[0] == int(start) + 1
             assert all(8 <= later - earlier <= 12 for earlier, later in pairwise(looks[3:])), looks
             assert looks[-looks_after_signal - 1] < int(start) + 200 <= looks[-looks_after_signal], looks

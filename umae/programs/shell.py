@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from arguments_umae import TrainingArguments, check_launch
 from umae.data.batches import Plan, check_fills_a_step
 from umae.sharing import cards, hub
+from umae.training.checkpoints import Writer
 from umae.training.folder import Run, hold_folder, open_run
 from umae.training.hardware import close, make_accelerator, what_to_compile
 from umae.training.log import MetricsLog
@@ -113,7 +114,8 @@ def carry_out(
         push = hub.BackgroundPush(repo_id, folder, log=tqdm.write)
 
     def publish(step: int) -> None:
-        if push is not None and published is not None:
+        is_last = step == settings.schedule.total_steps  # which is pushed when the folder is complete
+        if push is not None and published is not None and not is_last:
             push.start(published(step), f"Step {step}", f"step-{step}")
 
     record = open_run(accelerator, folder, identity)
@@ -121,12 +123,12 @@ def carry_out(
     if record["finished"]:
         accelerator.print(f"{folder} holds this run, finished; nothing to do")
     else:
-        with hold_folder(accelerator, folder, record), StopRequest() as stop:
+        with hold_folder(accelerator, folder, record), StopRequest() as stop, Writer() as writer:
             announce(record)
             if settings.torch_compile != "no":
                 accelerator.print(f"  {'compiled':<16} {settings.torch_compile}; the first step takes a minute or two")
             log = MetricsLog(accelerator, folder, settings.plan.images_per_step)
-            train(make_task(log, record), settings, accelerator, record, log, stop, publish)
+            train(make_task(log, record), settings, accelerator, record, log, stop, writer, publish)
             if accelerator.is_main_process and not stop.signal:
                 finish(record)
         if stop.signal:

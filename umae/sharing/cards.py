@@ -106,6 +106,8 @@ def model_card(folder: Path, checkpoint: Path | None = None) -> str:
     run = json.loads((folder / "run.json").read_text())
     config = json.loads(((checkpoint or folder) / "config.json").read_text())
     lines = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
+    if checkpoint is not None:  # training has gone on while it was written
+        lines = [line for line in lines if line["step"] <= int(checkpoint.name.removeprefix("step-"))]
     identity = run["identity"]
     fresh, base = identity.get("initial_weights") is None, run.get("base_model", [])
     facts = {

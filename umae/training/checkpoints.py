@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +33,40 @@ CHECKSUMS_FILE = "checksums.json"
 ONLY_FOR_TRAINING = (OPTIMIZER_FILE, STATE_FILE, CHECKSUMS_FILE)  # of a checkpoint's files
 _WHOLE = StateDictOptions(full_state_dict=True)  # not one process' shard of it
 _WHOLE_ON_CPU = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the main process; empty on the others
+
+
+class Writer:
+    """Writes checkpoints in a thread, one after the other, so that training goes on meanwhile."""
+
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if error is None:
+                self.wait()
+        finally:
+            self._pool.shutdown()  # what is being written is completed, whatever has happened beside
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Begin to write, once the one before is whole."""
+        self.wait()
+        self._writing = self._pool.submit(write)
+
+    def wait(self) -> None:
+        """Until all is written; raises what has made that fail."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def check(self) -> None:
+        """Raise what has made the last one fail, if it has."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -113,11 +148,12 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights on the CPU, by name, whole whatever engine has wrapped or sharded the model.
+    """A copy of the weights on the CPU, by name, whole whatever engine has wrapped or sharded the model.
 
     Every process calls it; the main one receives the tensors, the others nothing.
     """
-    return cast(dict[str, torch.Tensor], get_model_state_dict(model, options=_WHOLE_ON_CPU))
+    tensors = cast(dict[str, torch.Tensor], get_model_state_dict(model, options=_WHOLE_ON_CPU))
+    return {name: tensor.clone() for name, tensor in tensors.items()}  # those of a CPU are the model's own
 
 
 def restore_model(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
@@ -126,12 +162,13 @@ def restore_model(model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimiser's state on the CPU, by parameter name (`vit.layernorm.weight/exp_avg`).
+    """A copy of the optimiser's state on the CPU, by parameter name (`vit.layernorm.weight/exp_avg`).
 
     Every process calls it; the main one receives the tensors, the others nothing.
     """
     state = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=_WHOLE_ON_CPU).get("state", {}))
-    return {f"{name}/{key}": tensor.contiguous() for name, values in state.items() for key, tensor in values.items()}
+    tensors = ((f"{name}/{key}", tensor) for name, values in state.items() for key, tensor in values.items())
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors}
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from umae.data.batches import Plan
+from umae.training.checkpoints import Writer
 from umae.training.failures import (
     explained_out_of_memory,
     log_on,
@@ -25,6 +26,8 @@ from umae.training.log import MetricsLog
 from umae.training.schedules import Schedule, set_learning_rate
 from umae.training.signals import StopRequest
 from umae.training.state import State
+
+CHECKPOINT_SECONDS = 600  # between checkpoints, where no number of steps is given
 
 # The loss of every micro-batch of a step, in turn, and float32 values to log that go with it, the loss first.
 Losses = Iterator[tuple[torch.Tensor, torch.Tensor]]
@@ -75,6 +78,7 @@ class Settings:
     Args:
         folder: of the run.
         processor: saved with every checkpoint.
+        checkpointing_steps: None for a checkpoint every CHECKPOINT_SECONDS.
         max_unreadable_share: of the images, in [0, 1]; more end the run.
         torch_compile: `no`, or what to compile, see `compile_model`.
     """
@@ -85,7 +89,7 @@ class Settings:
     schedule: Schedule
     min_learning_rate: float
     logging_steps: int
-    checkpointing_steps: int
+    checkpointing_steps: int | None
     checkpoints_total_limit: int
     max_unreadable_share: float
     gradient_checkpointing: bool
@@ -99,6 +103,7 @@ def train(
     record: dict[str, Any],
     log: MetricsLog,
     stop: StopRequest,
+    writer: Writer,
     publish: Callable[[int], None],
 ) -> None:
     """From the newest checkpoint, if there is one, to the last step, whose `step-N/` stands at the end.
@@ -107,7 +112,7 @@ def train(
 
     Args:
         record: what `run.json` holds; kept up to date.
-        publish: called after every checkpoint but the last, with its step.
+        publish: called in the writer's thread after every checkpoint, with its step.
     """
     plan, total = settings.plan, settings.schedule.total_steps
     state = State.begin(
@@ -120,6 +125,7 @@ def train(
     micro_batches = log.waited_for(task.batches(range(state.step, total)))
     failed = no_failure(accelerator.device, len(task.values))
     unreadable: dict[int, str] = {}
+    saved_at = stop.seconds
     used: dict[int, list[int]] = {}  # indices of the images of every step since `failed` was last read
     clock, seconds_before = time.perf_counter(), record["seconds"]
 
@@ -136,11 +142,16 @@ def train(
         state.count(values)
 
         done, last = step + 1, step + 1 == total
-        logs, saves = (last or done % steps == 0 for steps in (settings.logging_steps, settings.checkpointing_steps))
+        logs = last or done % settings.logging_steps == 0
         stopped = stop.has_come(accelerator, done) and not last
+        if settings.checkpointing_steps is None:
+            saves = last or stop.seconds - saved_at >= CHECKPOINT_SECONDS
+        else:
+            saves = last or done % settings.checkpointing_steps == 0
         if logs or saves or stopped:
             stop_if_failed(failed, task.index_name, task.description, used, task.values, task.own_values)
             used.clear()
+            writer.check()
         if logs:
             report_unreadable(
                 unreadable, record, plan.images, settings.max_unreadable_share, log_on(accelerator.is_main_process)
@@ -153,10 +164,14 @@ def train(
             log.write(done, line, text)
         if saves or stopped:
             record["seconds"] = seconds_before + time.perf_counter() - clock
-            keep = settings.checkpoints_total_limit
-            state.save(settings.folder, record, settings.processor, keep, *task.saved_beside())
-            if not last:
-                publish(done)
+            saved_at = stop.seconds
+            state.save(
+                settings.folder, record, settings.processor, settings.checkpoints_total_limit, *task.saved_beside(),
+                writer, publish,
+            )  # fmt: skip
+        if last or stopped:
+            writer.wait()
+            accelerator.wait_for_everyone()  # a process that ends early makes a launcher end the others
         if stopped:
             accelerator.print(f"\nstopped by a signal after step {done}; the same command continues from there")
             return

@@ -16,10 +16,11 @@ class StopRequest:
 
     Attributes:
         signal: the number of the signal that came, 0 if none has.
+        seconds: since the start, at the last check; the main process' clock, the same on every process.
     """
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self.seconds, self._start = 0, 0.0, time.perf_counter()
         self._last_step, self._last_time, self._next_step = None, 0.0, 0  # of the last check and of the next one
 
     def __enter__(self) -> "StopRequest":
@@ -37,19 +38,21 @@ class StopRequest:
 
         Several processes wait for each other only once in about SECONDS, at steps that they agree upon.
         """
-        if accelerator.num_processes > 1:
-            if step < self._next_step:
-                return False
-            steps = 1.0  # where a run starts or is resumed, nothing is known of its pace
-            if self._last_step is not None:
-                steps = (step - self._last_step) * SECONDS / (time.perf_counter() - self._last_time)
-            everyones = accelerator.gather(torch.tensor([[float(self.signal), steps]], device=accelerator.device))
-            agreed, steps = int(everyones[:, 0].max()), int(everyones[:, 1].min())
-            self._last_step, self._last_time = step, time.perf_counter()
-            self._next_step = step + max(1, steps)
-            self.signal = agreed or self.signal  # a signal that has come since is for the next check
-            return agreed > 0
-        return self.signal > 0
+        if accelerator.num_processes == 1:
+            self.seconds = time.perf_counter() - self._start
+            return self.signal > 0
+        if step < self._next_step:
+            return False
+        now, steps = time.perf_counter(), 1.0  # where a run starts or is resumed, nothing is known of its pace
+        if self._last_step is not None:
+            steps = (step - self._last_step) * SECONDS / (now - self._last_time)
+        mine = torch.tensor([[float(self.signal), steps, now - self._start]], device=accelerator.device)
+        everyones = accelerator.gather(mine)
+        agreed, steps, self.seconds = int(everyones[:, 0].max()), int(everyones[:, 1].min()), float(everyones[0, 2])
+        self._last_step, self._last_time = step, time.perf_counter()
+        self._next_step = step + max(1, steps)
+        self.signal = agreed or self.signal  # a signal that has come since is for the next check
+        return agreed > 0
 
     def _remember(self, number: int, frame) -> None:
         self.signal = number

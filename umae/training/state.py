@@ -1,6 +1,7 @@
 """What training changes from one step to the next: how it begins, is saved in a checkpoint and continues from there."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,31 +111,40 @@ class State:
         keep: int,
         beside: dict[str, torch.Tensor],
         state: dict[str, Any],
+        writer: checkpoints.Writer,
+        publish: Callable[[int], None],
     ) -> None:
-        """Write `step-N/` and `run.json`; every process takes part, the main one writes.
+        """Have `step-N/` and `run.json` written from a copy; every process takes part, the main one writes.
 
         Args:
             keep: how many checkpoints stay.
             beside, state: tensors and plain values that `restore` shall return.
+            publish: called with the step by the main process, in the writer's thread, once the checkpoint stands.
         """
         accelerator, model = self.accelerator, self.model
         state_dict = checkpoints.model_tensors(model)
         tensors = checkpoints.optimizer_tensors(model, self.optimizer.optimizer)
         # What every process continues with, resumed or not
         self.window.copy_(accelerator.reduce(self.window, "mean"))
-        tensors["window"] = self.window.cpu()
-        tensors |= {f"{BESIDE}{name}": tensor for name, tensor in beside.items()}
+        tensors |= {"window": self.window.to("cpu", copy=True)}
+        tensors |= {f"{BESIDE}{name}": tensor.clone() for name, tensor in beside.items()}
         state = state | {"step": self.step, "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
 
-        def write(target: Path) -> None:
-            with torch.device("meta"):  # a plain model: a class of FSDP2's would save FSDP2's code instead of ours
-                plain = self.kind(accelerator.unwrap_model(model).config)
+        if not accelerator.is_main_process:
+            return
+        with torch.device("meta"):  # a plain model: a class of FSDP2's would save FSDP2's code instead of ours
+            plain = self.kind(copy.deepcopy(accelerator.unwrap_model(model).config))
+        step, record = self.step, copy.deepcopy(record)  # as they are now
+
+        def write_files(target: Path) -> None:
             plain.save_pretrained(target, state_dict=state_dict)
             processor.save_pretrained(target)
             checkpoints.write_training_state(target, tensors, state)
 
-        if accelerator.is_main_process:
+        def write() -> None:
             size = sum(tensor.nbytes for tensor in (*state_dict.values(), *tensors.values()))
-            checkpoints.save_checkpoint(folder, self.step, write, keep, size)
+            checkpoints.save_checkpoint(folder, step, write_files, keep, size)
             write_run(folder, record)
-        accelerator.wait_for_everyone()
+            publish(step)
+
+        writer.start(write)
