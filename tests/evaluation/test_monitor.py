@@ -19,7 +19,7 @@ from umae.data.inputs import evaluation_processor, normalize
 from umae.evaluation.collapse import effective_rank
 from umae.evaluation.diagnosis import VIEWS
 from umae.evaluation.features import frozen_features
-from umae.evaluation.monitor import SHARE, Monitor, ProbeImages, classes_of, prepare_probe_images, usual_steps
+from umae.evaluation.monitor import SHARE, Monitor, ProbeImages, classes_of, estimated_steps, prepare_probe_images
 from umae.evaluation.online import MemoryBank
 from umae.programs import pretrain
 from umae.speed import encoder_flops, training_flops
@@ -159,7 +159,7 @@ def test_the_rank_is_printed_with_the_largest_one_that_this_many_images_can_have
 def test_evaluation_takes_its_share_of_the_trainings_flops():
     config = fresh_config()
     plan = Plan(images=1000, batch_size=8, accumulation=2, processes=2, seed=0)
-    steps = usual_steps(config, plan, count=100)
+    steps = estimated_steps(config, plan, count=100)
     monitor, model = make_monitor(Accelerator(cpu=True), batch_size=60)
     with FlopCounterMode(display=False) as counter:
         monitor._encode(model.eval(), 0)
@@ -218,8 +218,9 @@ def test_images_that_cannot_be_read_do_not_count(tmp_path):
     assert 1 <= values["effective_rank_cls"] <= 5 and "online_top1" not in values
 
 
+@pytest.mark.parametrize("record", [{}, {"eval_steps": 100_000}], ids=str)
 @pytest.mark.parametrize("total", [8, 150, 920, 1100, 10_000])
-def test_a_run_is_evaluated_at_least_eight_times_and_first_within_its_first_eighth(total):
+def test_a_run_is_evaluated_at_least_eight_times_and_first_within_its_first_eighth(total, record):
     """1 % of the time would be steps 850 and 920 of 920, and one evaluation of 150 steps."""
     job = SimpleNamespace(
         args=SimpleNamespace(eval_steps=None, logging_steps=None), probe_images=load_images("digits", split="test"),
@@ -228,9 +229,9 @@ def test_a_run_is_evaluated_at_least_eight_times_and_first_within_its_first_eigh
     )  # fmt: skip
     steps = range(1, total + 1)
     logged = [step for step in steps if step == total or step % pretrain.logging_steps(job) == 0]
-    evaluated = [step for step in logged if pretrain.evaluates(job, step)]
+    evaluated = [step for step in logged if pretrain.evaluates(job, record, step)]
     assert len(evaluated) >= 8 and evaluated[0] <= total / 8 and evaluated[-1] == total
     job.args.eval_steps, job.args.logging_steps = 40, 30  # arguments take precedence
-    assert [step for step in steps if step % 30 == 0 and pretrain.evaluates(job, step)][:3] == [
+    assert [step for step in steps if step % 30 == 0 and pretrain.evaluates(job, record, step)][:3] == [
         step for step in (60, 90, 120) if step <= total
     ]

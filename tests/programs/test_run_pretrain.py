@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 
 import pytest
 import torch
@@ -125,6 +126,26 @@ def test_without_labels_there_are_no_online_accuracies_and_that_is_said(
     assert f"  labels           {announced}\n" in capsys.readouterr().out
     (line,) = metrics(tmp_path / "run")
     assert "effective_rank_cls" in line and "online_top1" not in line and "online_knn_top1" not in line
+
+
+def test_evaluations_are_spaced_by_the_time_that_they_take_and_a_resumed_run_keeps_to_it(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    name = folder_of_parquet(tmp_path / "images", train=[0, 1] * 4, test=[0, 1])
+    flags = [*small_model(name).split(), "--output_dir", str(tmp_path / "run"), "--per_device_train_batch_size", "8"]
+    flags += ["--max_train_steps", "40", "--checkpointing_steps", "20"]
+    evaluate = pretrain.evaluate_features
+    monkeypatch.setattr(pretrain, "evaluate_features", lambda *arguments: time.sleep(0.2) or evaluate(*arguments))
+    monkeypatch.setattr(pretrain, "EVALUATIONS", 1)
+    monkeypatch.setattr(pretrain, "estimated_steps", lambda *_: 2)
+    for resumed in (False, True):
+        if resumed:
+            record = json.loads((tmp_path / "run" / "run.json").read_text())
+            assert record["eval_steps"] > 40, "one takes more than 0.4 steps"
+            (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "finished": False}))
+            shutil.rmtree(tmp_path / "run" / "step-40")
+        run_pretrain.main(flags)
+        evaluated = [line["step"] for line in metrics(tmp_path / "run") if "effective_rank_cls" in line]
+        assert evaluated == [2, 4, 6, 40], "known after two lines"
 
 
 def test_the_code_on_the_card_runs_as_it_stands(finished, tmp_path):

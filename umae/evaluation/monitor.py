@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import layer_norm
@@ -28,14 +29,15 @@ from umae.evaluation.reconstruction import FIGURE_IMAGES, reconstructions
 from umae.speed import encoder_flops, training_flops
 
 MOST_IMAGES = 512  # probe images
-SHARE = 0.01  # of the training's FLOPs that evaluation takes by default
+SHARE = 0.01  # of the time, by default
 OBSERVED_STEPS = 2  # the online classifier is trained at every second step: every step would cost a tiny model 1.5 %
 BANK = 16_384  # training features kept for k-NN, at most one per training image
 NEIGHBOURS = 20  # k of k-NN
 
 
-def usual_steps(config: UMAEConfig, plan: Plan, count: int) -> int:
-    """Steps between evaluations with which these take SHARE of the training's FLOPs.
+def estimated_steps(config: UMAEConfig, plan: Plan, count: int) -> int:
+    """Steps between evaluations with which these take SHARE of the training's FLOPs: of the time at the least, as
+    statistics on the CPU and images to save come on top.
 
     Args:
         count: number of probe images.
@@ -45,6 +47,17 @@ def usual_steps(config: UMAEConfig, plan: Plan, count: int) -> int:
     views = encoder_flops(config, patches) + (VIEWS - 1) * encoder_flops(config, visible)
     gradients = 2 * plan.batch_size * plan.processes * trained
     return math.ceil((count * views + gradients) / (SHARE * plan.images_per_step * trained))
+
+
+def measured_steps(accelerator: Accelerator, evaluation: float, step: float) -> int:
+    """Steps between evaluations with which these take SHARE of the time, as the main process has measured it; every
+    process must call this.
+
+    Args:
+        evaluation, step: seconds that each of them takes.
+    """
+    (steps,) = broadcast_object_list([math.ceil(evaluation / (SHARE * step))])
+    return steps
 
 
 def classes_of(train: Images | Stream, probe_images: Images | Stream) -> int | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import statistics
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,8 +36,9 @@ from umae.evaluation.monitor import (
     OBSERVED_STEPS,
     Monitor,
     classes_of,
+    estimated_steps,
+    measured_steps,
     prepare_probe_images,
-    usual_steps,
 )
 from umae.programs.keywords import keywords
 from umae.programs.shell import begin, carry_out, make_plan, make_settings
@@ -117,7 +119,7 @@ def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, ar
         ),
         identity_of(job, model_args.model_name_or_path),
         initial_weights=model_args.model_name_or_path,
-        make_task=lambda log, record: make_task(job, model, log),
+        make_task=lambda log, record: make_task(job, model, log, record),
         announce=lambda record: announce(job, record, model),
         finish=lambda record: finish(job, record),
         hub_repo=(args.hub_model_id, args.hub_private_repo) if args.push_to_hub else None,
@@ -299,7 +301,7 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
     if job.probe_images is not None:
         if job.images.has_labels and classes_of(job.images, job.probe_images) is None:
             lines["labels"] += f"; without online accuracies: {job.probe_images.description} has no such labels"
-        lines["evaluated on"] = f"{job.probe_images.description}, every {eval_steps(job):,} steps"
+        lines["evaluated on"] = f"{job.probe_images.description}, every {eval_steps(job, record):,} steps"
     for name, text in lines.items():
         job.accelerator.print(f"  {name:<16} {text}")
 
@@ -308,7 +310,7 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
 # The task
 
 
-def make_task(job: Job, model: UMAEForPreTraining, log: MetricsLog) -> Task:
+def make_task(job: Job, model: UMAEForPreTraining, log: MetricsLog, record: dict[str, Any]) -> Task:
     """What is trained: the two losses, on crops of the images; the monitor evaluates what is learned."""
     accelerator, args, config = job.accelerator, job.args, job.config
     monitor = make_monitor(job)
@@ -328,7 +330,12 @@ def make_task(job: Job, model: UMAEForPreTraining, log: MetricsLog) -> Task:
 
     def evaluate(state: State, micro_batch: dict) -> dict[str, float | None]:
         assert monitor is not None
-        return evaluate_features(job, monitor, state, micro_batch)
+        start = time.perf_counter()
+        values = evaluate_features(job, monitor, state, micro_batch)
+        if job.args.eval_steps is None and "eval_steps" not in record and log.lines >= 2:  # the first one is slower
+            seconds = time.perf_counter() - start
+            record["eval_steps"] = measured_steps(accelerator, seconds, log.step_seconds)
+        return values
 
     def saved_beside() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors = monitor.tensors() if monitor else {}
@@ -351,7 +358,7 @@ def make_task(job: Job, model: UMAEForPreTraining, log: MetricsLog) -> Task:
         batches=lambda steps: make_loader(job, steps, cursors),
         line=partial(line_of, accelerator),
         evaluate=evaluate,
-        evaluates=lambda step: monitor is not None and evaluates(job, step),
+        evaluates=lambda step: monitor is not None and evaluates(job, record, step),
         saved_beside=saved_beside,
         restore=restore,
         index_name=job.images.index_name,
@@ -371,25 +378,32 @@ def make_monitor(job: Job) -> Monitor | None:
     return Monitor(job.accelerator, job.config, probe_images, labels, classes, job.processor, job.args.seed)
 
 
-def eval_steps(job: Job) -> int:
-    """Steps between evaluations: as asked for, or so that they take 1 % of the time, but ten in a short run."""
+def eval_steps(job: Job, record: dict[str, Any]) -> int:
+    """Steps between evaluations: as asked for, or so that they take 1 % of the time, but ten in a short run.
+
+    Args:
+        record: what `run.json` holds; also the number of steps, once it has been measured.
+    """
     count = job.probe_images.num_images if job.probe_images is not None else None
     images = min(MOST_IMAGES, count or MOST_IMAGES)
-    usual = min(usual_steps(job.config, job.plan, images), max(1, job.schedule.total_steps // EVALUATIONS))
-    return job.args.eval_steps or usual
+    usual = record.get("eval_steps") or estimated_steps(job.config, job.plan, images)
+    return job.args.eval_steps or min(usual, max(1, job.schedule.total_steps // EVALUATIONS))
 
 
 def logging_steps(job: Job) -> int:
-    """Steps between lines of `metrics.jsonl`: as asked for, or 50, but in a short run one for each evaluation."""
+    """Steps between lines of `metrics.jsonl`: as asked for, or 50, but in a short run one for each evaluation.
+
+    The same for the whole run, so by the estimate.
+    """
     if job.args.logging_steps is not None or job.probe_images is None:
         return job.args.logging_steps or USUAL_LOGGING
-    return min(USUAL_LOGGING, eval_steps(job))
+    return min(USUAL_LOGGING, eval_steps(job, {}))
 
 
-def evaluates(job: Job, step: int) -> bool:
+def evaluates(job: Job, record: dict[str, Any], step: int) -> bool:
     """Whether the line of `metrics.jsonl` at a step comes with an evaluation; the first one does by default."""
     is_first = job.args.eval_steps is None and step <= logging_steps(job)
-    return is_first or is_due(step, job.schedule.total_steps, logging_steps(job), eval_steps(job))
+    return is_first or is_due(step, job.schedule.total_steps, logging_steps(job), eval_steps(job, record))
 
 
 def evaluate_features(job: Job, monitor: Monitor, state: State, batch: dict) -> dict[str, float | None]:

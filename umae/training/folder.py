@@ -23,7 +23,8 @@ from umae.training.checkpoints import clear_leftovers, newest_whole
 RUN_FILE = "run.json"
 LOCK_FILE = "run.lock"
 METRICS_FILE = "metrics.jsonl"
-KEPT = ("seconds", "unreadable", "unreadable_test", "finished")  # of `run.json`, by a run that is continued
+# Of `run.json`, by a run that is continued
+KEPT = ("seconds", "unreadable", "unreadable_test", "eval_steps", "finished")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ class MetricsLog:
         self.bar: tqdm | None = None
         self.images_per_step = images_per_step
         self.waited, self.evaluated = 0.0, 0.0  # seconds since the last line
+        self.lines = 0  # written by this process
+        self.step_seconds = 0.0  # a step, by the last line
 
     def begin(self, step: int, flops: int) -> None:
         """Start the clock; lines of steps after `step` are dropped, they will be written again.
@@ -97,6 +99,7 @@ class MetricsLog:
             "memory_gb": memory / 1e9,
             "diagnostics_seconds": self.evaluated,
         }
+        self.lines, self.step_seconds = self.lines + 1, seconds / (step - self.last_step)
         self.last_step, self.waited, self.evaluated = step, 0.0, 0.0
         line = {"step": step, **values, **{name: float(f"{value:.4g}") for name, value in speed.items()}}
         if self.accelerator.is_main_process:
