@@ -58,13 +58,18 @@ class LinearHead:
 
 
 def train_linear_heads(
-    features: dict[str, torch.Tensor], labels: torch.Tensor, num_classes: int, seed: int
+    features: dict[str, torch.Tensor],
+    labels: torch.Tensor,
+    num_classes: int,
+    seed: int,
+    device: torch.device | None = None,
 ) -> dict[str, LinearHead]:
     """A linear classifier of each feature (`cls`, `mean`, ...), with the best learning rate and weight decay.
 
     For each feature, one head per learning rate and weight decay is trained on 90 % of the images, all heads at once
     (as in DINOv2's evaluation, Oquab et al. 2023). The setting that is best on the other 10 % is then trained on all
-    images. The same arguments give bit-identical results on the same device.
+    images. The same arguments give bit-identical results on the same device, and a feature's head does not depend on
+    what other features there are.
 
     Args:
         features: (V, N, D) by name: of the images, and of V - 1 augmentations of them, used in turn from epoch to
@@ -72,78 +77,81 @@ def train_linear_heads(
         labels: int64 (N,), in [0, num_classes).
         num_classes: C.
         seed: of the held-out images, the initial weights and the order of the images.
+        device: to compute on, one feature after the other, as each may fill its memory; by default that of each.
 
     Raises:
         ValueError: fewer than 2 classes or images, labels outside of [0, C), features that are not finite.
     """
-    all_views = list(features.values())
-    for views in all_views:
+    for views in features.values():
         for view in views:
             _check(view, labels, num_classes)
+    heads = {}
+    for name, views in features.items():
+        views = views.to(device or views.device)
+        heads[name] = _train_linear_head(views, labels.to(views.device), num_classes, seed, name)
+    return heads
+
+
+def _train_linear_head(views: torch.Tensor, labels: torch.Tensor, num_classes: int, seed: int, name: str) -> LinearHead:
     generator = torch.Generator().manual_seed(seed)
     held_out, rest = (rows.to(labels.device) for rows in split_off(len(labels), generator))
     grid = [(rate, decay) for rate in LEARNING_RATES for decay in WEIGHT_DECAYS]
     weights, biases = train_heads(
-        [views[:, rest] for views in all_views], labels[rest], num_classes, [grid] * len(all_views), generator,
-        description="choosing linear heads",
-    )  # fmt: skip
-    chosen = []
-    for views, weight, bias in zip(all_views, weights, biases, strict=True):
-        logits = views[0, held_out] @ weight.transpose(1, 2) + bias[:, None]  # (H, held out, C)
-        best, top1 = best_head(logits, labels[held_out])
-        chosen.append({"learning_rate": grid[best][0], "weight_decay": grid[best][1], "validation_top1": top1})
-    settings = [[(choice["learning_rate"], choice["weight_decay"])] for choice in chosen]
-    weights, biases = train_heads(all_views, labels, num_classes, settings, generator)
-    heads = zip(weights[:, 0], biases[:, 0], chosen, strict=True)
-    return {name: LinearHead(*head) for name, head in zip(features, heads, strict=True)}
+        views[:, rest], labels[rest], num_classes, grid, generator, f"choosing a linear head, {name}"
+    )
+    logits = views[0, held_out] @ weights.transpose(1, 2) + biases[:, None]  # (H, held out, C)
+    best, top1 = best_head(logits, labels[held_out])
+    weights, biases = train_heads(
+        views, labels, num_classes, grid[best : best + 1], generator, f"training a linear head, {name}"
+    )
+    chosen = {"learning_rate": grid[best][0], "weight_decay": grid[best][1], "validation_top1": top1}
+    return LinearHead(weights[0], biases[0], chosen)
 
 
 def train_heads(
-    features: Sequence[torch.Tensor],
+    views: torch.Tensor,
     labels: torch.Tensor,
     num_classes: int,
-    settings: Sequence[Sequence[tuple[float, float]]],
+    settings: Sequence[tuple[float, float]],
     generator: torch.Generator,
     description: str = "training linear heads",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """H heads on each of F features, trained side by side: weights (F, H, C, D) and biases (F, H, C).
+    """H heads on one feature, trained side by side: weights (H, C, D) and biases (H, C).
 
     Args:
-        features: F tensors (V, N, D); every epoch uses one of the V views.
-        settings: for each feature, (learning rate, weight decay) of each of its H heads.
+        views: (V, N, D); every epoch uses one of the V views.
+        settings: learning rate and weight decay of each head.
         generator: draws the initial weights, the same for all heads, and the order of the images.
         description: of the progress bar.
     """
-    (num_views, count, width), num_features, num_heads = features[0].shape, len(features), len(settings[0])
-    device, dtype = features[0].device, features[0].dtype
-    moments = [torch.var_mean(views, dim=(0, 1), correction=0) for views in features]
-    scale = torch.stack([(variance + EPSILON).rsqrt() for variance, _ in moments])[:, None]  # (F, 1, D)
-    mean = torch.stack([mean for _, mean in moments])[:, None]
+    (num_views, count, width), num_heads = views.shape, len(settings)
+    device, dtype = views.device, views.dtype
+    variance, mean = torch.var_mean(views, dim=(0, 1), correction=0)
+    scale = (variance + EPSILON).rsqrt()
 
     weight = INIT_STD * torch.randn(width, num_classes, generator=generator)
-    weight = weight.to(device, dtype).repeat(num_features, 1, num_heads)  # (F, D, H * C)
-    bias = torch.zeros(num_features, 1, num_heads * num_classes, device=device, dtype=dtype)
+    weight = weight.to(device, dtype).repeat(1, num_heads)  # (D, H * C)
+    bias = torch.zeros(num_heads * num_classes, device=device, dtype=dtype)
     weight_momentum, bias_momentum = torch.zeros_like(weight), torch.zeros_like(bias)
-    rates, decays = torch.tensor(settings, device=device, dtype=dtype).repeat_interleave(num_classes, 1).unbind(-1)
-    rates, decays = rates[:, None], decays[:, None]  # (F, 1, H * C)
+    rates, decays = torch.tensor(settings, device=device, dtype=dtype).repeat_interleave(num_classes, 0).unbind(-1)
     batch_size = min(BATCH_SIZE, max(count // 16, 1))
     steps = EPOCHS * math.ceil(count / batch_size)
     step, bar = 0, progress_bar(total=steps, desc=description, unit="step")
     for epoch in range(EPOCHS):
         for batch in torch.randperm(count, generator=generator).to(device).split(batch_size):
-            inputs = (torch.stack([views[epoch % num_views, batch] for views in features]) - mean) * scale  # (F, B, D)
-            logits = torch.baddbmm(bias, inputs, weight).unflatten(2, (num_heads, num_classes))  # (F, B, H, C)
-            error = cross_entropy_gradient(logits, labels[batch, None]).flatten(2)  # (F, B, H * C)
-            weight_momentum.mul_(MOMENTUM).baddbmm_(inputs.transpose(1, 2), error).addcmul_(decays, weight)
-            bias_momentum.mul_(MOMENTUM).add_(error.sum(dim=1, keepdim=True))
+            inputs = (views[epoch % num_views, batch] - mean) * scale  # (B, D)
+            logits = torch.addmm(bias, inputs, weight).unflatten(1, (num_heads, num_classes))  # (B, H, C)
+            error = cross_entropy_gradient(logits, labels[batch, None]).flatten(1)  # (B, H * C)
+            weight_momentum.mul_(MOMENTUM).addmm_(inputs.T, error).addcmul_(decays, weight)
+            bias_momentum.mul_(MOMENTUM).add_(error.sum(dim=0))
             rate = rates * learning_rate_at(step, steps, 0, 1.0)
             weight -= rate * weight_momentum
             bias -= rate * bias_momentum
             step += 1
             bar.update()
     bar.close()
-    weight = weight.unflatten(2, (num_heads, num_classes)).permute(0, 2, 3, 1) * scale[:, None]  # for raw features
-    return weight, bias.view(num_features, num_heads, num_classes) - (weight * mean[:, None]).sum(dim=-1)
+    weight = weight.unflatten(1, (num_heads, num_classes)).permute(1, 2, 0) * scale  # for raw features
+    return weight, bias.view(num_heads, num_classes) - (weight * mean).sum(dim=-1)
 
 
 def cross_entropy_gradient(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

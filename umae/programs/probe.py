@@ -97,18 +97,19 @@ def run(args: ProbeArguments) -> dict[str, Any]:
     )
     test_set = FeatureSet.of(extract(test, tokens_in=tokens_in), labels=test.labels())
     if accelerator.is_main_process:
-        train_set, test_set = train_set.on(accelerator.device), test_set.on(accelerator.device)
+        device = accelerator.device
         if not trained:
-            print(f"training linear heads on {len(train_set.features)} kinds of features")
-            trained = [train_linear_heads(train_set.views, train_set.labels, len(names), seed) for seed in seeds]
-        report = evaluate(train_set, test_set, trained, len(names))
+            print(f"training linear heads on {len(train_set.views)} kinds of features")
+            train_all = partial(train_linear_heads, train_set.views, train_set.labels, len(names), device=device)
+            trained = [train_all(seed) for seed in seeds]
+        report = evaluate(train_set, test_set, trained, len(names), device)
         if args.attentive:
             report["attentive"] = evaluate_attentive(
-                train_set, test_set, seeds, len(names), encoder.config.num_attention_heads, accelerator.device
+                train_set, test_set, seeds, len(names), encoder.config.num_attention_heads, device
             )
         if shares:
             report["low_shot"] = {
-                share: evaluate_part(train_set, test_set, share, seeds, len(names)) for share in shares
+                share: evaluate_part(train_set, test_set, share, seeds, len(names), device) for share in shares
             }
         report["protocol"] = protocol(args, train, test, names, pooling, processor, seeds, records)
         output.mkdir(parents=True, exist_ok=True)
@@ -163,12 +164,12 @@ def parse_layers(text: str, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features and labels of N images.
+    """Features and labels of N images, on the CPU.
 
     Args:
         views: (V, N, D) by feature name (`cls`, `mean`, ...): of the images, then of V - 1 augmentations of them.
         labels: int64 (N,).
-        tokens: float16 (N, T, D), on the CPU; None without an attentive probe.
+        tokens: float16 (N, T, D); None without an attentive probe.
     """
 
     views: dict[str, torch.Tensor]
@@ -184,16 +185,6 @@ class FeatureSet:
         for name, values in features.items():
             views[name] = torch.stack([values, *(view[name] for view in augmented)]) if augmented else values[None]
         return cls(views, labels, tokens)
-
-    @property
-    def features(self) -> dict[str, torch.Tensor]:
-        """The features of the unaugmented images: (N, D) by name."""
-        return {name: views[0] for name, views in self.views.items()}
-
-    def on(self, device: torch.device) -> "FeatureSet":
-        """On a device; the tokens stay on the CPU."""
-        views = {name: values.to(device) for name, values in self.views.items()}
-        return FeatureSet(views, self.labels.to(device), self.tokens)
 
     def part(self, rows: torch.Tensor) -> "FeatureSet":
         """Some of the images, without tokens; `rows` are int64 indices."""
@@ -224,35 +215,40 @@ def mae_heads(
 
 
 def evaluate(
-    train: FeatureSet, test: FeatureSet, trained: Sequence[dict[str, LinearHead]], num_classes: int
+    train: FeatureSet,
+    test: FeatureSet,
+    trained: Sequence[dict[str, LinearHead]],
+    num_classes: int,
+    device: torch.device,
 ) -> dict[str, dict[str, Any]]:
     """The results of every feature by name, accuracies in percent.
 
     Args:
-        trained: for each seed, the heads by feature name.
+        trained: for each seed, the heads by feature name, on the device.
+        device: takes one feature after the other, as each may fill its memory.
     """
     results = {}
-    for name, features in test.features.items():
-        results[name] = over_seeds([evaluate_head(heads[name], features, test.labels) for heads in trained])
+    train_labels, labels = train.labels.to(device), test.labels.to(device)
+    for name, views in test.views.items():
+        features, known = views[0].to(device), train.views[name][0].to(device)  # of the unaugmented images
+        results[name] = over_seeds([evaluate_head(heads[name], features, labels) for heads in trained])
         for k in NEIGHBOURS:
-            votes = knn_classify(
-                train.features[name], train.labels, features, num_classes, k, TEMPERATURE, show_progress=True
-            )
-            results[name][f"knn{k}_top1"] = percent(topk_accuracy(rank_classes(votes, 1), test.labels)["top1"])
+            votes = knn_classify(known, train_labels, features, num_classes, k, TEMPERATURE, show_progress=True)
+            results[name][f"knn{k}_top1"] = percent(topk_accuracy(rank_classes(votes, 1), labels)["top1"])
         results[name]["effective_rank"] = round(effective_rank(features), 2)
         results[name]["uniformity"] = round(uniformity(features), 6)
     return results
 
 
 def evaluate_part(
-    train: FeatureSet, test: FeatureSet, share: str, seeds: Sequence[int], num_classes: int
+    train: FeatureSet, test: FeatureSet, share: str, seeds: Sequence[int], num_classes: int, device: torch.device
 ) -> dict[str, dict[str, Any]]:
     """Results of linear heads trained on a part of every class, a different part for each seed."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in train.views}
     for seed in seeds:
-        part = train.part(low_shot(train.labels, share, seed).to(train.labels.device))
-        for name, head in train_linear_heads(part.views, part.labels, num_classes, seed).items():
-            results[name].append(evaluate_head(head, test.features[name], test.labels))
+        part = train.part(low_shot(train.labels, share, seed))
+        for name, head in train_linear_heads(part.views, part.labels, num_classes, seed, device).items():
+            results[name].append(evaluate_head(head, test.views[name][0].to(device), test.labels.to(device)))
     return {name: {"pictures": len(part.labels), **over_seeds(by_seed)} for name, by_seed in results.items()}
 
 
