@@ -199,7 +199,12 @@ class ProbeArguments(LabelledDataArguments):
     output_dir: str = required("Folder for the report and the classifier.")
     pooling: Literal["cls", "mean"] | None = flag(None, "The classifier's feature. [what the model was trained with]")
     per_device_eval_batch_size: Count = flag(256, "Images of a forward pass on each process.")
-    dataloader_num_workers: Annotated[int, Between(0)] = flag(0, "Processes that read images, for each process.")
+    dataloader_num_workers: Annotated[int | None, Between(0)] = flag(
+        None, "Processes that read images, for each process. [a core each beside a GPU]"
+    )
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
+        None, "Of the encoder in protocol mae. [bf16 if the hardware has it]"
+    )
     protocol: Literal["cached", "mae"] = flag(
         "cached", "Of the linear heads: features once, or fresh crops for 90 epochs."
     )

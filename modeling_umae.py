@@ -258,8 +258,10 @@ class UMAEEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor, ids_keep: torch.Tensor | None, grid: tuple[int, int]) -> torch.Tensor:
         """(batch, channels, height, width) -> (batch, 1 + visible patches, hidden_size), the class token first."""
         positions = resize_position_table(self.position_embeddings, self.config.grid, grid)
-        if self.training and ids_keep is not None:
-            patches = self.project_visible(pixel_values, ids_keep) + gather_patches(positions[:, 1:], ids_keep)
+        if (self.training and ids_keep is not None) or pixel_values.device.type != "cpu":
+            # Also in evaluation on a GPU, whose convolutions compute in TensorFloat-32 unless told otherwise
+            patches = self.project_patches(pixel_values, ids_keep)
+            patches = patches + (positions[:, 1:] if ids_keep is None else gather_patches(positions[:, 1:], ids_keep))
         else:
             projection: nn.Conv2d = self.patch_embeddings["projection"]  # type: ignore[assignment]  # torch: any Module
             patches = projection(pixel_values.to(projection.weight.dtype)).flatten(2).transpose(1, 2)  # (B, patches, D)
@@ -274,15 +276,15 @@ class UMAEEmbeddings(nn.Module):
         del self.position_embeddings
         self.position_embeddings = nn.Parameter(table)
 
-    def project_visible(self, pixel_values: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
-        """The convolution at the visible patches only, computed as a matrix product: -> (batch, visible, D)."""
+    def project_patches(self, pixel_values: torch.Tensor, ids_keep: torch.Tensor | None) -> torch.Tensor:
+        """The convolution as a matrix product, of the visible patches only where there are some: -> (batch, n, D)."""
         projection: nn.Conv2d = self.patch_embeddings["projection"]  # type: ignore[assignment]  # torch: any Module
         batch, channels = pixel_values.shape[:2]
         height, width = self.config.patch_height_width
         pixels = pixel_values.unflatten(3, (-1, width)).unflatten(2, (-1, height))  # (B, C, rows, h, columns, w)
         pixels = pixels.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * height * width)
-        visible = gather_patches(pixels, ids_keep).to(projection.weight.dtype)
-        return F.linear(visible, projection.weight.flatten(1), projection.bias)
+        visible = pixels if ids_keep is None else gather_patches(pixels, ids_keep)
+        return F.linear(visible.to(projection.weight.dtype), projection.weight.flatten(1), projection.bias)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -504,7 +506,7 @@ class UMAEPreTrainedModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         """The `UMAEEmbeddings`: their output is the input of the first layer, so a hook on them gets all of it."""
         # Not their convolution: FSDP shards the returned module as one unit and gathers its weights when it is called,
-        # but `project_visible` reads the convolution's weights without a call
+        # but `project_patches` reads the convolution's weights without a call
         return self.base_model.get_submodule("embeddings")
 
     def set_input_embeddings(self, value: nn.Module) -> None:

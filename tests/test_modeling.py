@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, ViTMAEConfig, ViTMAEForPreTraining
 
 from configuration_umae import UMAEConfig
@@ -232,6 +233,25 @@ def test_the_patches_of_the_smallest_noise_are_seen_and_all_others_hidden(batch,
         seen, hidden = noise[row][mask[row] == 0], noise[row][mask[row] == 1]
         assert len(seen) == visible and (len(seen) == 0 or len(hidden) == 0 or seen.max() <= hidden.min())
     assert torch.equal(gather_patches(noise[..., None], ids_keep)[..., 0], noise.sort(dim=1).values[:, :visible])
+
+
+def test_no_convolution_runs_on_a_gpu_and_the_product_in_its_place_is_the_same():
+    """A GPU's convolution computes in TensorFloat-32 unless told otherwise: evaluation would differ from training."""
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    model, called = UMAEModel(fresh_config()).eval(), []
+    for mask_ratio in (None, 0.5):
+        pixel_values = images_for(model.config)
+        with Calls(), torch.no_grad():
+            model.to("meta")(pixel_values.to("meta"), mask_ratio=mask_ratio)
+        assert called and not [name for name in called if "conv" in name]
+    embeddings = UMAEModel(fresh_config()).embeddings
+    expected = embeddings.patch_embeddings["projection"](pixel_values).flatten(2).transpose(1, 2)
+    assert torch.allclose(embeddings.project_patches(pixel_values, None), expected, atol=1e-6)
 
 
 def test_patches_and_images_are_inverse():

@@ -79,6 +79,11 @@ def has_float64(device: torch.device) -> bool:
     return device.type != "mps"
 
 
+def has_room(device: torch.device, size: int) -> bool:
+    """Whether a GPU has this many bytes free twice over, so that work on them fits beside them."""
+    return device.type == "cuda" and 2 * size < torch.cuda.mem_get_info(device)[0]
+
+
 def used_memory(device: torch.device) -> int:
     """Bytes: on a GPU the peak of allocated tensors so far, on a CPU the resident memory of the process now."""
     if device.type == "cuda":

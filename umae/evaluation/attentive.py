@@ -15,7 +15,7 @@ from torch import nn
 
 from umae.evaluation.linear import EPSILON, best_head, check_labels, split_off
 from umae.progress_bar import progress_bar
-from umae.speed import has_float64
+from umae.speed import has_float64, has_room
 from umae.training.schedules import learning_rate_at
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
@@ -63,7 +63,7 @@ class AttentiveHead:
         logits = []
         with progress_bar(total=len(rows), desc="evaluating an attentive head", unit="image", leave=False) as bar:
             for block in rows.split(BATCH_SIZE):
-                logits.append(attend(self.parameters, tokens[block].to(self.mean), *settings)[:, 0])
+                logits.append(attend(self.parameters, _like(self.mean, tokens[block]), *settings)[:, 0])
                 bar.update(len(block))
         return torch.cat(logits)
 
@@ -105,7 +105,7 @@ def train_attentive_head(
     The same arguments give bit-identical results on the same device.
 
     Args:
-        tokens: (N, T, D), on any device; moved to `device` batch by batch.
+        tokens: (N, T, D), on any device; moved to `device` batch by batch, or at once where it has room for them.
         labels: int64 (N,), in [0, C).
         num_classes: C.
         seed: of the held-out images, the initial weights and the order of the images.
@@ -116,6 +116,7 @@ def train_attentive_head(
     check_labels(tokens, labels, num_classes)
     generator = torch.Generator().manual_seed(seed)
     held_out, rest = split_off(len(labels), generator)
+    tokens = tokens.to(device) if has_room(device, tokens.nbytes) else tokens
     settings = (*_moments(tokens, device), num_attention_heads)
     train = partial(_train, tokens, labels.to(device), num_classes, *settings, generator=generator)
     heads = train(rows=rest, learning_rates=LEARNING_RATES, description="choosing an attentive head")
@@ -140,6 +141,11 @@ def _moments(tokens: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, 
     mean, square = sums / (tokens.shape[0] * tokens.shape[1])
     factor = ((square - mean.square()).clamp(min=0) + EPSILON).rsqrt()
     return mean.float().to(device), factor.float().to(device)
+
+
+def _like(tensor: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens with the device and dtype of a tensor; moved first, while they have half the bytes."""
+    return tokens.to(tensor.device, non_blocking=True).to(tensor.dtype)
 
 
 def _initial_parameters(num_classes: int, width: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -178,7 +184,7 @@ def _train(
     with progress_bar(total=total, desc=description, unit="step") as bar:
         for _ in range(EPOCHS):
             for batch in rows[torch.randperm(len(rows), generator=generator)].split(batch_size):
-                inputs = tokens[batch.to(tokens.device)].to(mean, non_blocking=True)
+                inputs = _like(mean, tokens[batch.to(tokens.device)])
                 stacked = {name: torch.cat([head[name] for head in heads]) for name in PARAMETER_NAMES}
                 logits = attend(stacked, inputs, mean, scale, num_attention_heads)  # (N, R, C)
                 targets = labels[batch.to(device)].repeat_interleave(len(heads))

@@ -33,7 +33,7 @@ from umae.evaluation.mae import ProbeSchedule, train_mae_probe
 from umae.files import write_text
 from umae.programs.keywords import keywords
 from umae.sharing.cards import base_model, probe_card
-from umae.training.hardware import close, main_process_first, own_state
+from umae.training.hardware import close, main_process_first, make_accelerator, own_state, usual_workers
 
 NEIGHBOURS, TEMPERATURE = (10, 20), 0.07  # of k-NN, as DINO evaluates
 REPORT = "linear_probe.json"
@@ -55,7 +55,7 @@ def probe(**given: Any) -> dict[str, Any]:
 
 
 def run(args: ProbeArguments) -> dict[str, Any]:
-    accelerator = Accelerator()
+    accelerator = make_accelerator(os.environ, args.mixed_precision, 1, "none", Path(args.output_dir))
     check_launch(os.environ, accelerator.num_processes)
     disable_progress_bar()  # transformers' own; `extract_features` shows one
     output = Path(args.output_dir)
@@ -80,15 +80,17 @@ def run(args: ProbeArguments) -> dict[str, Any]:
     if args.protocol == "mae" and (layers or shares or args.augmented_passes):
         raise ValueError("layers, low_shot and augmented_passes need protocol cached; leave out protocol mae")
 
+    usual, asked = usual_workers(accelerator.device), args.dataloader_num_workers
+    workers = usual if asked is None else asked
     set_pooling(encoder, "mean")  # so that one pass gives both features
     extract = partial(
         extract_features, encoder, processor=processor, batch_size=args.per_device_eval_batch_size,
-        num_workers=args.dataloader_num_workers, accelerator=accelerator, layers=layers,
+        num_workers=workers, accelerator=accelerator, layers=layers,
     )  # fmt: skip
     trained: list[dict[str, LinearHead]] = []
     records: dict[int, dict[str, Any]] = {}
     if args.protocol == "mae":
-        trained, records = mae_heads(args, output, encoder, train, processor, len(names), seeds, accelerator)
+        trained, records = mae_heads(args, output, encoder, train, processor, len(names), seeds, workers, accelerator)
     tokens_in = output if args.attentive else None
     train_set = FeatureSet.of(
         extract(train, tokens_in=tokens_in),
@@ -199,6 +201,7 @@ def mae_heads(
     processor: ViTImageProcessorPil,
     num_classes: int,
     seeds: Sequence[int],
+    num_workers: int,
     accelerator: Accelerator,
 ) -> tuple[list[dict[str, LinearHead]], dict[int, dict[str, Any]]]:
     """For each seed: heads on both poolings by MAE's protocol, and a record of the training; all processes call it."""
@@ -208,7 +211,7 @@ def mae_heads(
     for seed in seeds:
         heads, records[seed] = train_mae_probe(
             encoder, images, processor, num_classes, schedule, args.per_device_train_batch_size, seed,
-            args.dataloader_num_workers, accelerator, output / STATE.format(seed=seed), args.torch_compile,
+            num_workers, accelerator, output / STATE.format(seed=seed), args.torch_compile,
         )  # fmt: skip
         trained.append(heads)
     return trained, records
