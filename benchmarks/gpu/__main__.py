@@ -113,7 +113,7 @@ def section(part: str, bench: Bench, records: dict[str, dict[str, Any]]) -> str:
         results = {name: records[name]["result"] for name in names if records.get(name, {}).get("status") == "done"}
         lines += module_of(part).tables(results, bench)
         if missing := [name for name in names if name not in records]:
-            lines.append(f"Not run, for lack of time: {', '.join(missing)}.")
+            lines.append(f"Not run: {', '.join(missing)}.")
     for name, record in records.items():
         if record["status"] == "failed":
             lines.append(f"**Failed: {name}**\n\n```text\n{record['error'].strip()}\n```")

@@ -166,8 +166,8 @@ def tables(results: dict[str, dict[str, Any]], bench: Bench) -> list[str]:
         parts += [
             "### Milliseconds of a step, ViT-B/16, batch 256",
             measure.table(("kernels", *traces), rows),
-            "By the names of kernels, which `records.jsonl` lists. Casts are also copies into another layout; idle is what "
-            "kernels leave of a step.",
+            "By the names of kernels, which `records.jsonl` lists. Casts are also copies into another layout; idle is "
+            "what kernels leave\nof a step.",
         ]
     alone = [(name, result) for name, result in results.items() if name.startswith("attention")]
     if alone:
