@@ -22,7 +22,6 @@ from benchmarks.gpu.items import Bench, Item
 from benchmarks.gpu.training import Training, largest_difference
 from modeling_umae import UMAEForPreTraining, random_masking, uniformity_loss
 from umae import UMAEConfig, seeding
-from umae.training.checkpoints import model_tensors
 from umae.training.failures import stop_if_failed
 from umae.training.pretraining import VALUES as LOGGED
 
@@ -229,12 +228,12 @@ def not_finite(bench: Bench) -> dict[str, Any]:
         return (pixel_values, *arguments[1:]) if spoiled else None
 
     training.state.model.register_forward_pre_hook(spoil)
-    before = model_tensors(training.steps(2).state.model)
+    before = training.steps(2).weights()
     spoiled.append(True)
     training.step()
     spoiled.clear()
     training.step()
-    difference = largest_difference(before, model_tensors(training.state.model))
+    difference = largest_difference(before, training.weights())
     assert difference == 0, f"the weights have changed by {difference}"
     used = {step + 1: training.batch(step)["index"].tolist() for step in range(4)}
     try:
@@ -252,10 +251,10 @@ def overflow(bench: Bench) -> dict[str, Any]:
     parameter.register_hook(lambda gradient: gradient * torch.inf if spoiled else None)
     changed, scales = [], []
     for step in range(5):
-        before = model_tensors(training.state.model)
+        before = training.weights()
         spoiled[:] = [True] * (step == 2)
         training.step()
-        changed.append(largest_difference(before, model_tensors(training.state.model)) > 0)
+        changed.append(largest_difference(before, training.weights()) > 0)
         scales.append(training.accelerator.scaler.get_scale())
     # The first step has a learning rate of 0
     assert changed[1:] == [True, False, True, True] and scales[2] == scales[1] / 2 == scales[4], (changed, scales)

@@ -79,10 +79,13 @@ class Training:
             self.step()
         return self
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """A copy of the weights, on the CPU."""
+        return {name: tensor.clone() for name, tensor in model_tensors(self.state.model).items()}
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weights and the optimiser's state, on the CPU."""
-        model = self.state.model
-        return {**model_tensors(model), **optimizer_tensors(model, self.state.optimizer.optimizer)}
+        return {**self.weights(), **optimizer_tensors(self.state.model, self.state.optimizer.optimizer)}
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
