@@ -23,6 +23,7 @@ import argparse
 import importlib
 import math
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -54,7 +55,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/gpu"), help="work folder (default runs/gpu)")
     parser.add_argument("--images", type=Path, help="folder of photographs (JPEG); made ones by default")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of a part at most (default {SECONDS})")
-    parser.add_argument("--items", help="only items with this in their name")
+    parser.add_argument("--items", default="", help="only items in whose names this regular expression is found")
     args = parser.parse_args()
     if not args.tiny and not torch.cuda.is_available():
         parser.error("there is no GPU here; add --tiny to try every item on the CPU")
@@ -72,7 +73,7 @@ def main() -> None:
     target = (output if args.tiny else measure.RESULTS) / measure.file_name("gpu", device)
     for part in [args.part] if args.part else PARTS:
         items = items_of(part, bench, records)
-        chosen = [item for item in items if (args.items or "") in item.name]
+        chosen = [item for item in items if re.search(args.items, item.name)]
         run_items(part, chosen, records, device, math.inf if args.tiny else args.seconds)
         target.write_text(report(bench, records))
     print(f"report: {target}")
