@@ -11,7 +11,7 @@ INDEX := $(if $(EXTRA_INDEX_URL),--extra-index-url $(EXTRA_INDEX_URL))
 
 VERSIONS := 5.4.0 5.23.0# of transformers: the oldest that pyproject.toml allows, and the newest that was tried
 
-.PHONY: pretrain test test-slow test-versions docs soak quality style
+.PHONY: pretrain test test-slow test-versions docs soak gpu quality style
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,10 @@ docs: $(VENV)/docs-installed
 
 soak: $(VENV)/installed
 	$(BIN)/python -m benchmarks.soak
+
+# Everything that has to be known of a GPU; again for what did not fit into the time
+gpu: $(VENV)/installed
+	$(BIN)/python -m benchmarks.gpu
 
 quality: $(VENV)/installed
 	$(BIN)/ruff check .

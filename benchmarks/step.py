@@ -64,17 +64,21 @@ class Contender:
         return sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers(), *states))
 
 
-def ours(size: str, dtype: torch.dtype, device: str) -> Contender:
-    """Our model as run_pretrain.py trains it: eager attention for bf16 on CPUs, fused otherwise."""
+def ours(fields: dict, dtype: torch.dtype, device: str) -> Contender:
+    """Our model as run_pretrain.py trains it: eager attention for bf16 on CPUs, fused otherwise.
+
+    Args:
+        fields: of the configuration, those that differ from ViT-B/16.
+    """
     attention = "eager" if device == "cpu" and dtype == torch.bfloat16 else "sdpa"
-    config = UMAEConfig(**SIZES[size][0], uniformity_weight=0.01)
+    config = UMAEConfig(**{"uniformity_weight": 0.01, **fields})
     model = UMAEForPreTraining._from_config(config, attn_implementation=attention).to(device).train()
     return Contender(model, adamw(model, fused=True), dtype, device)
 
 
-def vitmae(size: str, dtype: torch.dtype, device: str, weights: dict[str, torch.Tensor], fused: bool) -> Contender:
+def vitmae(fields: dict, dtype: torch.dtype, device: str, weights: dict[str, torch.Tensor], fused: bool) -> Contender:
     """transformers' ViTMAE with our weights and position embeddings."""
-    config = ViTMAEConfig(**SIZES[size][0], norm_pix_loss=True)  # one per model: `_from_config` modifies it
+    config = ViTMAEConfig(**fields, norm_pix_loss=True)  # one per model: `_from_config` modifies it
     model = ViTMAEForPreTraining._from_config(config, attn_implementation="sdpa").to(device).train()
     model.load_state_dict({name: weights[our_name(name)] for name in model.state_dict()})
     return Contender(model, adamw(model, fused=fused), dtype, device)
@@ -92,22 +96,22 @@ def adamw(model: nn.Module, fused: bool) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-6, betas=(0.9, 0.95), weight_decay=0.05, fused=fused or None)
 
 
-def contenders(size: str, device: str) -> dict[str, Contender]:
-    by_name = {f"ours, {DTYPE_NAMES[dtype]}": ours(size, dtype, device) for dtype in (torch.bfloat16, torch.float32)}
+def contenders(fields: dict, device: str) -> dict[str, Contender]:
+    by_name = {f"ours, {DTYPE_NAMES[dtype]}": ours(fields, dtype, device) for dtype in (torch.bfloat16, torch.float32)}
     weights = by_name["ours, bf16"].model.state_dict()
     for dtype in (torch.bfloat16, torch.float32):
         for fused in (False, True):
             optimizer = "fused AdamW" if fused else "default AdamW"
-            by_name[f"ViTMAE, {DTYPE_NAMES[dtype]}, {optimizer}"] = vitmae(size, dtype, device, weights, fused)
+            by_name[f"ViTMAE, {DTYPE_NAMES[dtype]}, {optimizer}"] = vitmae(fields, dtype, device, weights, fused)
     if device == "cuda":
-        by_name["ours, float16"] = ours(size, torch.float16, device)
-        by_name["ours, bf16, layers compiled"] = ours(size, torch.bfloat16, device)
+        by_name["ours, float16"] = ours(fields, torch.float16, device)
+        by_name["ours, bf16, layers compiled"] = ours(fields, torch.bfloat16, device)
     return by_name
 
 
-def random_batch(size: str, batch_size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+def random_batch(fields: dict, batch_size: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(pixel_values, noise) of a batch."""
-    config = UMAEConfig(**SIZES[size][0])
+    config = UMAEConfig(**fields)
     rows, columns = config.grid
     pixel_values = torch.randn(batch_size, config.num_channels, *config.image_height_width, device=device)
     return pixel_values, torch.rand(batch_size, rows * columns, device=device)
@@ -119,8 +123,8 @@ class Matmuls:
     (tokens, D) x (D, 4 D) x (4 D, D), once for each layer of encoder and decoder, always with the same weights.
     """
 
-    def __init__(self, size: str, batch_size: int, dtype: torch.dtype, device: str):
-        config = UMAEConfig(**SIZES[size][0])
+    def __init__(self, fields: dict, batch_size: int, dtype: torch.dtype, device: str):
+        config = UMAEConfig(**fields)
         patches = config.grid[0] * config.grid[1]
         visible = patches - config.num_hidden_patches
         shapes = (
@@ -143,11 +147,12 @@ class Matmuls:
 
 def section(size: str, args: argparse.Namespace) -> str:
     """The table of one model size."""
-    batch_size = args.batch_size or SIZES[size][1]
-    batch = random_batch(size, batch_size, args.device)
-    compared = contenders(size, args.device)
+    fields, usual = SIZES[size]
+    batch_size = args.batch_size or usual
+    batch = random_batch(fields, batch_size, args.device)
+    compared = contenders(fields, args.device)
 
-    batch_of_one, batch_of_two = (random_batch(size, count, args.device) for count in (1, 2))
+    batch_of_one, batch_of_two = (random_batch(fields, count, args.device) for count in (1, 2))
     gflop, saved, peak = {}, {}, {}
     for name, contender in compared.items():
         gflop[name] = measure.flops(lambda c=contender: c.loss(*batch_of_two).backward()) / 2 / 1e9
@@ -163,7 +168,7 @@ def section(size: str, args: argparse.Namespace) -> str:
         peak[name] = (contender.resting_bytes() + transient) / 1e9
 
     dtypes = {contender.dtype for contender in compared.values()}
-    matmuls = {dtype: Matmuls(size, batch_size, dtype, args.device) for dtype in dtypes}
+    matmuls = {dtype: Matmuls(fields, batch_size, dtype, args.device) for dtype in dtypes}
     runs = {name: lambda c=contender: c.step(*batch) for name, contender in compared.items()}
     seconds = measure.interleave({**runs, **matmuls}, args.repetitions, args.device)
     rates = {dtype: matmul.flops / seconds[dtype] for dtype, matmul in matmuls.items()}

@@ -60,11 +60,11 @@ def measured(args) -> dict[tuple[str, int], tuple[float, int]]:
 
 def vit_base_step(args) -> tuple[float, float]:
     """FLOPs and seconds per image of a ViT-B step in bf16."""
-    contender = step.ours("vit_base", torch.bfloat16, args.device)
-    two = step.random_batch("vit_base", 2, args.device)
+    contender = step.ours({}, torch.bfloat16, args.device)
+    two = step.random_batch({}, 2, args.device)
     flops = measure.flops(lambda: contender.loss(*two).backward()) / 2
     contender.optimizer.zero_grad()
-    batch = step.random_batch("vit_base", STEP_BATCH, args.device)
+    batch = step.random_batch({}, STEP_BATCH, args.device)
     seconds = measure.interleave({"step": lambda: contender.step(*batch)}, args.repetitions, args.device)
     return flops, seconds["step"] / STEP_BATCH
 

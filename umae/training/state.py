@@ -128,7 +128,8 @@ class State:
         self.window.copy_(accelerator.reduce(self.window, "mean"))
         tensors |= {"window": self.window.to("cpu", copy=True)}
         tensors |= {f"{BESIDE}{name}": tensor.clone() for name, tensor in beside.items()}
-        state = state | {"step": self.step, "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
+        state = copy.deepcopy(state)  # a stream's cursors move on
+        state |= {"step": self.step, "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None}
 
         if not accelerator.is_main_process:
             return
