@@ -35,7 +35,7 @@ def toy_task(losses=None, refusals=None) -> Task:
     """
     torch.manual_seed(0)
     model = UMAEModel(fresh_config())
-    evaluations = torch.zeros(1)
+    evaluations, counted = torch.zeros(1), [0]  # both are changed in place, as a monitor and a stream's cursors are
 
     def batches(steps: range):
         for step in steps:
@@ -49,7 +49,12 @@ def toy_task(losses=None, refusals=None) -> Task:
 
     def evaluate(state, batch) -> dict[str, float]:
         evaluations.add_(1)
+        counted[0] += 1
         return {"evaluations": evaluations.item()}
+
+    def restore(tensors, state) -> None:
+        evaluations.copy_(tensors.get("evaluations", evaluations))
+        counted[:] = state.get("counted", counted)
 
     return Task(
         model=model,
@@ -63,8 +68,8 @@ def toy_task(losses=None, refusals=None) -> Task:
         line=lambda means: (means, "toy"),
         evaluate=evaluate,
         evaluates=lambda step: step % 2 == 0,
-        saved_beside=lambda: ({"evaluations": evaluations}, {"note": "beside"}),
-        restore=lambda tensors, state: evaluations.copy_(tensors.get("evaluations", evaluations)),
+        saved_beside=lambda: ({"evaluations": evaluations}, {"counted": counted}),
+        restore=restore,
         index_name=lambda index: f"number {index}",
         description="the toy",
     )

@@ -131,24 +131,25 @@ def test_training_goes_on_while_a_checkpoint_is_written_which_holds_its_own_step
 
     def losses(model, micro_batches, step):
         steps.append(step)
-        if step == 7:  # the fourth step after the checkpoint, and the last before the next one
+        if step == 11:  # the fourth step after the second checkpoint, and the last of all
             written.set()
         return toy_losses(model, micro_batches, step)
 
-    def slow(*arguments):
-        if not written.is_set():
-            assert written.wait(TIMEOUT) and steps[-1] == 7, "the loop has not waited"
-            time.sleep(0.1)
-        return write_training_state(*arguments)
+    def slow(folder, step, *arguments):
+        if step == 8:
+            assert written.wait(TIMEOUT) and steps[-1] == 11, "the loop has not waited"
+        return save_checkpoint(folder, step, *arguments)
 
-    write_training_state = checkpoints.write_training_state
-    monkeypatch.setattr(checkpoints, "write_training_state", slow)
-    train_toy(tmp_path / "slow", toy_task(losses))
+    save_checkpoint, write_training_state = checkpoints.save_checkpoint, checkpoints.write_training_state
+    monkeypatch.setattr(checkpoints, "save_checkpoint", slow)
+    train_toy(tmp_path / "slow", toy_task(losses), logging_steps=1)  # evaluates after steps 2, 4, 6, 8, 10 and 12
     monkeypatch.undo()
-    assert_same_run(tmp_path / "slow", undisturbed)
-    for name in ("model.safetensors", "optimizer.safetensors", "trainer_state.json"):
-        expected = (undisturbed / "step-8" / name).read_bytes()
-        assert (tmp_path / "slow" / "step-8" / name).read_bytes() == expected
+    mine, expected = tmp_path / "slow" / "step-8", undisturbed / "step-8"
+    assert (mine / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    tensors, state = checkpoints.read_training_state(mine)
+    others, _ = checkpoints.read_training_state(expected)
+    assert state["counted"] == [4] and tensors.pop("online/evaluations").item() == 4
+    assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items() if name != "window")
 
     def stop_at_five(model, micro_batches, step):
         if step == 5:
