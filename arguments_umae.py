@@ -40,6 +40,11 @@ def required(help: str) -> Any:
     return field(metadata={"help": help})
 
 
+def positional(help: str, metavar: str) -> Any:
+    """As `required`; on the command line its value may also stand alone, without the flag, as the usage shows."""
+    return field(metadata={"help": help, "metavar": metavar})
+
+
 Share = Annotated[float, Between(0, 1)]
 Count = Annotated[int, Between(1)]
 Number = Annotated[float, Between(0)]
@@ -226,6 +231,20 @@ PROBE = (ProbeArguments,)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Shrinking
+
+
+@dataclass(kw_only=True)
+class ShrinkArguments:
+    folder: str = positional("Folder of image files; it is only read.", "FOLDER")
+    output_dir: str = required("Folder for the smaller copy.")
+    shortest_side: Count = flag(868, "Pixels of the shorter side; crops of 224 pixels need the default.")
+
+
+SHRINK = (ShrinkArguments,)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # From what is given to instances
 
 
@@ -248,6 +267,7 @@ PROGRAMS: dict[str, tuple[tuple[type, ...], Callable[[Mapping[str, Any]], tuple[
     "pretrain": (PRETRAIN, pretraining_arguments),
     "probe": (PROBE, lambda given: arguments_of(PROBE, given)),
     "finetune": (FINETUNE, lambda given: arguments_of(FINETUNE, given)),
+    "shrink": (SHRINK, lambda given: arguments_of(SHRINK, given)),
 }
 
 

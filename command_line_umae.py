@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any, cast
 
 from arguments_umae import PROGRAMS, field_names, nearest
@@ -22,6 +23,7 @@ VERBS = {
     "diagnose": ("measure how far features have collapsed", "umae.evaluation.diagnosis"),
     "report": ("write one page that compares runs and probes", "umae.sharing.report"),
     "convert": ("convert checkpoints of MAE, U-MAE, ViTMAE and ViT, and back", "umae.convert"),
+    "shrink": ("copy a folder of images with the large ones made smaller, which loads faster", None),
     "push": ("share a folder on the Hugging Face Hub", "umae.sharing.hub"),
 }
 
@@ -77,11 +79,15 @@ def given_flags(types: Sequence[type], argv: Sequence[str], title: str | None = 
     """
     from transformers.hf_argparser import HfArgumentParser  # takes a second or two
 
-    usage = "%(prog)s [--flag value ...] (--help lists the flags)"
+    alone = {arg.name: arg.metadata["metavar"] for kind in types for arg in fields(kind) if "metavar" in arg.metadata}
+    usage = " ".join(["%(prog)s", *alone.values(), "[--flag value ...] (--help lists the flags)"])
     parser = HfArgumentParser(cast(Any, types), prog=title, allow_abbrev=False, usage=usage, formatter_class=_OneLine)
     for action in parser._actions:
         action.required, action.default = False, argparse.SUPPRESS
     given, unknown = parser.parse_known_args(list(argv))
+    for name in alone:
+        if unknown and not unknown[0].startswith("-") and name not in given:
+            setattr(given, name, unknown.pop(0))
     if unknown:
         name = unknown[0].split("=")[0]
         raise ValueError(f"unknown argument {name}{nearest(name.lstrip('-'), field_names(types), '--')}")

@@ -2,6 +2,7 @@
 
     python -m benchmarks.loader my_images                         # photographs: 224 x 224 crops, one worker
     python -m benchmarks.loader my_images --small_set cifar10     # and a small set, 32 x 32, in the main process
+    python -m benchmarks.loader my_images --shrunk my_images_868  # against its copy by `umae shrink`
 
 Every contender makes uint8 batches of the same crops (the same boxes) with a DataLoader.
 """
@@ -119,6 +120,27 @@ def photographs(folder: str, repetitions: int) -> str:
     return section(title, compare(contenders, repetitions), pillow)
 
 
+def shrunk_copy(folder: str, copy: str, repetitions: int) -> str:
+    """Our loader on a folder and on its copy by `umae shrink`; and by how many levels their crops differ."""
+    full, shrunk, size = load_images(folder), load_images(copy), (224, 224)
+    if [full.name_of(index) for index in range(len(full))] != [shrunk.name_of(index) for index in range(len(shrunk))]:
+        raise SystemExit(f"{copy} does not hold the images of {folder}; make it with `umae shrink`")
+    plan = Plan(len(full), batch_size=min(20, len(full)), accumulation=1, processes=1, seed=SEED)
+    contenders = {
+        name: lambda images=images: images_per_second(our_loader(images, plan, size, workers=1), plan, batches=10)
+        for name, images in (("the folder", full), ("its copy", shrunk))
+    }
+    before, after = (
+        torch.cat(
+            [TrainingImages(images, size, SEED)[0, part]["pixel_values"] for part in torch.arange(len(full)).split(20)]
+        )
+        for images in (full, shrunk)
+    )
+    difference = (before.float() - after.float()).abs().mean()
+    table = section(f"{len(full)} photographs and their smaller copies", compare(contenders, repetitions), "the folder")
+    return f"{table}\n\nMean difference of the crops: {difference:.2f} of 255 levels."
+
+
 def small_set(name: str, repetitions: int) -> str:
     images, workers = load_images(name), 0
     decoded = decode_all(images)
@@ -144,8 +166,12 @@ def main() -> None:
     parser = measure.parser(__doc__)
     parser.add_argument("folder", help="folder of photographs (JPEG)")
     parser.add_argument("--small_set", help="a data set of small images, all of the same size")
+    parser.add_argument("--shrunk", help="the folder's copy by `umae shrink`")
     args = measure.start(parser)
-    sections = [photographs(args.folder, args.repetitions)]
+    if args.shrunk:
+        sections = [shrunk_copy(args.folder, args.shrunk, args.repetitions)]
+    else:
+        sections = [photographs(args.folder, args.repetitions)]
     if args.small_set:
         sections.append(small_set(args.small_set, args.repetitions))
     measure.report("loader", "From encoded images to crops", "cpu", *sections, repetitions=args.repetitions)

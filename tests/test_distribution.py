@@ -4,10 +4,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from processes import ROOT, environment
 
 BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
@@ -49,6 +51,31 @@ def test_the_wheel_holds_the_package_its_recipes_and_its_types(wheel):
     expected |= {"modeling_umae.py", "umae/py.typed", "umae/recipes/slurm.sh"}
     assert expected <= files(wheel)
     assert not {name for name in files(wheel) if name.startswith(("tests", "benchmarks", "run_"))}
+
+
+@pytest.mark.parametrize(
+    ("machine", "python", "implementation", "expected"),
+    [
+        ("x86_64", "3.11", "CPython", True),  # Linux, macOS
+        ("aarch64", "3.14", "CPython", True),
+        ("arm64", "3.13", "CPython", True),  # macOS
+        ("AMD64", "3.12", "CPython", True),  # Windows
+        ("ppc64le", "3.12", "CPython", False),
+        ("armv7l", "3.12", "CPython", False),
+        ("x86_64", "3.15", "CPython", False),
+        ("x86_64", "3.11", "PyPy", False),
+    ],
+)
+def test_simplejpeg_comes_with_the_package_where_it_has_wheels(machine, python, implementation, expected):
+    """Of its version 1.9.0. Elsewhere pip would have to compile it, and the package works without it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (requirement,) = [found for found in map(Requirement, project["dependencies"]) if found.name == "simplejpeg"]
+    environment = {
+        "platform_machine": machine,
+        "python_version": python,
+        "platform_python_implementation": implementation,
+    }
+    assert requirement.marker.evaluate(environment) == expected
 
 
 def test_the_installed_package_trains_by_its_command_and_from_python(wheel, tmp_path):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from umae.programs.finetune import finetune
     from umae.programs.pretrain import pretrain
     from umae.programs.probe import probe
+    from umae.programs.shrink import shrink
     from umae.sharing.report import report
     from umae.training.folder import Run
 
@@ -49,6 +50,7 @@ _LAZY = {
     "pretrain": "umae.programs.pretrain",
     "probe": "umae.programs.probe",
     "report": "umae.sharing.report",
+    "shrink": "umae.programs.shrink",
 }
 
 __all__ = [
@@ -70,6 +72,7 @@ __all__ = [
     "probe",
     "reconstruction_loss",
     "report",
+    "shrink",
     "uniformity_loss",
 ]
 

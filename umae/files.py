@@ -60,10 +60,17 @@ def read_tensors(path: Path, identity: dict[str, Any]) -> dict[str, torch.Tensor
     return tensors
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Replace a file by a copy of another, atomically."""
-    temporary = target.with_name(target.name + ".tmp")
+def copy_file(source: Path, target: Path, temporary: Path | None = None) -> None:
+    """Replace a file by a copy of another, atomically; `temporary` as of `write_bytes`."""
+    temporary = temporary or target.with_name(target.name + ".tmp")
     shutil.copyfile(source, temporary)
+    _fsync(temporary)
+    os.replace(temporary, target)
+
+
+def write_bytes(target: Path, content: bytes, temporary: Path) -> None:
+    """Replace a file atomically, by way of `temporary`, a path on the same file system that no other process uses."""
+    temporary.write_bytes(content)
     _fsync(temporary)
     os.replace(temporary, target)
 

@@ -14,6 +14,7 @@ import umae
 from umae.programs.finetune import finetune
 from umae.programs.pretrain import pretrain
 from umae.programs.probe import probe
+from umae.programs.shrink import shrink
 
 TWO_STEPS = {"max_train_steps": 2, "eval_steps": 0, "logging_steps": 1}
 
@@ -31,7 +32,9 @@ def test_every_public_name_is_there_and_no_other():
         umae.pretrian  # noqa: B018
 
 
-@pytest.mark.parametrize(("function", "program"), [(pretrain, "pretrain"), (probe, "probe"), (finetune, "finetune")])
+@pytest.mark.parametrize(
+    ("function", "program"), [(pretrain, "pretrain"), (probe, "probe"), (finetune, "finetune"), (shrink, "shrink")]
+)
 def test_keywords_are_the_flags_with_their_defaults_and_help(function, program):
     parameters = inspect.signature(function).parameters
     types, _ = arguments_umae.PROGRAMS[program]

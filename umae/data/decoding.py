@@ -12,7 +12,7 @@ from PIL import ExifTags, Image
 from image_processing_umae import MAX_PIXELS, open_image
 
 try:
-    import simplejpeg  # decodes the same pixels faster; `pip install umae[fast]`
+    import simplejpeg  # decodes the same pixels faster; comes with umae where it has wheels, see pyproject.toml
 except ImportError:
     simplejpeg = None
 

@@ -216,7 +216,7 @@ def load_images(
         rows = _pick(_image_folder(folder), split, name)
         images = _prepare(rows, image_column, label_column, f"folder {folder.resolve().name} ({split})", folder)
         return replace(images, not_read=_not_read(folder))
-    if folder.is_dir() and _not_read(folder) and not any(path.suffix.lower() in DATA for path in _files(folder)):
+    if folder.is_dir() and _not_read(folder) and not any(path.suffix.lower() in DATA for path in files_in(folder)):
         raise ValueError(
             f"{name}: no images could be loaded; it holds {_not_read(folder)}, which are not read; expected images "
             f"({', '.join(IMAGE_ENDINGS)}) or parquet files; convert them"
@@ -274,15 +274,15 @@ def _holds_images(folder: Path) -> bool:
     for entry in folder.iterdir():
         if entry.suffix in (".parquet", ".arrow", ".tar") or entry.stem == "metadata":
             return False
-    return next(_image_files(folder), None) is not None
+    return next(image_files(folder), None) is not None
 
 
-def _image_files(folder: Path) -> Iterator[Path]:
+def image_files(folder: Path) -> Iterator[Path]:
     """Image files at any depth, sorted by path, hidden ones left out."""
-    return (path for path in _files(folder) if path.suffix.lower() in IMAGE_ENDINGS)
+    return (path for path in files_in(folder) if path.suffix.lower() in IMAGE_ENDINGS)
 
 
-def _files(folder: Path) -> Iterator[Path]:
+def files_in(folder: Path) -> Iterator[Path]:
     """All files at any depth, sorted by path, hidden ones left out."""
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -293,7 +293,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _not_read(folder: Path) -> str:
     """The number of files with each unknown ending, which are not read, as text: `12 .heic, 3 .cr2`."""
-    endings = Counter(path.suffix.lower() or "without an ending" for path in _files(folder))
+    endings = Counter(path.suffix.lower() or "without an ending" for path in files_in(folder))
     counts = [(ending, count) for ending, count in endings.most_common() if ending not in KNOWN_ENDINGS]
     texts = [f"{count:,} {ending}" for ending, count in counts[:SHOWN_ENDINGS]]
     rest = sum(count for _, count in counts[SHOWN_ENDINGS:])
@@ -306,7 +306,7 @@ def _image_folder(folder: Path) -> dict[str, datasets.Dataset]:
     Not by `datasets`' own "imagefolder": that sorts files into splits by words in their names (`test_drive.jpg`) and
     reads brackets in a folder's name as a pattern.
     """
-    files = list(_image_files(folder))
+    files = list(image_files(folder))
     parts = [file.relative_to(folder).parts for file in files]
     split_of = _split_folders(parts, folder)
     images_of: dict[str, list[tuple[str, str | None]]] = {}  # split: (path, class) of its images
