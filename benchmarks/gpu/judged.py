@@ -17,6 +17,7 @@ from umae.data.inputs import evaluation_processor
 from umae.evaluation.features import frozen_features
 from umae.evaluation.mae import BatchNormHead, encoded_batches
 from umae.evaluation.monitor import MOST_IMAGES, Monitor, ProbeImages
+from umae.training.checkpoints import Writer
 from umae.training.hardware import usual_workers
 
 CLASSES = 10
@@ -33,15 +34,17 @@ def items(bench: Bench) -> list[Item]:
 
 
 def checkpoint(bench: Bench) -> dict[str, Any]:
-    """Written, made durable, and restored."""
+    """How long training waits for it, until it is whole on the disk, and restored."""
     folder = bench.folder / "checkpoint"
     shutil.rmtree(folder, ignore_errors=True)
     training = Training(bench, "bf16", "no", "ViT-B/16").steps(1)
-    saved = measure.seconds_of(lambda: training.save(folder), bench.device)
+    with Writer() as writer:
+        waited = measure.seconds_of(lambda: training.save(folder, writer), bench.device)
+        written = waited + measure.seconds_of(writer.wait, bench.device)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     restored = measure.seconds_of(lambda: training.state.restore(folder), bench.device)
     shutil.rmtree(folder)
-    return {"seconds": saved, "restored in": restored, "GB": size / 1e9}
+    return {"seconds": waited, "on the disk after": written, "restored in": restored, "GB": size / 1e9}
 
 
 def evaluation(bench: Bench) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from benchmarks.gpu.items import Bench
 from umae import UMAEConfig, UMAEForPreTraining
 from umae.data.inputs import IMAGENET_MEAN, IMAGENET_STD, evaluation_processor
 from umae.programs.pretrain import BETAS
-from umae.training.checkpoints import model_tensors, optimizer_tensors
+from umae.training.checkpoints import Writer, model_tensors, optimizer_tensors
 from umae.training.failures import no_failure
 from umae.training.hardware import fast_attention
 from umae.training.loop import optimizer_step
@@ -81,15 +81,16 @@ class Training:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """A copy of the weights, on the CPU."""
-        return {name: tensor.clone() for name, tensor in model_tensors(self.state.model).items()}
+        return model_tensors(self.state.model)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The weights and the optimiser's state, on the CPU."""
         return {**self.weights(), **optimizer_tensors(self.state.model, self.state.optimizer.optimizer)}
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, writer: Writer) -> None:
+        """Have a checkpoint written, as `train` does; `writer.wait()` says when it stands."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.state.save(folder, {}, self.processor, 1, {}, {})
+        self.state.save(folder, {}, self.processor, 1, {}, {}, writer, lambda step: None)
 
 
 def largest_difference(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
