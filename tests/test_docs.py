@@ -208,7 +208,8 @@ def test_the_pages_start_programs_by_the_command_and_name_the_scripts_once():
 
 def test_every_module_that_is_started_can_be():
     started = {module for page in TEXTS for module in modules(page.read_text())}
-    files = {module: ROOT / f"{module.replace('.', '/')}.py" for module in started}
+    places = {module: ROOT / module.replace(".", "/") for module in started}
+    files = {m: place / "__main__.py" if place.is_dir() else place.with_suffix(".py") for m, place in places.items()}
     assert len(started) > 1
     assert {m for m, file in files.items() if not file.exists() or "__main__" not in file.read_text()} == set()
 
