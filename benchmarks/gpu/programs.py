@@ -73,10 +73,11 @@ def digits_mae_probe(bench: Bench) -> dict[str, Any]:
 
 
 def probe(bench: Bench, name: str, *flags: str) -> dict[str, Any]:
-    """Accuracies, as the program prints them."""
-    printed = run(bench, bench.folder / name, "probe", "--model_name_or_path", str(bench.folder / "digits"), *flags)
-    lines = [line.strip() for line in printed.splitlines() if "%" in line or "top" in line.lower()]
-    return {"printed": " / ".join(lines[-4:])}
+    """Accuracies of the heads in percent."""
+    folder = bench.folder / name
+    run(bench, folder, "probe", "--model_name_or_path", str(bench.folder / "digits"), *flags)
+    report = json.loads((folder / "linear_probe.json").read_text())
+    return {f"top-1 of {head}": result["top1"] for head, result in report.items() if "top1" in result}
 
 
 def digits_finetune(bench: Bench) -> dict[str, Any]:
