@@ -39,7 +39,7 @@ from umae.training import checkpoints
 from umae.training.failures import log_on
 from umae.training.finetuning import VALUES, classification_losses
 from umae.training.folder import Run, write_run
-from umae.training.hardware import fast_attention, main_process_first, own_state, set_threads, usual_workers
+from umae.training.hardware import fast_attention, main_process_first, num_workers, own_state, set_threads
 from umae.training.log import is_due
 from umae.training.loop import Losses, Task
 from umae.training.schedules import Schedule, layer_decay_groups, make_schedule
@@ -101,9 +101,7 @@ def run(
         ),
         min_crop_scale=augmentation_args.min_crop_scale,
         strengths=make_strengths(augmentation_args, plan),
-        workers=usual_workers(accelerator.device)
-        if data_args.dataloader_num_workers is None
-        else data_args.dataloader_num_workers,
+        workers=num_workers(accelerator.device, data_args.dataloader_num_workers),
         args=args,
     )
     return carry_out(

@@ -46,7 +46,14 @@ from umae.sharing import cards, gallery
 from umae.speed import training_flops
 from umae.training import checkpoints
 from umae.training.folder import Run, write_run
-from umae.training.hardware import fast_attention, main_process_first, own_state, set_threads, usual_workers
+from umae.training.hardware import (
+    fast_attention,
+    main_process_first,
+    num_workers,
+    own_state,
+    set_threads,
+    usual_workers,
+)
 from umae.training.log import SPEED, MetricsLog, is_due, track_image
 from umae.training.loop import Losses, Task
 from umae.training.pretraining import VALUES, pretraining_losses
@@ -101,7 +108,7 @@ def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, ar
             args.warmup_epochs,
             usual_warmup_steps=total_steps / USUAL_WARMUP,
         ),
-        workers=num_workers(accelerator, images, data_args.dataloader_num_workers),
+        workers=readers(accelerator, images, data_args.dataloader_num_workers),
         args=args,
     )
     return carry_out(
@@ -219,13 +226,12 @@ def load_weights(
     return model
 
 
-def num_workers(accelerator: Accelerator, images: Images | Stream, asked: int | None) -> int:
+def readers(accelerator: Accelerator, images: Images | Stream, asked: int | None) -> int:
     """Loader processes beside each of training; a stream must have a shard for each of them."""
-    usual = usual_workers(accelerator.device)
     if not isinstance(images, Stream):
-        return usual if asked is None else asked
+        return num_workers(accelerator.device, asked)
     processes, shards = accelerator.num_processes, images.num_shards
-    workers = min(usual, shards // processes) if asked is None else asked
+    workers = min(usual_workers(accelerator.device), shards // processes) if asked is None else asked
     if shards < processes * max(1, workers):
         raise ValueError(
             f"{images.description} comes in {shards} shards, fewer than {processes} processes x {max(1, workers)} "

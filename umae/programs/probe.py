@@ -33,7 +33,7 @@ from umae.evaluation.mae import ProbeSchedule, train_mae_probe
 from umae.files import write_text
 from umae.programs.keywords import keywords
 from umae.sharing.cards import base_model, probe_card
-from umae.training.hardware import close, main_process_first, make_accelerator, own_state, usual_workers
+from umae.training.hardware import close, main_process_first, make_accelerator, num_workers, own_state
 
 NEIGHBOURS, TEMPERATURE = (10, 20), 0.07  # of k-NN, as DINO evaluates
 REPORT = "linear_probe.json"
@@ -80,8 +80,7 @@ def run(args: ProbeArguments) -> dict[str, Any]:
     if args.protocol == "mae" and (layers or shares or args.augmented_passes):
         raise ValueError("layers, low_shot and augmented_passes need protocol cached; leave out protocol mae")
 
-    usual, asked = usual_workers(accelerator.device), args.dataloader_num_workers
-    workers = usual if asked is None else asked
+    workers = num_workers(accelerator.device, args.dataloader_num_workers)
     set_pooling(encoder, "mean")  # so that one pass gives both features
     extract = partial(
         extract_features, encoder, processor=processor, batch_size=args.per_device_eval_batch_size,

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from umae.speed import has_fast_bf16
 
-FLOPS_TO_COMPILE = 1e18  # of a run; half an hour or more on any GPU, of which compiling takes a minute or two
+FLOPS_TO_COMPILE = 1e18  # of a run; by arithmetic 40 minutes on an H100 at 40 % of its peak
 FLOPS_FOR_THREADS = 5e9  # a step of fewer is not faster on two threads: the digits' recipe has 0.9e9, CIFAR-10's 42e9
 DOWNLOAD = timedelta(days=7)  # at most, of a data set
 PATIENCE = timedelta(minutes=30)  # with a process that does not answer; one that has died is noticed at once
@@ -173,3 +173,8 @@ def usual_workers(device: torch.device) -> int:
     if device.type == "cpu":
         return 0
     return min(16, usable_cores() // max(1, torch.accelerator.device_count()))
+
+
+def num_workers(device: torch.device, asked: int | None) -> int:
+    """Loader processes beside each of training: as asked for, or the usual number."""
+    return usual_workers(device) if asked is None else asked
