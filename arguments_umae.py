@@ -19,6 +19,7 @@ import yaml
 
 # In a clone the recipes lie beside this file, in an installed package inside of it
 RECIPES = [Path(__file__).resolve().parent / folder for folder in ("recipes", "umae/recipes")]
+STUDIES = [folder.with_name("studies") for folder in RECIPES]
 
 
 @dataclass(frozen=True)
@@ -245,6 +246,23 @@ SHRINK = (ShrinkArguments,)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Studies
+
+
+@dataclass(kw_only=True)
+class StudyArguments:
+    study: str = positional("YAML file of the study, or the name of a shipped one.", "STUDY")
+    dataset_name: str | None = flag(None, "Images to pre-train on and to evaluate with. [the study's]")
+    data_dir: str | None = flag(None, "Folder that may hold the study's data sets, by the last part of their names.")
+    output_dir: str | None = flag(None, "Folder for the runs, evaluations and results. [the study's]")
+    jobs: OptionalCount = flag(None, "Runs and evaluations side by side. [one for each GPU; on CPUs one]")
+    plan: bool = flag(False, "Only show what there is to do and how long it may take.")
+
+
+STUDY = (StudyArguments,)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # From what is given to instances
 
 
@@ -268,6 +286,7 @@ PROGRAMS: dict[str, tuple[tuple[type, ...], Callable[[Mapping[str, Any]], tuple[
     "probe": (PROBE, lambda given: arguments_of(PROBE, given)),
     "finetune": (FINETUNE, lambda given: arguments_of(FINETUNE, given)),
     "shrink": (SHRINK, lambda given: arguments_of(SHRINK, given)),
+    "study": (STUDY, lambda given: arguments_of(STUDY, given)),
 }
 
 
@@ -348,20 +367,27 @@ _Yaml.add_implicit_resolver(
 )
 
 
-def _recipe_path(recipe: str) -> Path:
-    """The path of a recipe file, which may be given by the name of a shipped one."""
-    shipped = [folder / f"{recipe}.yaml" for folder in RECIPES]
-    for path in (Path(recipe), *shipped):
+def read_shipped(name: str, what: str, folders: Sequence[Path]) -> tuple[Path, Any]:
+    """The path of a YAML file and what it holds.
+
+    Args:
+        name: its path, or the name of one in `folders`, which are those of a clone and of an installed package.
+        what: it is, for messages: "recipe".
+
+    Raises:
+        ValueError: there is no such file, or it is no YAML.
+    """
+    for path in (Path(name), *(folder / f"{name}.yaml" for folder in folders)):
         if path.is_file():
-            return path
-    names = sorted({path.stem for folder in RECIPES for path in folder.glob("*.yaml")})
-    raise ValueError(f"there is no recipe {recipe}; give the path of a YAML file, or one of {', '.join(names)}")
+            return path, _read_yaml(str(path), path.read_text())
+    names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    raise ValueError(f"there is no {what} {name}; give the path of a YAML file, or one of {', '.join(names)}")
 
 
 def _read_recipe(recipe: str, hints: Mapping[str, Any]) -> dict[str, Any]:
     """The names and values of a recipe, each of the type of its field."""
-    path = _recipe_path(recipe)
-    values = _read_yaml(str(path), path.read_text()) or {}
+    path, values = read_shipped(recipe, "recipe", RECIPES)
+    values = values or {}
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no names and values; expected lines such as `mask_ratio: 0.75`")
     for name in values:

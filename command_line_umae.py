@@ -21,6 +21,7 @@ VERBS = {
     "finetune": ("fine-tune an encoder on labelled images", None),
     "features": ("write the features of a folder of images to a parquet file", "umae.evaluation.features"),
     "diagnose": ("measure how far features have collapsed", "umae.evaluation.diagnosis"),
+    "study": ("compare settings: a grid of runs, their evaluations, a table and figures", None),
     "report": ("write one page that compares runs and probes", "umae.sharing.report"),
     "convert": ("convert checkpoints of MAE, U-MAE, ViTMAE and ViT, and back", "umae.convert"),
     "shrink": ("copy a folder of images with the large ones made smaller, which loads faster", None),

@@ -47,6 +47,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_package_its_recipes_and_its_types(wheel):
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "umae").rglob("*.py")}
     expected |= {f"umae/recipes/{path.relative_to(ROOT / 'recipes')}" for path in (ROOT / "recipes").rglob("*.yaml")}
+    expected |= {f"umae/studies/{path.name}" for path in (ROOT / "studies").glob("*.yaml")}
     expected |= {f"{name}_umae.py" for name in ("arguments", "command_line", "configuration", "image_processing")}
     expected |= {"modeling_umae.py", "umae/py.typed", "umae/recipes/slurm.sh"}
     assert expected <= files(wheel)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from umae.programs.pretrain import pretrain
     from umae.programs.probe import probe
     from umae.programs.shrink import shrink
+    from umae.programs.study import study
     from umae.sharing.report import report
     from umae.training.folder import Run
 
@@ -51,6 +52,7 @@ _LAZY = {
     "probe": "umae.programs.probe",
     "report": "umae.sharing.report",
     "shrink": "umae.programs.shrink",
+    "study": "umae.programs.study",
 }
 
 __all__ = [
@@ -73,6 +75,7 @@ __all__ = [
     "reconstruction_loss",
     "report",
     "shrink",
+    "study",
     "uniformity_loss",
 ]
 

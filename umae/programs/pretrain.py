@@ -184,41 +184,47 @@ def load_probe_images(
         return images
 
 
-def make_model(accelerator: Accelerator, args: PretrainModelArguments) -> UMAEForPreTraining:
-    """A fresh model, or one that starts from weights; what is not given stays as the configuration has it."""
+def make_config(args: PretrainModelArguments) -> UMAEConfig:
+    """That of the weights, if the model starts from some, with what is given instead."""
     names = ("image_size", "patch_size", "mask_ratio", "norm_pix_loss", "uniformity_weight", "pooling")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     fields = [field.name for field in dataclasses.fields(UMAEConfig)]
     overrides = {**parse_overrides(args.config_overrides, fields, "config_overrides"), **given}
-    attention = fast_attention(accelerator)
     if args.model_name_or_path is None:
-        model = UMAEForPreTraining._from_config(UMAEConfig(**overrides), attn_implementation=attention)
-    else:
-        model = load_weights(accelerator, args.model_name_or_path, attention, overrides)
-    if model.config.num_hidden_patches == 0:
-        raise ValueError(f"mask_ratio {model.config.mask_ratio:g} hides no patch; raise it, 0.75 is usual")
-    return model
-
-
-def load_weights(
-    accelerator: Accelerator, name_or_path: str, attention: str, overrides: dict[str, Any]
-) -> UMAEForPreTraining:
-    """Start from a run folder or any published MAE; only a decoder may be missing, and that is said.
-
-    Images may have another size than the weights were made for; their position tables are then resized.
-    """
-    config, tensors = read_model(name_or_path)
-    grid, patch = config.grid, config.patch_height_width
+        return UMAEConfig(**overrides)
+    config, _ = read_model(args.model_name_or_path)
+    patch = config.patch_height_width
     config.uniformity_weight = config.uniformity_weight or UMAEConfig().uniformity_weight  # plain MAE has none
     for name, value in overrides.items():
         setattr(config, name, value)
     if config.patch_height_width != patch:
         size = patch[0] if patch[0] == patch[1] else patch
         raise ValueError(f"patch_size {config.patch_size} is not that of the weights, {size}; leave it out")
-    config.name_or_path = name_or_path
+    config.name_or_path = args.model_name_or_path
+    return config
+
+
+def make_model(accelerator: Accelerator, args: PretrainModelArguments) -> UMAEForPreTraining:
+    """A fresh model, or one that starts from weights; what is not given stays as the configuration has it."""
+    config, attention = make_config(args), fast_attention(accelerator)
+    if args.model_name_or_path is None:
+        model = UMAEForPreTraining._from_config(config, attn_implementation=attention)
+    else:
+        model = load_weights(accelerator, args.model_name_or_path, attention, config)
+    if model.config.num_hidden_patches == 0:
+        raise ValueError(f"mask_ratio {model.config.mask_ratio:g} hides no patch; raise it, 0.75 is usual")
+    return model
+
+
+def load_weights(accelerator: Accelerator, name_or_path: str, attention: str, config: UMAEConfig) -> UMAEForPreTraining:
+    """Start from a run folder or any published MAE; only a decoder may be missing, and that is said.
+
+    Images may have another size than the weights were made for; their position tables are then resized.
+    """
+    of_weights, tensors = read_model(name_or_path)
     model = UMAEForPreTraining._from_config(config, attn_implementation=attention, dtype=torch.float32)
     tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("classifier.")}
-    tensors = resize_positions(tensors, grid, config, accelerator.print)
+    tensors = resize_positions(tensors, of_weights.grid, config, accelerator.print)
     fresh = [key for key in model.state_dict() if key not in tensors]
     load_exactly(model, tensors, name_or_path, may_be_fresh=("decoder.", "vit.fc_norm."))
     if fresh:

@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 from modeling_umae import UMAEModel
 from umae.evaluation.collapse import effective_rank
 from umae.evaluation.reconstruction import to_pixels
+from umae.sharing.comparison import OF_THE_TERM, Group
 
 COLOURS = (
     "#0072b2",
@@ -24,6 +25,8 @@ COLOURS = (
     "#000000",
     "#56b4e9",
 )  # Okabe and Ito's colour-blind-safe ones
+
+FEATURES = {"cls": "class token", "mean": "mean of the patches"}
 
 SIDE, SPACE, MARGIN = 128, 8, 28  # pixels: of an image in a figure, about, between two images, and for a row's name
 
@@ -57,8 +60,7 @@ def spectrum(runs: dict[str, dict[str, Sequence[float]]]) -> Image.Image:
     """
     figure = Figure(figsize=(8, 3), dpi=100)
     figure.subplots_adjust(left=0.085, right=0.99, bottom=0.17, top=0.9, wspace=0.05)
-    titles = {"cls": "class token", "mean": "mean of the patches"}
-    for axis, (pooling, title) in zip(figure.subplots(1, 2, sharey=True), titles.items(), strict=True):
+    for axis, (pooling, title) in zip(figure.subplots(1, 2, sharey=True), FEATURES.items(), strict=True):
         for position, (name, spectra) in enumerate(runs.items()):
             values = spectra[pooling]
             rank = effective_rank(torch.diag(torch.tensor(values)))
@@ -104,6 +106,85 @@ def training_curves(runs: dict[str, Sequence[dict[str, Any]]]) -> Image.Image:
         if len(runs) > 1:
             axis.legend(fontsize=8)
     return _rendered(figure)
+
+
+def over_weights(groups: Sequence[Group], metrics: Sequence[str]) -> Image.Image:
+    """Metrics over the weight of the term, a panel each; every run a point, lines through their means.
+
+    Args:
+        groups: whose settings have an `uniformity_weight`. Those of weight 0 are where every line begins.
+        metrics: to show. Names that differ in the feature alone, `linear/top1/cls` and `linear/top1/mean`, share a
+            panel.
+    """
+    weights = sorted({group.settings["uniformity_weight"] for group in groups})
+    variants = dict.fromkeys(variant_of(group) for group in groups if group.settings["uniformity_weight"])
+    panels: dict[str, list[str]] = {}
+    for metric in metrics:
+        panels.setdefault(_of_feature(metric)[0], []).append(metric)
+    rows = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(8, 2.6 * rows), dpi=100)
+    figure.subplots_adjust(left=0.075, right=0.985, bottom=0.25 / rows, top=1 - 0.4 / rows, wspace=0.2, hspace=0.5)
+    axes = figure.subplots(rows, 2, squeeze=False).flat
+    for axis, (panel, names) in zip(axes, panels.items(), strict=False):
+        for position, variant in enumerate(variants or [""]):
+            of_variant = [group for group in groups if variant_of(group) in ("", variant)]
+            for metric in names:
+                feature = _of_feature(metric)[1]
+                points = [
+                    (weights.index(group.settings["uniformity_weight"]), value)
+                    for group in of_variant
+                    for value in group.values.get(metric, ())
+                ]
+                line = sorted(
+                    (weights.index(group.settings["uniformity_weight"]), group.mean(metric))
+                    for group in of_variant
+                    if metric in group.values
+                )
+                style = {"color": COLOURS[position], "linestyle": "--" if feature == "mean" else "-"}
+                label = ", ".join(filter(None, (FEATURES.get(feature), variant)))
+                axis.plot(*zip(*line, strict=True), **style, label=label) if line else None
+                if points:
+                    axis.plot(*zip(*points, strict=True), ".", color=COLOURS[position])
+        axis.set_xticks(range(len(weights)), [f"{weight:g}" for weight in weights])
+        axis.set_xlabel("weight of the term", fontsize=8)
+        axis.set_title(title_of(panel), fontsize=10)
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelsize=8)
+    for axis in list(axes):
+        axis.set_axis_off()
+    handles = {
+        label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    of_features = {label: handle for label, handle in handles.items() if label.startswith(tuple(FEATURES.values()))}
+    handles = of_features or handles  # a metric without a feature has the line of its term on the class token
+    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="upper center", ncols=2, frameon=False)
+    return _rendered(figure)
+
+
+def variant_of(group: Group) -> str:
+    """What of a group's settings is not its weight, in words; empty for weight 0, where the term's do not matter."""
+    of_the_term = {"pooling": "cls"} | {name: value for name, value in group.settings.items() if name in OF_THE_TERM}
+    others = [f"{name} {value}" for name, value in group.settings.items() if name not in OF_THE_TERM]
+    weight, pooling = of_the_term.pop("uniformity_weight"), of_the_term.pop("pooling")
+    if not weight:
+        return ", ".join(others)
+    return ", ".join([f"term on the {FEATURES[pooling]}", *map(str, of_the_term.values()), *others])
+
+
+METRICS = {"top1": "", "knn20_top1": "20-NN", "effective_rank": "effective rank"}
+
+
+def title_of(metric: str) -> str:
+    """`linear/knn20_top1/cls` -> `linear, 20-NN, class token`."""
+    return ", ".join(
+        filter(None, ((METRICS | FEATURES).get(part, part.replace("_", " ")) for part in metric.split("/")))
+    )
+
+
+def _of_feature(metric: str) -> tuple[str, str]:
+    """`linear/top1/cls` -> (`linear/top1`, `cls`)."""
+    stem, _, feature = metric.rpartition("/")
+    return (stem, feature) if feature in FEATURES else (metric, "")
 
 
 def nearest_neighbours(images: np.ndarray, features: torch.Tensor, queries: Sequence[int]) -> Image.Image:

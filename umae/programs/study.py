@@ -1,0 +1,227 @@
+"""Compare settings: a grid of runs, the evaluations of each, and what differs."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from arguments_umae import STUDY, StudyArguments, arguments_of
+from umae.data.images import load_images
+from umae.files import write_text
+from umae.programs import study_jobs
+from umae.programs.keywords import keywords
+from umae.programs.study_clock import Clock, progress_of
+from umae.programs.study_file import DATA, REPORTS, RUNS, Study, Task, read_study
+from umae.programs.study_jobs import Job
+from umae.progress_bar import progress_bar
+from umae.sharing.cards import duration
+from umae.sharing.comparison import Result, compare, metrics_of_evaluation, metrics_of_run, summary
+from umae.sharing.study_page import markdown, study_page
+from umae.training.folder import RUN_FILE
+from umae.training.signals import StopRequest
+
+RESULTS, TABLE, PAGE, LOCK = "study.json", "study.md", "study.html", "study.lock"
+
+
+@keywords("study")
+def study(**given: Any) -> dict[str, Any]:
+    """Compare settings: `umae study` from Python, with the same names as keywords.
+
+    Called again with the same arguments, it continues.
+
+    Returns:
+        The results, as in `study.json`.
+
+    Raises:
+        ValueError: the study, an argument or the images are not valid, or a run or an evaluation has failed.
+    """
+    return run(*arguments_of(STUDY, given))
+
+
+def run(args: StudyArguments) -> dict[str, Any]:
+    study, notes = without_labels(read_study(args))
+    slots = study_jobs.slots(os.environ, args.jobs)
+    clock = Clock(study, len(slots))
+    missing = [task for task in study.tasks if not task.is_finished]
+    print("\n".join([study.title, *notes, clock.plan()]))
+    if args.plan:
+        return results(args, study, notes)
+    study.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(study.output_dir / LOCK, timeout=0), StopRequest() as stop:
+            write = partial(write_results, args, study, notes)
+            failed = carry_out(study, missing, slots, clock, stop, write)
+            content = write()
+    except Timeout as error:
+        raise ValueError(f"{study.output_dir} is in use by another study; wait for it") from error
+    if stop.signal:
+        print(f"stopped; the same command continues. What there is so far: {study.output_dir / PAGE}")
+        raise SystemExit(128 + stop.signal)
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(missing)} tasks failed: {', '.join(task.name for task in failed)}")
+    print((study.output_dir / TABLE).read_text())
+    print(f"{study.output_dir / PAGE}, and all numbers in {study.output_dir / RESULTS}")
+    return content
+
+
+def without_labels(study: Study) -> tuple[Study, list[str]]:
+    """The study without the evaluations whose images have no labels, and what to say of that."""
+    labelled: dict[str, bool] = {}
+    tasks, left_out = [], dict[str, None]()
+    for task in study.tasks:
+        if task.kind != RUNS:
+            data = {name: task.arguments[name] for name in DATA if name in task.arguments}
+            key = json.dumps(data)
+            if key not in labelled:
+                labelled[key] = has_labels(**data)
+            if not labelled[key]:
+                left_out[task.kind] = None
+                continue
+        tasks.append(task)
+    notes = []
+    if left_out:
+        notes.append(
+            f"The images have no labels, so there are no accuracies (left out: {', '.join(left_out)}). Losses, ranks "
+            f"and alignment tell the runs apart, but a higher rank alone does not make better features."
+        )
+    return dataclasses.replace(study, tasks=tasks), notes
+
+
+def has_labels(
+    dataset_name: str,
+    dataset_config_name: str | None = None,
+    train_split: str = "train",
+    image_column_name: str | None = None,
+    label_column_name: str | None = None,
+) -> bool:
+    return load_images(dataset_name, dataset_config_name, train_split, image_column_name, label_column_name).has_labels
+
+
+def carry_out(
+    study: Study,
+    missing: Sequence[Task],
+    slots: Sequence[Mapping[str, str]],
+    clock: Clock,
+    stop: StopRequest,
+    write: Callable[[], object],
+) -> list[Task]:
+    """Do what is missing, and show how far it is; the tasks that failed or were left out because of them.
+
+    Args:
+        write: called whenever there are new results.
+    """
+    bar = progress_bar(
+        total=len(study.tasks), initial=len(study.tasks) - len(missing), bar_format="{n}/{total} [{elapsed}{postfix}]"
+    )
+
+    def ended(job: Job, status: int) -> None:
+        clock.add(job.task, job.seconds)
+        if status == 0:
+            bar.write(f"{job.task.name}: finished in {duration(clock.seconds[job.task.name])}")
+            bar.update()
+            write()
+        elif not stop.signal:
+            log = study_jobs.log_of(job.task)
+            bar.write(f"{job.task.name}: failed, {_last_line(log)} ({log})")
+
+    def watch(running: Collection[Job]) -> None:
+        words = [" ".join(filter(None, (job.task.name, progress_of(job.task)))) for job in running]
+        bar.set_postfix_str("; ".join([clock.left(), *words]), refresh=False)
+        bar.update(0)
+
+    with bar:
+        return study_jobs.carry_out(missing, slots, os.environ, stop, ended, watch)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(errors="replace").replace("\r", "\n").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "without a word")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing the results
+
+
+def write_results(args: StudyArguments, study: Study, notes: Sequence[str]) -> dict[str, Any]:
+    """Write `study.json`, the table and the page, as far as there are results."""
+    content = results(args, study, notes)
+    groups = compare(results_of_runs(study))
+    write_text(study.output_dir / RESULTS, json.dumps(content, indent=2) + "\n")
+    write_text(study.output_dir / TABLE, markdown(groups))
+    write_text(study.output_dir / PAGE, study_page(content, groups))
+    return content
+
+
+def results_of_runs(study: Study) -> list[Result]:
+    """Of every finished run, with the evaluations that are finished."""
+    found = []
+    for name, settings in study.runs.items():
+        training, *evaluations = [task for task in study.tasks if task.run == name]
+        if training.is_finished:
+            values = metrics_of_run(training.folder)
+            for task in evaluations:
+                if task.is_finished:
+                    values |= metrics_of_evaluation(task.kind, _report(task))
+            settings = {key: value for key, value in settings.items() if key != "seed"}
+            found.append(Result(name, settings, study.runs[name]["seed"], values))
+    return found
+
+
+def results(args: StudyArguments, study: Study, notes: Sequence[str]) -> dict[str, Any]:
+    """What `study.json` holds. No time and no path is in it, so that the same study gives the same file."""
+    found = {result.name: result for result in results_of_runs(study)}
+    runs: list[dict[str, Any]] = []
+    protocols: dict[str, Any] = {}
+    for task in study.tasks:
+        if task.run not in found or not task.is_finished:
+            continue
+        if task.kind == RUNS:
+            record, result = json.loads((task.folder / RUN_FILE).read_text()), found[task.run]
+            protocols.setdefault(
+                "pretraining", {key: value for key, value in record["identity"].items() if key != "seed"}
+            )
+            runs.append(
+                {
+                    "run": task.run,
+                    "settings": dict(result.settings),
+                    "seed": result.seed,
+                    "hardware": record["hardware"],
+                    "versions": record["versions"],
+                    "commands": [_command(task)],
+                    "values": dict(result.values),
+                }
+            )
+        else:
+            runs[-1]["commands"].append(_command(task))
+            protocol = _report(task)["protocol"]
+            protocols.setdefault(
+                task.kind, {key: protocol[key] for key in protocol if key not in ("model", "base_model")}
+            )
+    finished = sum(task.is_finished for task in study.tasks)
+    state = "All runs and evaluations are finished."
+    if finished < len(study.tasks):
+        state = f"{finished} of {len(study.tasks)} runs and evaluations are finished."
+    return {
+        "title": study.title,
+        "command": f"umae study {Path(args.study).name}",
+        "state": state,
+        "notes": list(notes),
+        "groups": [summary(group) for group in compare(list(found.values()))],
+        "runs": runs,
+        "protocols": protocols,
+    }
+
+
+def _report(task: Task) -> dict[str, Any]:
+    return json.loads((task.folder / REPORTS[task.program]).read_text())
+
+
+def _command(task: Task) -> str:
+    """As one would type it, without paths."""
+    words = [Path(word).name if "/" in word and Path(word).exists() else word for word in task.command_line]
+    return " ".join(["umae", *words])

@@ -1,0 +1,114 @@
+"""How long a study takes: by what its tasks have taken so far, and before that by arithmetic."""
+
+import json
+import statistics
+from functools import cache
+
+import torch
+
+from arguments_umae import pretraining_arguments
+from umae.data.images import load_images
+from umae.files import write_text
+from umae.programs.pretrain import make_config
+from umae.programs.study_file import RUNS, Study, Task
+from umae.sharing.cards import duration, read_metrics
+from umae.speed import matmul_rate, training_flops
+from umae.training.folder import METRICS_FILE, RUN_FILE
+from umae.training.hardware import usable_cores
+
+USUAL_SHARE = 0.4  # of the rate of matrix products that training reaches
+FILE = "seconds.json"
+
+
+class Clock:
+    """What every task of a study has taken so far, and what is left.
+
+    Args:
+        jobs: tasks side by side.
+    """
+
+    def __init__(self, study: Study, jobs: int):
+        self._study, self._jobs, self._file = study, jobs, study.output_dir / FILE
+        self.seconds: dict[str, float] = json.loads(self._file.read_text()) if self._file.exists() else {}
+
+    def add(self, task: Task, seconds: float) -> None:
+        """A task has run for so long, once more if it was interrupted."""
+        self.seconds[task.name] = round(self.seconds.get(task.name, 0.0) + seconds, 1)
+        write_text(self._file, json.dumps(self.seconds, indent=2) + "\n")
+
+    def plan(self) -> str:
+        """The kinds of tasks: how many there are, how many are finished, and how long the others may take."""
+        lines = []
+        for kind in self._study.kinds:
+            tasks = [task for task in self._study.tasks if task.kind == kind]
+            missing = [task for task in tasks if not task.is_finished]
+            known = [seconds for task in missing if (seconds := self._left_of(task)) is not None]
+            text = f"  {kind:<16} {len(tasks) - len(missing)} of {len(tasks)} finished"
+            if known:
+                text += f", {duration(statistics.mean(known))} each for the others"
+            elif missing:
+                text += ", time not known before the first is finished"
+            lines.append(text)
+        return "\n".join([*lines, f"  {self.left()}, {self._jobs} side by side"])
+
+    def left(self) -> str:
+        """The time to the end, in words; at least that, where some tasks' is not known yet."""
+        tasks = [task for task in self._study.tasks if not task.is_finished]
+        known = [seconds for task in tasks if (seconds := self._left_of(task)) is not None]
+        seconds = sum(known) / min(self._jobs, max(1, len(known)))
+        return f"{'about' if len(known) == len(tasks) else 'more than'} {duration(seconds)} to the end"
+
+    def _left_of(self, task: Task) -> float | None:
+        """Seconds that a task still takes, None if that is not known."""
+        of_kind = [other for other in self._study.tasks if other.kind == task.kind and other.is_finished]
+        work, done = _work(task), 1.0
+        if task.kind == RUNS and (steps := _steps(task)) is not None:
+            done = 1 - steps[0] / steps[1]
+        rates = [self.seconds[other.name] / _work(other) for other in of_kind if other.name in self.seconds]
+        if rates:
+            return statistics.mean(rates) * work * done
+        if task.kind != RUNS:
+            return None
+        return work * done / (_matmul_rate(self._jobs) * USUAL_SHARE)
+
+
+def progress_of(task: Task) -> str:
+    """How far a run is, in words; empty before its first line of metrics, and for evaluations."""
+    steps = _steps(task) if task.kind == RUNS else None
+    return f"step {steps[0]:,} of {steps[1]:,}" if steps else ""
+
+
+def _steps(task: Task) -> tuple[int, int] | None:
+    """The steps done, and all steps of a run; None before its first line of metrics."""
+    record, log = task.folder / RUN_FILE, task.folder / METRICS_FILE
+    if not record.exists() or not log.exists() or not (lines := read_metrics(task.folder)):
+        return None
+    return lines[-1]["step"], json.loads(record.read_text())["identity"]["total_steps"]
+
+
+def _work(task: Task) -> float:
+    """Floating-point operations of a run; evaluations of a kind are alike."""
+    if task.kind != RUNS:
+        return 1.0
+    data, model, training = pretraining_arguments(task.arguments)
+    images = num_images(data.dataset_name, data.dataset_config_name, data.train_split)
+    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    steps = training.max_train_steps or training.num_train_epochs * max(1, images // per_step)
+    return float(training_flops(make_config(model)) * steps * per_step)
+
+
+@cache
+def num_images(name: str, config_name: str | None, split: str) -> int:
+    return load_images(name, config_name, split).num_images
+
+
+@cache
+def _matmul_rate(jobs: int) -> float:
+    """Of one of the jobs side by side."""
+    if torch.cuda.is_available():
+        return matmul_rate(torch.device("cuda"), torch.bfloat16)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, usable_cores() // jobs))
+    rate = matmul_rate(torch.device("cpu"), torch.float32)
+    torch.set_num_threads(threads)
+    return rate

@@ -1,0 +1,184 @@
+"""Results of runs that differ in their settings: means over seeds, and differences to the runs without the term."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student_t
+
+from umae.sharing.cards import read_metrics
+
+# Of the last line of metrics.jsonl, or of the last that has them; these need no labels
+PRETRAINING = (
+    "reconstruction_loss", "uniformity_loss", "coding_rate_loss", "effective_rank_cls", "effective_rank_mean",
+    "alignment_cls", "alignment_mean",
+)  # fmt: skip
+ACCURACIES = ("top1", "top5")
+OF_FEATURES = ("knn20_top1", "effective_rank")  # the same whatever heads are trained
+CONFIDENCE = 0.95
+# What a run without the term, weight 0, is the baseline of whatever they are
+OF_THE_TERM = ("uniformity_weight", "pooling", "regularizer", "exact_uniformity")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is known of one run.
+
+    Args:
+        name: of the run.
+        settings: in which the runs differ, without the seed.
+        values: by metric, named by `metrics_of_run` and `metrics_of_evaluation`.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    seed: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of a metric, with the term minus without, the mean over pairs of runs that agree in all else and in the seed.
+
+    Args:
+        interval: half the width of the 95 % confidence interval by Student's t; None for one pair, which has none.
+    """
+
+    mean: float
+    interval: float | None
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of the same settings.
+
+    Args:
+        values: by metric, of every seed that has it.
+        differences: to the runs without the term, by metric; empty for those themselves, and where there are none.
+    """
+
+    settings: Mapping[str, Any]
+    seeds: Sequence[int]
+    values: Mapping[str, Sequence[float]]
+    differences: Mapping[str, Difference]
+
+    def mean(self, metric: str) -> float:
+        return statistics.mean(self.values[metric])
+
+    def deviation(self, metric: str) -> float | None:
+        """Standard deviation of the sample (n - 1); None for one seed."""
+        values = self.values[metric]
+        return statistics.stdev(values) if len(values) > 1 else None
+
+
+def metrics_of_run(folder: Path) -> dict[str, float]:
+    """The newest values of a run's log by name, such as `pretraining/effective_rank/cls`."""
+    lines = read_metrics(folder)
+    newest = {name: line[name] for line in lines for name in PRETRAINING if line.get(name) is not None}
+    return {f"pretraining/{_with_slash(name)}": newest[name] for name in PRETRAINING if name in newest}
+
+
+def metrics_of_evaluation(kind: str, report: Mapping[str, Any]) -> dict[str, float]:
+    """The accuracies of a probe's or a fine-tuning's report in percent, and ranks, such as `linear/top1/cls`.
+
+    Args:
+        kind: the evaluation's name.
+    """
+    names: tuple[str, ...] = ACCURACIES
+    if report["protocol"].get("linear_protocol") != "mae":
+        names += OF_FEATURES
+    found: dict[str, float | None] = {}
+    for metric, feature, result in _results_in(report):
+        found |= {
+            "/".join(filter(None, (kind, metric, name, feature))): result[name] for name in names if name in result
+        }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _results_in(report: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """(kind of head, feature, its results) of everything in a report; what there is one of has an empty name."""
+    if "cls" not in report:
+        yield "", "", report
+    for feature, result in report.items():
+        if feature not in ("protocol", "low_shot", "attentive") and isinstance(result, Mapping):
+            yield "", feature, result
+    if "attentive" in report:
+        yield "attentive", "", report["attentive"]
+    for share, features in report.get("low_shot", {}).items():
+        for feature, result in features.items():
+            yield f"{share} of the labels", feature, result
+
+
+def _with_slash(name: str) -> str:
+    """effective_rank_cls -> effective_rank/cls."""
+    stem, _, feature = name.rpartition("_")
+    return f"{stem}/{feature}" if feature in ("cls", "mean") else name
+
+
+def compare(results: Sequence[Result]) -> list[Group]:
+    """The results by settings, in the order of their first runs."""
+    groups: list[list[Result]] = []
+    for result in results:
+        for group in groups:
+            if group[0].settings == result.settings:
+                group.append(result)
+                break
+        else:
+            groups.append([result])
+    baselines = {(_without_term(result), result.seed): result for result in results if _is_baseline(result)}
+    return [_group(sorted(group, key=lambda result: result.seed), baselines) for group in groups]
+
+
+def _group(results: Sequence[Result], baselines: Mapping[Any, Result]) -> Group:
+    metrics = dict.fromkeys(metric for result in results for metric in result.values)
+    differences = {}
+    if not _is_baseline(results[0]):
+        pairs = [(result, baselines.get((_without_term(result), result.seed))) for result in results]
+        for metric in metrics:
+            of_pairs = [
+                result.values[metric] - baseline.values[metric]
+                for result, baseline in pairs
+                if baseline is not None and metric in result.values and metric in baseline.values
+            ]
+            if of_pairs:
+                differences[metric] = _difference(of_pairs)
+    values = {metric: [result.values[metric] for result in results if metric in result.values] for metric in metrics}
+    return Group(results[0].settings, [result.seed for result in results], values, differences)
+
+
+def _difference(values: Sequence[float]) -> Difference:
+    interval = None
+    if len(values) > 1:
+        quantile = float(student_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+        interval = quantile * statistics.stdev(values) / math.sqrt(len(values))
+    return Difference(statistics.mean(values), interval, len(values))
+
+
+def _is_baseline(result: Result) -> bool:
+    return result.settings.get("uniformity_weight") == 0
+
+
+def _without_term(result: Result) -> str:
+    """The settings that a run shares with its baseline, as a key."""
+    return json.dumps(
+        {name: value for name, value in result.settings.items() if name not in OF_THE_TERM}, sort_keys=True
+    )
+
+
+def summary(group: Group) -> dict[str, Any]:
+    """A group as JSON has it: `{"settings": ..., "seeds": ..., "metrics": {name: {"mean": ..., ...}}}`."""
+    metrics = {}
+    for name in group.values:
+        metrics[name] = {"mean": group.mean(name), "deviation": group.deviation(name), "runs": len(group.values[name])}
+        if (difference := group.differences.get(name)) is not None:
+            metrics[name] |= {
+                "difference": difference.mean,
+                "interval": difference.interval,
+                "pairs": difference.pairs,
+            }
+    return {"settings": dict(group.settings), "seeds": list(group.seeds), "metrics": metrics}

@@ -1,0 +1,133 @@
+"""The page of a study: a table with differences, figures over the weight, and every protocol."""
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import Template
+from PIL import Image
+
+from umae.sharing.comparison import Group
+from umae.sharing.figures import over_weights, title_of
+
+DIGITS = {"pretraining": 4}  # after the point, of the metrics that begin so; others are percent and ranks
+PAGE = Template(
+    """\
+<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{{ title }}</title>
+<style>
+  body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+  .wide { overflow-x: auto; }
+  table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+  th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
+  td small { display: block; color: #555; }
+  img { max-width: 100%; height: auto; }
+  pre { overflow-x: auto; background: #f5f5f5; padding: 1rem; }
+</style>
+<h1>{{ title }}</h1>
+<p>{{ state }} Made by <code>{{ command }}</code>.</p>
+{% if notes %}{% for note in notes %}<p>{{ note }}</p>{% endfor %}{% endif %}
+<div class="wide"><table>
+<tr><th></th>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for name, cells in rows.items() %}
+<tr><th>{{ name }}</th>
+{% for value, difference in cells %}<td>{{ value }}{% if difference %}<small>{{ difference }}</small>{% endif %}</td>
+{% endfor %}</tr>
+{% endfor %}
+</table></div>
+<p>Accuracies in percent, on test images. &plusmn; is the standard deviation over the seeds. Below each value stands its
+difference to the runs without the term (weight 0) that have the same seed and settings otherwise, in brackets its 95 %
+confidence interval; with one pair there is none. {{ unmasked }}</p>
+{% if figure %}<img alt="Metrics over the weight of the term" src="{{ figure }}">{% endif %}
+<h2>Protocols</h2>
+{% for name, protocol in protocols.items() %}<details><summary>{{ name }}</summary><pre>{{ protocol }}</pre></details>
+{% endfor %}
+</html>
+""",
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+UNMASKED = "What begins with pretraining is of the log's last lines: losses on masked training images, ranks and "
+UNMASKED += "alignment of the probe images; these are no accuracies."
+
+
+def study_page(content: Mapping[str, Any], groups: Sequence[Group]) -> str:
+    """The HTML page of a study, self-contained.
+
+    Args:
+        content: of `study.json`.
+        groups: of its runs.
+    """
+    metrics = _metrics(groups)
+    return PAGE.render(
+        title=content["title"],
+        command=content["command"],
+        state=content["state"],
+        notes=content["notes"],
+        columns=[_title(group) for group in groups],
+        rows={title_of(metric): [_cell(group, metric) for group in groups] for metric in metrics},
+        unmasked=UNMASKED,
+        figure=_figure(groups, metrics),
+        protocols={name: json.dumps(protocol, indent=2) for name, protocol in content["protocols"].items()},
+    )
+
+
+def markdown(groups: Sequence[Group]) -> str:
+    """The table as Markdown, one column for each group."""
+    lines = [["", *(_title(group) for group in groups)], ["---", *("---:" for _ in groups)]]
+    for metric in _metrics(groups):
+        cells = [" ".join(filter(None, _cell(group, metric))) for group in groups]
+        lines.append([title_of(metric), *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _metrics(groups: Sequence[Group]) -> list[str]:
+    """Those of any group, without top-5 accuracies, which `study.json` has."""
+    metrics = dict.fromkeys(metric for group in groups for metric in group.values)
+    return [metric for metric in metrics if "top5" not in metric.split("/")]
+
+
+def _title(group: Group) -> str:
+    seeds = f", {len(group.seeds)} seeds" if len(group.seeds) > 1 else ""
+    return ", ".join(f"{name} {_number(value)}" for name, value in group.settings.items()) + seeds
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _cell(group: Group, metric: str) -> tuple[str, str]:
+    """A value with its deviation, and the difference to the baseline with its confidence interval."""
+    if metric not in group.values:
+        return "", ""
+    digits = DIGITS.get(metric.split("/")[0], 1)
+    value, deviation = f"{group.mean(metric):.{digits}f}", group.deviation(metric)
+    if deviation is not None:
+        value += f" ± {deviation:.{digits}f}"
+    difference = group.differences.get(metric)
+    if difference is None:
+        return value, ""
+    text = f"{difference.mean:+.{digits}f}"
+    if difference.interval is not None:
+        low, high = difference.mean - difference.interval, difference.mean + difference.interval
+        text += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return value, text
+
+
+def _figure(groups: Sequence[Group], metrics: Sequence[str]) -> str:
+    """As a `data:` URL; empty where weights do not differ."""
+    weighted = [group for group in groups if "uniformity_weight" in group.settings]
+    if len({group.settings["uniformity_weight"] for group in weighted}) < 2:
+        return ""
+    evaluated = [name for name in metrics if not name.startswith("pretraining/")]
+    shown = evaluated or [name for name in metrics if "effective_rank" in name]
+    buffer = io.BytesIO()
+    figure: Image.Image = over_weights(weighted, shown)
+    figure.save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
