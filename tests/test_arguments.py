@@ -204,7 +204,7 @@ def test_every_recipe_of_ours_is_read(recipe):
     types = arguments_umae.FINETUNE if "finetune" in recipe.stem else SCRIPTS[0]
     required = REQUIRED if "finetune" in recipe.stem else []
     parsed = parse_arguments(types, ["--recipe", str(recipe), *required])
-    assert parsed[-1].mixed_precision in ("no", "bf16") and parsed[-1].num_train_epochs > 1
+    assert parsed[-1].num_train_epochs > 1
 
 
 @pytest.mark.parametrize(

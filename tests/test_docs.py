@@ -17,7 +17,7 @@ from command_line_umae import VERBS, given_flags
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted(path for folder in ("recipes", "studies") for path in (ROOT / folder).rglob("*.yaml"))
 TYPES = {  # of what is started with flags of these dataclasses
     "recipes/slurm.sh": arguments_umae.PRETRAIN,
     **{f"umae {verb}": types for verb, (types, _) in arguments_umae.PROGRAMS.items()},
@@ -182,7 +182,10 @@ def test_every_command_line_in_prose_and_in_recipes_is_accepted_by_its_program()
     assert len(in_recipes) >= 6 and len(in_prose) > 6
     for program, words in in_recipes + in_prose:
         if program in TYPES and words != ["--help"]:
-            missing = {"model_name_or_path": "runs/mine", "output_dir": "runs/other", "folder": "my_images"}
+            missing = {"model_name_or_path": "runs/mine", "output_dir": "runs/other"} | {
+                "folder": "my_images",
+                "study": "digits",
+            }
             check_flags(program, words, missing)
 
 

@@ -260,20 +260,24 @@ def test_a_study_that_another_process_works_on_is_refused(tmp_path):
         study.run(arguments(tmp_path))
 
 
-def test_the_plan_knows_what_finished_tasks_took(tmp_path, monkeypatch):
-    read = read_study(arguments(tmp_path))
+def test_the_time_to_the_end_follows_the_pace_of_the_runs_and_what_evaluations_took(tmp_path):
+    read = read_study(arguments(tmp_path, STUDY.replace("max_train_steps: 1,", "max_train_steps: 1200,")))
     run, evaluation, *_ = read.tasks
     clock = Clock(read, 1)
     assert "time not known before the first is finished" in clock.plan()
     assert clock.left().startswith("more than")
     run.folder.mkdir(parents=True)
-    (run.folder / "run.json").write_text(json.dumps({"finished": True}))
+    (run.folder / "run.json").write_text(
+        json.dumps({"finished": False, "identity": {"total_steps": 1200, "pictures_per_step": 128}})
+    )
+    (run.folder / "metrics.jsonl").write_text(json.dumps({"step": 600, "pictures_per_second": 256.0}) + "\n")
     evaluation.folder.mkdir(parents=True)
     (evaluation.folder / "linear_probe.json").write_text("{}")
-    clock.add(run, 400.0)
-    clock.add(run, 200.0)  # continued
     clock.add(evaluation, 60.0)
-    assert Clock(read, 1).left() == "about 11.0 minutes to the end"
+    clock.add(evaluation, 240.0)  # continued
+    # Half of a run of 600 seconds, a whole one of the same size, and one evaluation of 300 seconds
+    assert Clock(read, 1).left() == "about 20.0 minutes to the end"
+    assert Clock(read, 2).left() == "about 10.0 minutes to the end"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -60,36 +61,53 @@ class Clock:
 
     def _left_of(self, task: Task) -> float | None:
         """Seconds that a task still takes, None if that is not known."""
-        of_kind = [other for other in self._study.tasks if other.kind == task.kind and other.is_finished]
-        work, done = _work(task), 1.0
-        if task.kind == RUNS and (steps := _steps(task)) is not None:
-            done = 1 - steps[0] / steps[1]
-        rates = [self.seconds[other.name] / _work(other) for other in of_kind if other.name in self.seconds]
-        if rates:
-            return statistics.mean(rates) * work * done
+        of_kind = [other for other in self._study.tasks if other.kind == task.kind]
         if task.kind != RUNS:
-            return None
-        return work * done / (_matmul_rate(self._jobs) * USUAL_SHARE)
+            known = [self.seconds[other.name] for other in of_kind if other.is_finished and other.name in self.seconds]
+            return statistics.mean(known) if known else None
+        if (progress := _progress(task)) is not None:
+            return progress.seconds_left
+        rates = [progress.seconds / _work(other) for other in of_kind if (progress := _progress(other)) is not None]
+        rate = statistics.mean(rates) if rates else 1 / (_matmul_rate(self._jobs) * USUAL_SHARE)
+        return _work(task) * rate
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Args:
+        seconds: of all its steps, at the pace so far.
+    """
+
+    step: int
+    steps: int
+    seconds: float
+
+    @property
+    def seconds_left(self) -> float:
+        return self.seconds * (1 - self.step / self.steps)
+
+
+def _progress(task: Task) -> Progress | None:
+    """None before a run's first line of metrics."""
+    record, log = task.folder / RUN_FILE, task.folder / METRICS_FILE
+    if not record.exists() or not log.exists() or not (lines := read_metrics(task.folder)):
+        return None
+    identity = json.loads(record.read_text())["identity"]
+    pace = statistics.median(line["pictures_per_second"] for line in lines)
+    steps = identity["total_steps"]
+    return Progress(lines[-1]["step"], steps, steps * identity["pictures_per_step"] / pace)
 
 
 def progress_of(task: Task) -> str:
     """How far a run is, in words; empty before its first line of metrics, and for evaluations."""
-    steps = _steps(task) if task.kind == RUNS else None
-    return f"step {steps[0]:,} of {steps[1]:,}" if steps else ""
-
-
-def _steps(task: Task) -> tuple[int, int] | None:
-    """The steps done, and all steps of a run; None before its first line of metrics."""
-    record, log = task.folder / RUN_FILE, task.folder / METRICS_FILE
-    if not record.exists() or not log.exists() or not (lines := read_metrics(task.folder)):
-        return None
-    return lines[-1]["step"], json.loads(record.read_text())["identity"]["total_steps"]
+    progress = _progress(task) if task.kind == RUNS else None
+    return f"step {progress.step:,} of {progress.steps:,}" if progress else ""
 
 
 def _work(task: Task) -> float:
-    """Floating-point operations of a run; evaluations of a kind are alike."""
-    if task.kind != RUNS:
-        return 1.0
+    """Floating-point operations of a run."""
     data, model, training = pretraining_arguments(task.arguments)
     images = num_images(data.dataset_name, data.dataset_config_name, data.train_split)
     per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
