@@ -1,5 +1,6 @@
 """The page that shows and compares runs."""
 
+import csv
 import json
 import re
 import shutil
@@ -57,7 +58,7 @@ def runs(tmp_path_factory):
 
 def test_a_report_holds_all_it_shows_and_marks_what_differs(runs, tmp_path):
     words = ("-m", "umae", "report", *sorted(runs.iterdir()), "--output", tmp_path / "report.html")
-    assert run(*words).stdout == f"{tmp_path}/report.html\n"
+    assert run(*words).stdout == f"{tmp_path}/report.html\n{tmp_path}/report.csv\n"
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
     assert page.differing == ["initial_weights", "uniformity_weight"], "and nothing else"
@@ -67,8 +68,33 @@ def test_a_report_holds_all_it_shows_and_marks_what_differs(runs, tmp_path):
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert not page.tags & {"script", "link", "iframe"} and "<img src=x" not in text
     assert str(runs) not in text and "http" not in text
-    assert re.search(r"<th>dimensions filled</th>\s*<td>\d+\.\d of at most 64</td>", text)
+    assert re.search(r"<th>dimensions filled</th>\s*<td>\d+\.\d</td>", text)
+    assert re.search(r"<th>dimensions at most</th>\s*<td>64</td>", text)
     assert re.search(r"<th>top1, cls</th>\s*<td>50.0</td>", text)
+    of_the_probed_run = r"<th>linear, digits \(test\), 20-NN, class token</th>\s*<td></td>\s*<td>40.0</td>"
+    assert re.search(of_the_probed_run, text[: text.index("<h2>Training")])
+    rows = list(csv.DictReader((tmp_path / "report.csv").open()))
+    assert [row["uniformity_weight"] for row in rows] == ["0.0", "0.01"]
+    assert [row["linear, digits (test), class token"] for row in rows] == ["", "50.0"]
+    last = [json.loads((runs / row["run"] / "metrics.jsonl").read_text().splitlines()[-1]) for row in rows]
+    assert [float(row["reconstruction loss"]) for row in rows] == [line["reconstruction_loss"] for line in last]
+
+
+def test_runs_that_differ_in_the_seed_alone_are_one_column_of_means(runs, tmp_path):
+    losses = (0.5, 0.6, 0.7)
+    for seed, loss in enumerate(losses):
+        (tmp_path / f"seed{seed}").mkdir()
+        record = json.loads((runs / "umae" / "run.json").read_text())
+        record["identity"]["seed"] = seed
+        (tmp_path / f"seed{seed}" / "run.json").write_text(json.dumps(record))
+        line = json.loads((runs / "umae" / "metrics.jsonl").read_text().splitlines()[-1])
+        line["reconstruction_loss"] = loss
+        (tmp_path / f"seed{seed}" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    text = report.report(sorted(tmp_path.iterdir()))
+    results = text[: text.index("<h2>Training")]
+    assert "<th>seed0, seed1, seed2: 3 seeds</th>" in results
+    assert re.search(r"<th>reconstruction loss</th>\s*<td>0.6000 ± 0.1000</td>\s*</tr>", results)
+    assert re.search(r"<th>state</th>\s*<td>finished</td>\s*</tr>", results)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

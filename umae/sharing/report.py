@@ -2,15 +2,19 @@
 
 umae report runs/umae runs/mae runs/umae_probe runs/umae_finetuned --output report.html
 
-The page is self-contained: it needs no network and no other file, and holds no local path.
+The page is self-contained: it needs no network and no other file, and holds no local path. Beside it, `report.csv` has
+the numbers of the first table, a row for each run.
 """
 
 import argparse
 import base64
+import csv
 import io
 import json
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,8 @@ from PIL import Image
 
 from umae.files import write_text
 from umae.sharing.cards import duration, most_dimensions, read_metrics
-from umae.sharing.figures import spectrum, training_curves
+from umae.sharing.comparison import metrics_of_evaluation
+from umae.sharing.figures import spectrum, title_of, training_curves
 
 FIGURES = {
     "progress.png": "Reconstructions during training",
@@ -61,7 +66,9 @@ PAGE = Template(
 {% endmacro %}
 {% if runs %}
 <h2>Results</h2>
-{{ table(runs, results) }}
+{{ table(groups, results) }}
+<p>Of several runs that differ in the seed alone: the mean, and the standard deviation over the seeds.
+{% if evaluated %}Accuracies are in percent, on test images.{% endif %}</p>
 <h2>Training</h2>
 <img alt="Losses, ranks and accuracies over the steps" src="{{ curves }}">
 {% if spectra %}
@@ -93,8 +100,30 @@ PAGE = Template(
 )
 
 
-def report(folders: Sequence[Path]) -> str:
-    """The HTML page for run folders and probe folders, in any combination.
+@dataclass(frozen=True)
+class Contents:
+    """What a report is made of, read from its folders.
+
+    Args:
+        names: unique ones, by folder.
+        runs: what is known of each run.
+        probes: the reports of probes and fine-tunings.
+    """
+
+    names: Mapping[Path, str]
+    runs: Mapping[Path, Mapping[str, Any]]
+    probes: Mapping[Path, Mapping[str, Any]]
+
+    def probes_of(self, run: Path) -> list[Mapping[str, Any]]:
+        """Of the probes those that evaluated this run, by the name of its folder, unless another's is the same."""
+        name = run.resolve().name
+        if sum(other.resolve().name == name for other in self.runs) > 1:
+            return []
+        return [report for report in self.probes.values() if report["protocol"]["model"] == name]
+
+
+def read(folders: Sequence[Path]) -> Contents:
+    """Run folders and probe folders, in any combination.
 
     Raises:
         ValueError: a folder is neither, or its run has not logged any metrics yet.
@@ -103,23 +132,75 @@ def report(folders: Sequence[Path]) -> str:
     for folder in folders:
         if folder not in probes and not (folder / "run.json").exists():
             raise ValueError(f"{folder} holds neither a run (run.json) nor a probe (linear_probe.json); leave it out")
-    runs = {folder: _run_of(folder) for folder in folders if folder not in probes}
-    names, settings = _names(folders), _side_by_side([_settings(run) for run in runs.values()])
+    return Contents(
+        _names(folders),
+        {folder: _run_of(folder) for folder in folders if folder not in probes},
+        {folder: json.loads(_report_of(folder).read_text()) for folder in probes},
+    )
+
+
+def report(folders: Sequence[Path]) -> str:
+    """The HTML page for run folders and probe folders, in any combination.
+
+    Raises:
+        ValueError: a folder is neither, or its run has not logged any metrics yet.
+    """
+    return page(read([Path(folder) for folder in folders]))
+
+
+def page(contents: Contents) -> str:
+    """The HTML page."""
+    names, runs = contents.names, contents.runs
+    settings = _side_by_side([_settings(run) for run in runs.values()])
     figures = {}
     for file, title in FIGURES.items():
         paths = {names[folder]: folder / file for folder in runs}
         figures[title] = {name: _inline(Image.open(path)) for name, path in paths.items() if path.exists()}
+    groups = _groups(contents)
     return PAGE.render(
         names=list(names.values()),
         runs=[names[folder] for folder in runs],
-        probes=[names[folder] for folder in probes],
-        results=_side_by_side([_results(run) for run in runs.values()]),
+        probes=[names[folder] for folder in contents.probes],
+        groups=groups,
+        results=_side_by_side([_together([_results(contents, run) for run in group]) for group in groups.values()]),
+        evaluated=any(contents.probes_of(run) for run in runs),
         curves=_inline(training_curves({names[folder]: run["lines"] for folder, run in runs.items()})) if runs else "",
         spectra=_spectra({names[folder]: folder / "spectrum.json" for folder in runs}),
         figures=figures,
         settings=dict(sorted(settings.items(), key=lambda row: len(set(row[1])) == 1)),  # those that differ first
-        accuracies=_side_by_side([_accuracies(folder) for folder in probes]),
+        accuracies=_side_by_side([_accuracies(results) for results in contents.probes.values()]),
     )
+
+
+def table(contents: Contents) -> str:
+    """The numbers of the first table as CSV: a row for each run, with its seed and the settings that differ."""
+    settings = [_settings(run) for run in contents.runs.values()]
+    differing = [name for name, row in _side_by_side(settings).items() if len(set(row)) > 1]
+    rows = []
+    for (folder, run), of_run in zip(contents.runs.items(), settings, strict=True):
+        results = {title: value for title, (value, _) in _results(contents, folder).items()}
+        row = {"run": contents.names[folder], "seed": run["identity"]["seed"]}
+        rows.append({**row, **{name: of_run.get(name, "") for name in differing}, **results})
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _groups(contents: Contents) -> dict[str, list[Path]]:
+    """The runs that differ in the seed alone, by a title."""
+    groups: dict[tuple[str, int], list[Path]] = {}
+    counts = Counter[tuple[str, int]]()  # runs of the same settings and the same seed stay apart
+    for folder, run in contents.runs.items():
+        settings, seed = json.dumps({**run["identity"], "seed": None}, sort_keys=True), run["identity"]["seed"]
+        groups.setdefault((settings, counts[settings, seed]), []).append(folder)
+        counts[settings, seed] += 1
+    titles = [
+        ", ".join(contents.names[folder] for folder in group) + (f": {len(group)} seeds" if len(group) > 1 else "")
+        for group in groups.values()
+    ]
+    return dict(zip(titles, groups.values(), strict=True))
 
 
 def _spectra(files: dict[str, Path]) -> str:
@@ -149,26 +230,50 @@ def _run_of(folder: Path) -> dict[str, Any]:
     return {**run, "lines": lines}
 
 
-def _results(run: dict[str, Any]) -> dict[str, Any]:
-    last, identity = run["lines"][-1], run["identity"]
-    return {
-        "state": "finished" if run["finished"] else f"step {last['step']:,} of {identity['total_steps']:,}",
-        "reconstruction loss": f"{last['reconstruction_loss']:.4f}",
-        "uniformity": f"{last['uniformity_loss']:.4f}",
-        "dimensions filled": f"{last['participation_ratio']:.1f} of at most {most_dimensions(identity)}",
-        **{title: _newest(run["lines"], name, spec) for title, (name, spec) in EVALUATION_METRICS.items()},
-        "images per second": f"{statistics.median(line['pictures_per_second'] for line in run['lines']):,.0f}",
-        "time": duration(run["seconds"]),
-        "images left out": len(run["unreadable"]),
+def _results(contents: Contents, folder: Path) -> dict[str, tuple[Any, str]]:
+    """By title a value and the format of a number, which is empty for words."""
+    run = contents.runs[folder]
+    lines, last, identity = run["lines"], run["lines"][-1], run["identity"]
+    results: dict[str, tuple[Any, str]] = {
+        "state": ("finished" if run["finished"] else f"step {last['step']:,} of {identity['total_steps']:,}", ""),
+        "reconstruction loss": (last["reconstruction_loss"], ".4f"),
+        "uniformity": (last["uniformity_loss"], ".4f"),
+        "dimensions filled": (last["participation_ratio"], ".1f"),
+        "dimensions at most": (most_dimensions(identity), ",.0f"),
+    }
+    for title, (name, spec) in EVALUATION_METRICS.items():
+        newest = next((line[name] for line in reversed(lines) if name in line), None)
+        if newest is not None:
+            results[title] = (newest, spec)
+    for probe in contents.probes_of(folder):
+        protocol = probe["protocol"]
+        kind = {"cached": "linear", "mae": "linear, protocol mae", None: "fine-tuned"}[protocol.get("linear_protocol")]
+        for metric, value in metrics_of_evaluation(f"{kind}, {protocol['test']['data']}", probe).items():
+            results[title_of(metric)] = (value, ".1f")
+    pace = statistics.median(line["pictures_per_second"] for line in lines)
+    return results | {
+        "images per second": (pace, ",.0f"),
+        "time": (duration(run["seconds"]), ""),
+        "images left out": (len(run["unreadable"]), ".0f"),
     }
 
 
-def _newest(lines: Sequence[dict[str, Any]], name: str, spec: str) -> str:
-    """The last logged value, formatted by `spec`; empty if no line has one."""
-    return next((format(line[name], spec) for line in reversed(lines) if name in line), "")
+def _together(results: Sequence[Mapping[str, tuple[Any, str]]]) -> dict[str, str]:
+    """The results of runs that differ in the seed alone: means with deviations, or the different words."""
+    cells = {}
+    for title in dict.fromkeys(title for result in results for title in result):
+        values = [result[title][0] for result in results if title in result]
+        spec = next(result[title][1] for result in results if title in result)
+        if not spec:
+            cells[title] = ", ".join(dict.fromkeys(values))
+            continue
+        cells[title] = format(statistics.mean(values), spec)
+        if len(values) > 1 and len(set(values)) > 1:
+            cells[title] += f" ± {format(statistics.stdev(values), spec)}"
+    return cells
 
 
-def _settings(run: dict[str, Any]) -> dict[str, Any]:
+def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
     identity = {name: value for name, value in run["identity"].items() if name != "config"}
     if identity["initial_weights"] and Path(identity["initial_weights"]).is_absolute():
         identity["initial_weights"] = Path(identity["initial_weights"]).name  # no local path
@@ -181,8 +286,7 @@ def _report_of(folder: Path) -> Path:
     return folder / name
 
 
-def _accuracies(folder: Path) -> dict[str, Any]:
-    results = json.loads(_report_of(folder).read_text())
+def _accuracies(results: Mapping[str, Any]) -> dict[str, Any]:
     protocol = results["protocol"]
     rows = {"encoder": protocol["model"], "evaluated on": protocol["test"]["data"]}
     if "cls" not in results:
@@ -214,5 +318,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="folder", help="run folders and probe folders")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="file to write (default report.html)")
     args = parser.parse_args(argv)
-    write_text(args.output, report(list(dict.fromkeys(args.folders))))
+    contents = read(list(dict.fromkeys(args.folders)))
+    write_text(args.output, page(contents))
     print(args.output)
+    if contents.runs:
+        write_text(args.output.with_suffix(".csv"), table(contents))
+        print(args.output.with_suffix(".csv"))

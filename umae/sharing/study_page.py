@@ -12,7 +12,7 @@ from PIL import Image
 from umae.sharing.comparison import Group
 from umae.sharing.figures import over_weights, title_of
 
-DIGITS = {"pretraining": 4}  # after the point, of the metrics that begin so; others are percent and ranks
+DIGITS = {"loss": 4, "alignment": 3}  # after the point, of the metrics with such names; others are percent and ranks
 PAGE = Template(
     """\
 <!doctype html>
@@ -106,7 +106,7 @@ def _cell(group: Group, metric: str) -> tuple[str, str]:
     """A value with its deviation, and the difference to the baseline with its confidence interval."""
     if metric not in group.values:
         return "", ""
-    digits = DIGITS.get(metric.split("/")[0], 1)
+    digits = next((digits for name, digits in DIGITS.items() if name in metric), 1)
     value, deviation = f"{group.mean(metric):.{digits}f}", group.deviation(metric)
     if deviation is not None:
         value += f" ± {deviation:.{digits}f}"
