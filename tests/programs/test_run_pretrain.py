@@ -30,8 +30,8 @@ def test_a_run_says_what_it_will_do_and_leaves_a_whole_folder(finished):
     assert {entry.name for entry in folder.iterdir()} == {
         "README.md", "attention.png", "config.json", "configuration_umae.py", "curve.png",
         "image_processing_umae.py", "metrics.jsonl", "model.safetensors", "modeling_umae.py", "neighbours.png",
-        "preprocessor_config.json", "progress.png", "reconstructions", "reconstructions.png", "run.json", "run.lock",
-        "spectrum.json", "spectrum.png", "step-8", "step-12",
+        "notebook.ipynb", "preprocessor_config.json", "progress.png", "reconstructions", "reconstructions.png",
+        "run.json", "run.lock", "spectrum.json", "spectrum.png", "step-8", "step-12",
     }  # fmt: skip
     assert [line["step"] for line in metrics(folder)] == [3, 6, 9, 12]
     for line in metrics(folder):

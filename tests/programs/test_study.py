@@ -68,6 +68,14 @@ def test_the_grid_is_every_combination_and_equal_runs_are_one(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("path", sorted((processes.ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_study_compares_the_term_with_none(path):
+    shipped = read_study(StudyArguments(study=path.stem, dataset_name="digits"))
+    weights = [settings["uniformity_weight"] for settings in shipped.runs.values()]
+    assert 0 in weights and len(set(weights)) > 1
+    assert {task.kind for task in shipped.tasks} > {"runs"}
+
+
 def test_an_evaluation_has_the_images_of_its_run_unless_it_names_others(tmp_path):
     text = """
     pretrain: {dataset_name: some/images, train_split: "train[:50%]", image_column_name: img, recipe: digits}

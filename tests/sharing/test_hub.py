@@ -59,9 +59,11 @@ def test_a_run_is_pushed_in_one_commit_and_loads_by_its_name(server, tmp_path):
     assert set(repo.commits[repo.refs["main"]]) - {".gitattributes"} == {
         "README.md", "attention.png", "config.json", "configuration_umae.py", "curve.png",
         "image_processing_umae.py", "metrics.jsonl", "model.safetensors", "modeling_umae.py", "neighbours.png",
-        "preprocessor_config.json", "progress.png",
+        "notebook.ipynb", "preprocessor_config.json", "progress.png",
         "reconstructions.png", "spectrum.json", "spectrum.png",
     }  # fmt: skip
+    (notebook,) = (blob for name, blob in repo.commits[repo.refs["main"]].items() if name == "notebook.ipynb")
+    assert b'name = \\"tester/digits\\"' in notebook.data, "where the Hub opens it there is no folder"
     run("-c", LOAD + MORE, cwd=tmp_path, PYTHONPATH="", **hub_user())
     expected = UMAEModel.from_pretrained(tmp_path / "digits")(torch.ones(1, 3, 8, 8)).pooler_output
     assert torch.equal(torch.load(tmp_path / "features.pt", weights_only=True), expected)

@@ -42,7 +42,7 @@ from umae.evaluation.monitor import (
 )
 from umae.programs.keywords import keywords
 from umae.programs.shell import begin, carry_out, make_plan, make_settings
-from umae.sharing import cards, gallery
+from umae.sharing import cards, gallery, notebook
 from umae.speed import training_flops
 from umae.training import checkpoints
 from umae.training.folder import Run, write_run
@@ -479,6 +479,7 @@ def finish(job: Job, record: dict[str, Any]) -> None:
     images = job.images if job.probe_images is None else job.probe_images
     sample = list(images.sample(job.args.seed, MOST_IMAGES))
     gallery.draw(folder, sample, images.description, job.accelerator.device)
+    files.write_text(folder / notebook.NAME, notebook.model_notebook("."))
     files.write_text(folder / "README.md", cards.model_card(folder))
     record["finished"] = True
     write_run(folder, record)

@@ -16,12 +16,14 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+from umae.sharing import notebook
+
 # The files of a folder that are published. Checkpoints, optimiser states, locks, logs and all others are not
 PUBLISHED = (
     "model*.safetensors", "model.safetensors.index.json", "config.json", "preprocessor_config.json",
     "configuration_umae.py", "modeling_umae.py", "image_processing_umae.py", "README.md", "metrics.jsonl",
     "linear_probe.json", "finetune.json", "curve.png", "spectrum.png", "spectrum.json", "reconstructions.png",
-    "progress.png", "neighbours.png", "attention.png",
+    "progress.png", "neighbours.png", "attention.png", notebook.NAME,
 )  # fmt: skip
 WAITS = (1, 4, 16, 60)  # seconds before the next attempt, if the Hub is down, slow or asks to retry later
 TIMEOUT = 60  # seconds without a byte
@@ -76,21 +78,27 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def published(folder: Path) -> dict[str, Path]:
+def published(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     """The files of a run's or a probe's folder that are published, by name.
+
+    Args:
+        repo_id: that they are for, the name of the model in its notebook.
 
     Raises:
         ValueError: the folder holds no finished model.
     """
     if not (folder / "model.safetensors").exists():
         raise ValueError(f"{folder} holds no model.safetensors; give the folder of a finished run")
-    return {path.name: path for pattern in PUBLISHED for path in sorted(folder.glob(pattern))}
+    files: dict[str, Path | bytes] = {path.name: path for name in PUBLISHED for path in sorted(folder.glob(name))}
+    if notebook.NAME in files:
+        files[notebook.NAME] = notebook.model_notebook(repo_id).encode()
+    return files
 
 
 def push_finished(folder: Path, repo_id: str) -> None:
     """Push the folder of a finished run; the error message of a failed push gives the command that repeats it."""
     try:
-        print("pushed to", push(published(folder), repo_id, "Upload U-MAE model"))
+        print("pushed to", push(published(folder, repo_id), repo_id, "Upload U-MAE model"))
     except ValueError as error:
         raise ValueError(
             f"{folder} is finished and whole, but {error}. To try again: `umae push {folder} {repo_id}`"
@@ -175,11 +183,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--private", action="store_true", help="if the repository is new, make it private")
     parser.add_argument("--dry_run", action="store_true", help="list the files and show the card, without pushing")
     args = parser.parse_args(argv)
-    files = published(args.folder)
-    for name, path in files.items():
-        print(f"{path.stat().st_size / 1e6:10.2f} MB  {name}")
+    for name, file in published(args.folder, args.repo_id).items():
+        size = len(file) if isinstance(file, bytes) else file.stat().st_size
+        print(f"{size / 1e6:10.2f} MB  {name}")
     if args.dry_run:
-        print(f"\n{files['README.md'].read_text() if 'README.md' in files else 'no card'}")
+        card = args.folder / "README.md"
+        print(f"\n{card.read_text() if card.exists() else 'no card'}")
         return
     repo_id = check_access(args.repo_id, args.private)
-    print("pushed to", push(files, repo_id, "Upload U-MAE model"))
+    print("pushed to", push(published(args.folder, repo_id), repo_id, "Upload U-MAE model"))
