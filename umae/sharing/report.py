@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Template
 from PIL import Image
 
+from configuration_umae import UMAEConfig
 from umae.files import write_text
 from umae.sharing.cards import duration, most_dimensions, read_metrics
 from umae.sharing.figures import spectrum, training_curves
@@ -154,6 +155,7 @@ def _results(run: dict[str, Any]) -> dict[str, Any]:
     return {
         "state": "finished" if run["finished"] else f"step {last['step']:,} of {identity['total_steps']:,}",
         "reconstruction loss": f"{last['reconstruction_loss']:.4f}",
+        **({"coding rate loss": f"{last['coding_rate_loss']:.4f}"} if "coding_rate_loss" in last else {}),
         "uniformity": f"{last['uniformity_loss']:.4f}",
         "dimensions filled": f"{last['participation_ratio']:.1f} of at most {most_dimensions(identity)}",
         **{title: _newest(run["lines"], name, spec) for title, (name, spec) in EVALUATION_METRICS.items()},
@@ -172,7 +174,8 @@ def _settings(run: dict[str, Any]) -> dict[str, Any]:
     identity = {name: value for name, value in run["identity"].items() if name != "config"}
     if identity["initial_weights"] and Path(identity["initial_weights"]).is_absolute():
         identity["initial_weights"] = Path(identity["initial_weights"]).name  # no local path
-    return {**identity, **run["identity"]["config"], "hardware": run["hardware"], **run["versions"]}
+    config = {"regularizer": UMAEConfig.regularizer, **run["identity"]["config"]}  # younger than some runs
+    return {**identity, **config, "hardware": run["hardware"], **run["versions"]}
 
 
 def _report_of(folder: Path) -> Path:
