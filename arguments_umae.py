@@ -117,7 +117,10 @@ class PretrainModelArguments:
     mask_ratio: Annotated[float | None, Between(0, 1)] = flag(None, "Share of the patches that is hidden. [0.75]")
     norm_pix_loss: bool | None = flag(None, "Reconstruct pixels normalised within each patch. [true]")
     uniformity_weight: OptionalNumber = flag(
-        None, "Lambda, weight of the uniformity term; 0 is plain MAE. [the weights', or 0.01]"
+        None, "Lambda, weight of the regularizer; 0 is plain MAE. [the weights', or 0.01]"
+    )
+    regularizer: Literal["uniformity", "coding_rate"] | None = flag(
+        None, "What spreads the features: U-MAE's term or M-MAE's. [the weights', or uniformity]"
     )
     pooling: Literal["cls", "mean"] | None = flag(None, "The feature: class token or mean of the patches. [cls]")
 
@@ -126,7 +129,7 @@ class PretrainModelArguments:
 class PretrainTrainingArguments(TrainingArguments):
     output_dir: str = flag("runs/umae", "The run folder: weights, metrics, figures, card and checkpoints.")
     num_train_epochs: Count = flag(200, "Passes over the images.")
-    exact_uniformity: bool = flag(False, "Uniformity of all accumulated passes together, for one more encoder pass.")
+    exact_uniformity: bool = flag(False, "Regularizer of all accumulated passes together, for one more encoder pass.")
     base_learning_rate: Number = flag(1.5e-4, "Learning rate for 256 images a step; scaled by the effective batch.")
     warmup_epochs: OptionalNumber = flag(None, "Epochs of linear warm-up. [a tenth of the steps]")
     logging_steps: OptionalCount = flag(

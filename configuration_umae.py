@@ -3,6 +3,7 @@
 from transformers import PreTrainedConfig
 
 POOLINGS = ("cls", "mean")
+REGULARIZERS = ("uniformity", "coding_rate")
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")  # of transformers
 
 _SIDES = ("image_size", "patch_size")
@@ -34,7 +35,7 @@ def _is_finite(value) -> bool:
 class UMAEConfig(PreTrainedConfig):
     r"""Sizes and training objective of a U-MAE (Zhang, Wang & Wang, "How Mask Matters", NeurIPS 2022).
 
-    The defaults give ViT-B/16 with MAE's decoder. Field names are those of transformers' `ViTMAEConfig`; the last four
+    The defaults give ViT-B/16 with MAE's decoder. Field names are those of transformers' `ViTMAEConfig`; the last five
     are our own.
 
     Args:
@@ -57,7 +58,10 @@ class UMAEConfig(PreTrainedConfig):
         decoder_intermediate_size (int, defaults to 2048): width of the decoder's feed-forward layers.
         mask_ratio (float, defaults to 0.75): share of the patches hidden from the encoder, in [0, 1); 0 hides none.
         norm_pix_loss (bool, defaults to True): reconstruct pixels normalised within each patch.
-        uniformity_weight (float, defaults to 0.01): lambda, the weight of the uniformity term; 0 gives plain MAE.
+        uniformity_weight (float, defaults to 0.01): lambda, the weight of the regularizer, whichever it is; 0 gives
+            plain MAE.
+        regularizer ("uniformity" or "coding_rate", defaults to "uniformity"): what keeps the features from collapsing,
+            U-MAE's uniformity term or M-MAE's total coding rate.
         pooling ("cls" or "mean", defaults to "cls"): the feature of an image is its class token, or the
             layer-normalised mean of its patch tokens.
         final_layernorm (bool, defaults to True): whether the encoder normalises its tokens. facebookresearch/mae
@@ -94,6 +98,7 @@ class UMAEConfig(PreTrainedConfig):
     mask_ratio: float = 0.75
     norm_pix_loss: bool = True
     uniformity_weight: float = 0.01
+    regularizer: str = "uniformity"
     pooling: str = "cls"
     final_layernorm: bool = True
     drop_path_rate: float = 0.0
@@ -215,6 +220,8 @@ def _check_field(name: str, value) -> None:
         raise ValueError(f"{name} must be true or false, got {value!r:.80}")
     if name == "pooling" and value not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {value!r:.80}")
+    if name == "regularizer" and value not in REGULARIZERS:
+        raise ValueError(f"regularizer must be one of {', '.join(REGULARIZERS)}, got {value!r:.80}")
     if name == "problem_type" and value not in (None, *PROBLEM_TYPES):
         raise ValueError(f"problem_type must be one of {', '.join(PROBLEM_TYPES)}, or None, got {value!r:.80}")
 

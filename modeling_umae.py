@@ -38,7 +38,7 @@ except ImportError:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The two losses
+# The losses
 
 
 def reconstruction_loss(
@@ -88,16 +88,35 @@ def uniformity_loss(
     Returns:
         A scalar, float32 (float64 for float64 features), the same on every process.
     """
-    with torch.autocast(features.device.type, enabled=False):
-        if second_moment is not None:
-            product = (feature_second_moment(features) * second_moment).sum()
-            return second_moment.square().sum() + 2 * (product - product.detach())
-        gram = _gram_of_directions(features)
-        count = torch.full((), features.shape[0], dtype=gram.dtype, device=features.device)
-        if across_processes and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            total = _SumOverProcesses.apply(torch.cat([gram.flatten(), count[None]]))  # one all-reduce for both
-            gram, count = total[:-1], total[-1].detach()
-        return gram.square().sum() / count**2
+    return _uniformity(*_gram_of_batch(features, across_processes, second_moment))
+
+
+CODING_RATE_SCALE = 4 / 3  # `coding_rate_loss` says why
+
+
+def coding_rate_loss(
+    features: torch.Tensor, across_processes: bool = True, second_moment: torch.Tensor | None = None
+) -> torch.Tensor:
+    r"""Minus the total coding rate of the features, the term of M-MAE.
+
+    Tan, Yang, Huang, Yuan & Zhang: "Information Flow in Self-Supervised Learning", ICML 2024.
+
+    It is `-log det(I + a M)`, where `M = F^T F / N` is the second moment of the N features of the global batch,
+    L2-normalised, and `a` is CODING_RATE_SCALE. M-MAE's code computes `-log det(I + mu / D * F^T F)`, so its `a` is
+    `mu * N / D`: 4/3 for ViT-B (D 768) with its default mu 1 and the 1,024 images a step of its script. Here `a` is 4/3
+    for every batch, width and number of processes, so that one weight means the same for all of them.
+
+    With the eigenvalues p of M, none negative and 1 in sum, it is `-sum(log(1 + a p))`. For r = min(N, D) it lies
+    between `-r log(1 + a / r)` (spread evenly), which is more than -4/3, and `-log(1 + a)` = -0.847 (all on one line).
+    Features of zeros have 0. To second order in M, i.e. where all `a p` are small, it is
+    `-a + a^2 / 2 * uniformity`: the uniformity term with 8/9 of the weight. The exact term is at most this, and less by
+    at most `a^3 / 3 * sum(p^3)`. It pushes two directions of eigenvalues p and q towards each other like the uniformity
+    term with `8/9 / ((1 + a p) (1 + a q))` of the weight, which is 0.38 for features on one line.
+
+    The matrix `I + a M` has eigenvalues between 1 and 1 + a, so its Cholesky factor is exact to rounding for any
+    features. Processes, gradients, arguments and the result are as in `uniformity_loss`.
+    """
+    return _coding_rate(*_gram_of_batch(features, across_processes, second_moment))
 
 
 def feature_second_moment(features: torch.Tensor) -> torch.Tensor:
@@ -106,6 +125,35 @@ def feature_second_moment(features: torch.Tensor) -> torch.Tensor:
     Its squared norm is the uniformity of these features; that of a batch in several equal parts is the mean of theirs.
     """
     return _gram_of_directions(features) / features.shape[0]
+
+
+def _gram_of_batch(
+    features: torch.Tensor, across_processes: bool, second_moment: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | int]:
+    """What both terms are functions of: (D, D), the sum of `f f^T` over L2-normalised features, and their number.
+
+    The arguments are those of `uniformity_loss`. With a `second_moment` the sum is that, of one feature, and its
+    gradient goes to the moment of `features`: any function of it has the whole batch's value and the part's gradient.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        if second_moment is not None:
+            part = feature_second_moment(features)
+            return second_moment + (part - part.detach()), 1
+        gram = _gram_of_directions(features)
+        count = torch.full((), features.shape[0], dtype=gram.dtype, device=features.device)
+        if across_processes and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            total = _SumOverProcesses.apply(torch.cat([gram.flatten(), count[None]]))  # one all-reduce for both
+            return total[:-1].view_as(gram), total[-1].detach()
+        return gram, count
+
+
+def _uniformity(gram: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
+    return gram.square().sum() / count**2
+
+
+def _coding_rate(gram: torch.Tensor, count: torch.Tensor | int) -> torch.Tensor:
+    identity = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
+    return -_LogDeterminant.apply(identity + CODING_RATE_SCALE / count * gram)
 
 
 def _gram_of_directions(features: torch.Tensor) -> torch.Tensor:
@@ -129,6 +177,23 @@ class _Gram(torch.autograd.Function):
         (features,) = ctx.saved_tensors
         with torch.autocast(features.device.type, enabled=False), _full_precision_matmul():
             return features @ (grad + grad.T)
+
+
+class _LogDeterminant(torch.autograd.Function):
+    """Of a symmetric positive definite matrix, at full float32 precision, forward and backward. NaN stays NaN."""
+
+    @staticmethod
+    def forward(ctx, matrix):
+        ctx.save_for_backward(matrix)
+        with _full_precision_matmul():
+            factor = torch.linalg.cholesky_ex(matrix).L  # unlike `cholesky`, it does not wait for a GPU
+            return 2 * factor.diagonal().log().sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (matrix,) = ctx.saved_tensors
+        with torch.autocast(matrix.device.type, enabled=False), _full_precision_matmul():
+            return grad * torch.cholesky_inverse(torch.linalg.cholesky_ex(matrix).L)
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -434,13 +499,15 @@ class UMAEForPreTrainingOutput(ModelOutput):
     """What the pre-training model returns.
 
     Args:
-        loss: scalar, `reconstruction_loss + config.uniformity_weight * uniformity_loss`.
+        loss: scalar, `reconstruction_loss + config.uniformity_weight * uniformity_loss`, or with `coding_rate_loss`
+            instead, see `config.regularizer`.
         reconstruction_loss: scalar, the mean squared error of the hidden patches of the local batch.
         uniformity_loss: scalar, at least float32, the mean squared cosine of the features.
+        coding_rate_loss: scalar, at least float32; None unless it is `config.regularizer`.
         logits: (batch, patches, pixels), every predicted patch (normalised if `norm_pix_loss`); None if not requested.
         mask: (batch, patches), 1 where the patch was hidden, 0 where the encoder saw it.
         ids_restore: (batch, patches), the position of every patch when sorted by noise; None without logits.
-        features: (batch, hidden_size), the input of the uniformity term.
+        features: (batch, hidden_size), the input of the uniformity term and of the coding rate.
         last_hidden_state: (batch, 1 + visible patches, hidden_size), the encoder's; None without `features_only`.
         hidden_states: tuple of (batch, 1 + visible patches, hidden_size), the encoder's.
         attentions: tuple of (batch, heads, tokens, tokens), the encoder's.
@@ -449,6 +516,7 @@ class UMAEForPreTrainingOutput(ModelOutput):
     loss: torch.Tensor | None = None
     reconstruction_loss: torch.Tensor | None = None
     uniformity_loss: torch.Tensor | None = None
+    coding_rate_loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     mask: torch.Tensor | None = None
     ids_restore: torch.Tensor | None = None
@@ -739,12 +807,12 @@ class UMAEForPreTraining(UMAEPreTrainedModel):
             mask_ratio: share of patches to hide, optional; the configuration's by default.
             interpolate_pos_encoding: accept images of another size than `config.image_size`.
             output_logits: whether to return `logits` and `ids_restore`; by default in evaluation mode only.
-            second_moment: (hidden_size, hidden_size), optional, for an exact uniformity term under gradient
+            second_moment: (hidden_size, hidden_size), optional, for an exact regularizer under gradient
                 accumulation, see `uniformity_loss`: the mean of `feature_second_moment` over all micro-batches.
             features_only: return what `encode_features` returns, for callers with a model in DDP or FSDP, which wrap
                 this method alone.
 
-        In training mode the uniformity term is that of the batch of all processes, and all of them must take part; in
+        In training mode the regularizer is that of the batch of all processes, and all of them must take part; in
         evaluation mode it is that of the local batch.
 
         Raises:
@@ -756,12 +824,16 @@ class UMAEForPreTraining(UMAEPreTrainedModel):
         encoded = self.encode_masked(pixel_values, noise, mask_ratio, interpolate_pos_encoding, **kwargs)
         features = self.uniformity_features(encoded)
         logits, reconstruction = self.reconstruct(pixel_values, encoded, all_patches=output_logits)
-        uniformity = uniformity_loss(features, across_processes=self.training, second_moment=second_moment)
+        gram, count = _gram_of_batch(features, across_processes=self.training, second_moment=second_moment)
+        uniformity = _uniformity(gram, count)
+        coding_rate = _coding_rate(gram, count) if self.config.regularizer == "coding_rate" else None
+        regularizer = uniformity if coding_rate is None else coding_rate
 
         return UMAEForPreTrainingOutput(
-            loss=reconstruction + self.config.uniformity_weight * uniformity,
+            loss=reconstruction + self.config.uniformity_weight * regularizer,
             reconstruction_loss=reconstruction,
             uniformity_loss=uniformity,
+            coding_rate_loss=coding_rate,
             logits=logits if output_logits else None,
             mask=encoded.mask,
             ids_restore=encoded.ids_restore if output_logits else None,

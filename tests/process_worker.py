@@ -1,5 +1,6 @@
 """Run by torchrun in test_processes.py: every process holds a part of one batch, the gradients must be the whole's."""
 
+import itertools
 import json
 import sys
 from contextlib import nullcontext
@@ -13,7 +14,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from modeling_umae import UMAEForPreTraining, UMAELayer, UMAEModel, feature_second_moment, uniformity_loss
+from configuration_umae import REGULARIZERS
+from modeling_umae import (
+    UMAEForPreTraining,
+    UMAELayer,
+    UMAEModel,
+    coding_rate_loss,
+    feature_second_moment,
+    uniformity_loss,
+)
 from umae.data.images import load_images
 from umae.data.inputs import evaluation_processor
 from umae.evaluation.monitor import Monitor, prepare_probe_images
@@ -31,14 +40,15 @@ PARTS = {  # images of every process
 
 
 class Term(nn.Module):
-    """The uniformity term alone; the batch of all processes in training mode, the local one in evaluation mode."""
+    """The regularizer alone; the batch of all processes in training mode, the local one in evaluation mode."""
 
     def __init__(self, config):
         super().__init__()
         self.vit = UMAEModel(config)
+        self.term = {"uniformity": uniformity_loss, "coding_rate": coding_rate_loss}[config.regularizer]
 
     def forward(self, pixel_values, noise):
-        return uniformity_loss(self.vit(pixel_values, noise=noise).pooler_output, across_processes=self.training)
+        return self.term(self.vit(pixel_values, noise=noise).pooler_output, across_processes=self.training)
 
 
 class Loss(nn.Module):
@@ -75,13 +85,15 @@ def value_and_gradient(module, pixel_values, noise) -> tuple[float, torch.Tensor
     return loss.item(), torch.cat([gradient.flatten().double() for gradient in gradients])
 
 
-def errors_of(objective, parts: list[int], dtype: torch.dtype, wrap=replicated) -> tuple[float, float]:
+def errors_of(
+    objective, regularizer: str, parts: list[int], dtype: torch.dtype, wrap=replicated
+) -> tuple[float, float]:
     """Relative errors of value and gradient: this process' part of the batch among all, against the whole batch alone.
 
     A function of its own, because a DistributedDataParallel that outlives its process group can hang the process.
     """
     torch.manual_seed(0)
-    alone = objective(fresh_config(uniformity_weight=0.5)).to(dtype)
+    alone = objective(fresh_config(uniformity_weight=0.5, regularizer=regularizer)).to(dtype)
     pixel_values, noise = torch.randn(COUNT, 3, 16, 16, dtype=dtype), torch.rand(COUNT, 16)
     value, expected = value_and_gradient(alone.eval(), pixel_values, noise)
     rank = dist.get_rank()
@@ -91,10 +103,10 @@ def errors_of(objective, parts: list[int], dtype: torch.dtype, wrap=replicated) 
     return abs(found_value / value - 1), ((found - expected).norm() / expected.norm()).item()
 
 
-def error_of_accumulation(micro_batches: int, dtype: torch.dtype) -> float:
+def error_of_accumulation(regularizer: str, micro_batches: int, dtype: torch.dtype) -> float:
     """Relative error of the gradient accumulated over equal parts of a batch, by the exact term."""
     torch.manual_seed(0)
-    alone = Loss(fresh_config(uniformity_weight=0.5)).to(dtype)
+    alone = Loss(fresh_config(uniformity_weight=0.5, regularizer=regularizer)).to(dtype)
     parts = dist.get_world_size() * micro_batches
     pixel_values, noise = torch.randn(3 * parts, 3, 16, 16, dtype=dtype), torch.rand(3 * parts, 16)
     _, expected = value_and_gradient(alone.eval(), pixel_values, noise)
@@ -113,6 +125,23 @@ def error_of_accumulation(micro_batches: int, dtype: torch.dtype) -> float:
             (together(*part, second_moment=whole) / micro_batches).backward()
     found = torch.cat([parameter.grad.flatten().double() for parameter in together.parameters()])
     return ((found - expected).norm() / expected.norm()).item()
+
+
+def all_reduces(regularizer: str) -> list[int]:
+    """How many all-reduces a forward pass asks for, and then a backward pass."""
+    model, counts, all_reduce = Loss(fresh_config(regularizer=regularizer)), [0, 0], dist.all_reduce
+
+    def counted(tensor):
+        counts[at] += 1
+        return all_reduce(tensor)
+
+    try:
+        dist.all_reduce, at = counted, 0
+        loss, at = model(torch.randn(2, 3, 16, 16), torch.rand(2, 16)), 1
+        loss.backward()
+    finally:
+        dist.all_reduce = all_reduce
+    return counts
 
 
 def main_process_has(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -171,20 +200,24 @@ def measures_of_a_look(wrap) -> torch.Tensor:
 def main(report: str) -> None:
     dist.init_process_group("gloo")
     errors = {}
-    for dtype in (torch.float32, torch.float64):
+    for regularizer, dtype in itertools.product(REGULARIZERS, (torch.float32, torch.float64)):
+        title = f"{regularizer} {str(dtype).removeprefix('torch.')}"
         for kind, parts in PARTS[dist.get_world_size()].items():
             for objective in (Term, Loss) if kind == "even" else (Term,):
-                name = f"{objective.__name__} {kind} {str(dtype).removeprefix('torch.')}"
-                value, errors[f"{name} gradient"] = errors_of(objective, parts, dtype)
+                name = f"{title} {objective.__name__} {kind}"
+                value, errors[f"{name} gradient"] = errors_of(objective, regularizer, parts, dtype)
                 if objective is Term:  # the loss as a whole also holds the local reconstruction
                     errors[f"{name} value"] = value
         accumulation = {1: 4, 2: 2, 4: 2}[dist.get_world_size()]
-        name = f"Loss accumulated exactly {str(dtype).removeprefix('torch.')} gradient"
-        errors[name] = error_of_accumulation(accumulation, dtype)
+        name = f"{title} Loss accumulated exactly gradient"
+        errors[name] = error_of_accumulation(regularizer, accumulation, dtype)
         if dist.get_world_size() == 2:
             for objective, parts in ((Loss, [6, 6]), (Term, [9, 3])):
-                _, error = errors_of(objective, parts, dtype, sharded)
-                errors[f"{objective.__name__} sharded {str(dtype).removeprefix('torch.')} gradient"] = error
+                _, error = errors_of(objective, regularizer, parts, dtype, sharded)
+                errors[f"{title} {objective.__name__} sharded gradient"] = error
+    if dist.get_world_size() > 1:
+        counts = {regularizer: all_reduces(regularizer) for regularizer in REGULARIZERS}
+        assert all(count == [1, 0] for count in counts.values()), counts
     if dist.get_world_size() == 2:
         expected, found = weights_after_three_steps(replicated), weights_after_three_steps(sharded)
         errors["three steps sharded float32 weights"] = ((found - expected).norm() / expected.norm()).item()

@@ -40,6 +40,8 @@ from umae import UMAEConfig
         ({"drop_path_rate": 1.0}, r"drop_path_rate must lie in \[0, 1\)"),
         ({"drop_path_rate": -0.1}, "drop_path_rate"),
         ({"pooling": "max"}, "pooling must be one of cls, mean"),
+        ({"regularizer": "entropy"}, "regularizer must be one of uniformity, coding_rate, got 'entropy'"),
+        ({"regularizer": None}, "regularizer must be one of uniformity, coding_rate, got None"),
         ({"problem_type": "ranking"}, "problem_type must be one of regression, single_label_classification, multi_"),
         ({"norm_pix_loss": "yes"}, "norm_pix_loss"),
         ({"image_size": 8, "patch_size": 4, "mask_ratio": 0.8}, "mask_ratio 0.8 keeps no patch of 4"),

@@ -203,8 +203,10 @@ def test_weights_that_no_uniformity_term_has_trained_have_none(tmp_path, setting
     assert original_config(*read_weights(path), 3, 4).uniformity_weight == 0
     for model in (ViTModel(ViTConfig(**SIZES)), ViTMAEForPreTraining(ViTMAEConfig(**SIZES, **DECODER))):
         assert read_model(saved(model, tmp_path / "folder"))[0].uniformity_weight == 0
-    umae = saved(UMAEModel(fresh_config(uniformity_weight=0.3)), tmp_path / "umae")
-    assert read_model(umae)[0].uniformity_weight == 0.3
+        assert read_model(tmp_path / "folder")[0].regularizer == "uniformity"
+    umae = saved(UMAEModel(fresh_config(uniformity_weight=0.3, regularizer="coding_rate")), tmp_path / "umae")
+    config, _ = read_model(umae)
+    assert (config.uniformity_weight, config.regularizer) == (0.3, "coding_rate")
 
 
 def test_a_file_without_decoder_becomes_an_encoder(tmp_path):

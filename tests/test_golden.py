@@ -1,11 +1,12 @@
 """The model against values that the original code computed in float64 (golden.json says how)."""
 
 import golden_inputs
+import numpy as np
 import pytest
 import torch
 from golden_models import SETUP, VALUES, batch, our_name, pretraining_model
 
-from modeling_umae import random_masking, sincos_position_table, uniformity_loss
+from modeling_umae import CODING_RATE_SCALE, coding_rate_loss, random_masking, sincos_position_table, uniformity_loss
 from umae.training.schedules import decay_groups, learning_rate_at
 
 CASES = pytest.mark.parametrize(
@@ -104,6 +105,37 @@ def test_uniformity_term_alone_is_the_originals(case):
     assert features.grad.norm().item() == pytest.approx(case["grad_norm"], rel=5e-6)
     for *at, value in case["grad"]:
         assert features.grad[tuple(at)].item() == pytest.approx(value, rel=1e-4)
+
+
+def coding_rate_in_numpy(features: np.ndarray, scale: float) -> tuple[float, np.ndarray]:
+    """`-log det(I + scale / N * F^T F)` of the features on the unit sphere, from singular values, and its gradient."""
+    lengths = np.linalg.norm(features, axis=1, keepdims=True)
+    unit = features / lengths
+    left, values, right = np.linalg.svd(unit, full_matrices=False)
+    eigenvalues = values**2 / len(unit)
+    gradient = -(left * (2 * scale / len(unit) * values / (1 + scale * eigenvalues))) @ right
+    gradient -= (gradient * unit).sum(axis=1, keepdims=True) * unit  # along a feature its direction does not change
+    return -np.log1p(scale * eigenvalues).sum(), gradient / lengths
+
+
+@pytest.mark.parametrize("case", VALUES["uniformity"], ids=lambda c: f"{c['count']}x{c['size']}-{c['shared']}")
+def test_coding_rate_is_that_of_its_definition_in_float64(case):
+    features = golden_inputs.features(SETUP.variant, case["count"], case["size"], case["shared"])
+    value, gradient = coding_rate_in_numpy(features.astype(np.float64), CODING_RATE_SCALE)
+    for dtype, accuracy in ((torch.float32, 2e-6), (torch.float64, 1e-12)):
+        tensor = torch.tensor(features, dtype=dtype, requires_grad=True)
+        loss = coding_rate_loss(tensor)
+        loss.backward()
+        assert loss.item() == pytest.approx(value, rel=accuracy)
+        assert np.linalg.norm(tensor.grad.numpy() - gradient) < 20 * accuracy * np.linalg.norm(gradient)
+
+
+def test_coding_rate_is_that_of_mmae_for_its_batch_and_width():
+    """yifanzhang-pro/M-MAE computes -log det(I + mu / D * F^T F), with mu 1 by default, its script on 1,024 images."""
+    features = golden_inputs.features(SETUP.variant, 1024, 768, 1.0).astype(np.float64)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    _, value = np.linalg.slogdet(np.eye(768) + 1.0 / 768 * unit.T @ unit)
+    assert coding_rate_loss(torch.tensor(features)).item() == pytest.approx(-value, rel=1e-12)
 
 
 @pytest.mark.parametrize("run", VALUES["training"], ids=lambda r: f"accumulation-{r['accumulation']}")

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import golden_inputs
 import pytest
@@ -11,11 +12,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, ViTMAEConfig, ViTMAEForPreTraining
 
-from configuration_umae import UMAEConfig
+from configuration_umae import REGULARIZERS, UMAEConfig
 from modeling_umae import (
+    CODING_RATE_SCALE,
     UMAEForImageClassification,
     UMAEForPreTraining,
     UMAEModel,
+    coding_rate_loss,
     drop_path_scales,
     feature_second_moment,
     gather_patches,
@@ -27,6 +30,8 @@ from modeling_umae import (
     unpatchify,
 )
 from umae.speed import compile_model
+
+TERMS = pytest.mark.parametrize("term", [uniformity_loss, coding_rate_loss])
 
 
 def images_for(config: UMAEConfig, count: int = 4) -> torch.Tensor:
@@ -429,10 +434,10 @@ def test_drop_path_is_one_graph_and_the_same_for_the_same_seed(checkpointing):
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize(("pooling", "regularizer"), [("cls", "uniformity"), ("mean", "coding_rate")])
 @pytest.mark.parametrize("training", [False, True])
-def test_the_forward_pass_is_one_graph(pooling, training):
-    model = UMAEForPreTraining(fresh_config(pooling=pooling)).train(training)
+def test_the_forward_pass_is_one_graph(pooling, regularizer, training):
+    model = UMAEForPreTraining(fresh_config(pooling=pooling, regularizer=regularizer)).train(training)
     pixel_values, noise = images_for(model.config), torch.rand(4, 16)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)  # a graph break is an error
@@ -443,15 +448,16 @@ def test_the_forward_pass_is_one_graph(pooling, training):
     assert all(torch.equal(parameter.grad, g) for parameter, g in zip(model.parameters(), gradients, strict=True))
 
 
-def test_a_batch_in_equal_parts_has_the_uniformity_and_the_gradient_of_the_whole():
+@TERMS
+def test_a_batch_in_equal_parts_has_the_regularizer_and_the_gradient_of_the_whole(term):
     features = torch.randn(12, 5, dtype=torch.float64, requires_grad=True)
-    (expected,) = torch.autograd.grad(uniformity_loss(features), features)
+    (expected,) = torch.autograd.grad(term(features), features)
     parts = features.split(3)
     whole = sum(feature_second_moment(part.detach()) for part in parts) / 4
-    values = [uniformity_loss(part, second_moment=whole) for part in parts]
+    values = [term(part, second_moment=whole) for part in parts]
     (found,) = torch.autograd.grad(sum(values) / 4, features)
     for value in values:
-        assert value.item() == pytest.approx(uniformity_loss(features).item(), rel=1e-12)
+        assert value.item() == pytest.approx(term(features).item(), rel=1e-12)
     assert torch.allclose(found, expected, rtol=1e-10, atol=0)
 
 
@@ -482,8 +488,8 @@ def test_without_weight_the_gradients_are_those_of_vitmae_bit_for_bit():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_uniformity_stays_float32_under_autocast(dtype, pooling):
-    model = pretraining_model(pooling=pooling).train()
+def test_regularizers_stay_float32_under_autocast(dtype, pooling):
+    model = pretraining_model(pooling=pooling, regularizer="coding_rate").train()
     pixel_values, noise = batch()
     with torch.autocast("cpu", dtype=dtype):
         output = model(pixel_values, noise=noise)
@@ -491,13 +497,16 @@ def test_uniformity_stays_float32_under_autocast(dtype, pooling):
     features = torch.nn.functional.normalize(output.features.detach().float(), dim=-1)
     assert output.uniformity_loss.dtype == torch.float32
     assert output.uniformity_loss.item() == pytest.approx((features @ features.T).square().mean().item(), abs=1e-6)
+    assert output.coding_rate_loss.dtype == torch.float32
+    assert output.coding_rate_loss.item() == pytest.approx(coding_rate_loss(features.double()).item(), abs=1e-6)
 
 
-def test_uniformity_of_half_precision_features_is_computed_in_float32():
+@TERMS
+def test_a_regularizer_of_half_precision_features_is_computed_in_float32(term):
     features = torch.tensor(golden_inputs.features(1, 64, 48, 10.0)).bfloat16()
-    exact = uniformity_loss(features.double())
-    assert uniformity_loss(features).dtype == torch.float32
-    assert uniformity_loss(features).item() == pytest.approx(exact.item(), abs=1e-6)
+    exact = term(features.double())
+    assert term(features).dtype == torch.float32
+    assert term(features).item() == pytest.approx(exact.item(), abs=1e-6)
 
 
 def test_uniformity_lies_between_even_spread_and_collapse():
@@ -508,20 +517,73 @@ def test_uniformity_lies_between_even_spread_and_collapse():
     assert uniformity_loss(torch.zeros(5, 8)).item() == 0.0
 
 
-def test_uniformity_leaves_the_callers_matmul_precision_as_it_was():
+def test_coding_rate_lies_between_even_spread_and_collapse():
+    identity, scale = torch.eye(8), CODING_RATE_SCALE
+    assert coding_rate_loss(identity).item() == pytest.approx(-8 * math.log(1 + scale / 8))
+    assert coding_rate_loss(identity.repeat(5, 1)).item() == pytest.approx(-8 * math.log(1 + scale / 8))
+    assert coding_rate_loss(torch.eye(8, 99)).item() == pytest.approx(-8 * math.log(1 + scale / 8)), "N below D"
+    assert coding_rate_loss(torch.ones(5, 8)).item() == pytest.approx(-math.log(1 + scale))
+    assert coding_rate_loss(torch.zeros(5, 8)).item() == 0.0
+
+
+@pytest.mark.parametrize("shared", [0.0, 1.0, 10.0])
+@pytest.mark.parametrize("count", [40, 2000])
+def test_uniformity_is_the_second_order_of_the_coding_rate(shared, count):
+    """As Tan et al. (2024) say of M-MAE, and log(1 + x) = x - x**2 / 2 + x**3 / 3 - ...: each sum is a bound."""
+    features = torch.tensor(golden_inputs.features(2, count, 48, shared)).double()
+    moment, scale = feature_second_moment(features), CODING_RATE_SCALE
+    second = -scale + scale**2 / 2 * uniformity_loss(features)
+    third = scale**3 / 3 * (moment @ moment @ moment).trace()
+    assert second - third < coding_rate_loss(features) < second
+
+
+def test_the_gradient_of_spread_features_is_that_of_eight_ninths_of_the_uniformity():
+    features = torch.tensor(golden_inputs.features(2, 2000, 48, 0.0)).double().requires_grad_()
+    (found,) = torch.autograd.grad(coding_rate_loss(features), features)
+    (expected,) = torch.autograd.grad(8 / 9 * uniformity_loss(features), features)
+    largest = torch.linalg.eigvalsh(feature_second_moment(features.detach()))[-1].item()
+    assert found.norm() < expected.norm() and CODING_RATE_SCALE * largest < 0.05
+    assert (found - expected).norm() < 3 * CODING_RATE_SCALE * largest * expected.norm()
+
+
+@TERMS
+def test_a_feature_that_is_not_finite_makes_the_regularizer_so(term):
+    features = torch.randn(6, 4)
+    features[2, 1] = torch.inf
+    assert term(features).isnan()
+
+
+@TERMS
+def test_a_regularizer_leaves_the_callers_matmul_precision_as_it_was(term):
     before = torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
         features = torch.randn(4, 8, requires_grad=True)
-        uniformity_loss(features).backward()
+        term(features).backward()
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def test_uniformity_gradient_is_right():
-    features = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(uniformity_loss, (features,))
+@TERMS
+@pytest.mark.parametrize("shape", [(6, 4), (3, 5)])
+def test_the_gradient_of_a_regularizer_is_right(term, shape):
+    features = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(term, (features,))
+    assert torch.autograd.gradgradcheck(term, (features,))
+
+
+@pytest.mark.parametrize("regularizer", REGULARIZERS)
+def test_the_loss_has_the_weighted_term_that_the_configuration_names(regularizer):
+    model = pretraining_model(uniformity_weight=0.5, regularizer=regularizer)
+    pixel_values, noise = batch()
+    output = model(pixel_values, noise=noise)
+    assert torch.equal(output.uniformity_loss, uniformity_loss(output.features)), "whichever it is"
+    if regularizer == "uniformity":
+        assert output.coding_rate_loss is None
+    else:
+        assert torch.equal(output.coding_rate_loss, coding_rate_loss(output.features))
+    assert torch.equal(output.loss, output.reconstruction_loss + 0.5 * output[f"{regularizer}_loss"])
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals

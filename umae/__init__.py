@@ -14,6 +14,7 @@ from modeling_umae import (
     UMAEForImageClassification,
     UMAEForPreTraining,
     UMAEModel,
+    coding_rate_loss,
     reconstruction_loss,
     uniformity_loss,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "UMAEForPreTraining",
     "UMAEImageProcessor",
     "UMAEModel",
+    "coding_rate_loss",
     "diagnose",
     "encoder_from_pretrained",
     "extract_features",

@@ -30,7 +30,7 @@ def training_flops(config: UMAEConfig) -> int:
         forward += _layer_flops(all_tokens, queries, decoder_width, config.decoder_intermediate_size)
     forward += 2 * hidden * decoder_width * pixels
     # Backward takes two products for each forward product; only one for the projection, as pixels need no gradient, and
-    # for the product in the uniformity term.
+    # for the product in the uniformity term or the coding rate, whose D x D factors are not of an image but of a step.
     return 3 * forward + 2 * (2 * (visible - 1) * pixels * width) + 2 * (2 * width**2)
 
 

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from golden_models import fresh_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_umae import UMAEForPreTraining, uniformity_loss
+from modeling_umae import UMAEForPreTraining, coding_rate_loss, uniformity_loss
 from umae import seeding
 from umae.convert import set_pooling
 from umae.data.batches import Plan
@@ -72,8 +72,9 @@ def test_an_evaluation_changes_neither_model_nor_gradients_nor_random_numbers_of
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_gradient_norms_are_those_of_the_two_terms():
-    monitor, model = make_monitor(Accelerator(cpu=True), uniformity_weight=0.5)
+@pytest.mark.parametrize(("regularizer", "term"), [("uniformity", uniformity_loss), ("coding_rate", coding_rate_loss)])
+def test_gradient_norms_are_those_of_the_two_terms(regularizer, term):
+    monitor, model = make_monitor(Accelerator(cpu=True), uniformity_weight=0.5, regularizer=regularizer)
     batch = micro_batch()
     norms = monitor.gradient_norms(model, batch, step=1)
     noise = seeding.uniform(0, seeding.MASK, 0, batch["index"], 16)
@@ -81,9 +82,9 @@ def test_gradient_norms_are_those_of_the_two_terms():
     pixels = torch.where(flipped[:, None, None, None], batch["pixel_values"].flip(-1), batch["pixel_values"])
     output = model(normalize(pixels, monitor.mean, monitor.std), noise=noise)
     encoder = list(model.vit.parameters())
-    (0.5 * uniformity_loss(output.features)).backward(retain_graph=True)
+    (0.5 * term(output.features)).backward(retain_graph=True)
     expected = torch.cat([parameter.grad.flatten() for parameter in encoder if parameter.grad is not None]).norm()
-    assert norms["grad_norm_uniformity"] == pytest.approx(expected.item(), rel=1e-5)
+    assert norms[f"grad_norm_{regularizer}"] == pytest.approx(expected.item(), rel=1e-5) and len(norms) == 2
     model.zero_grad()
     output.reconstruction_loss.backward()
     expected = torch.cat([parameter.grad.flatten() for parameter in encoder]).norm()

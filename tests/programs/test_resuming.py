@@ -182,6 +182,7 @@ def test_the_slurm_script_goes_back_into_the_queue_until_the_run_is_finished(tmp
     [
         (["--seed", "1"], "seed 0, not 1"),
         (["--uniformity_weight", "0.1"], "uniformity_weight 0.01, not 0.1"),
+        (["--regularizer", "coding_rate"], "regularizer uniformity, not coding_rate"),
         (["--per_device_train_batch_size", "64"], "pictures_per_step 128, not 64"),
         (
             ["--per_device_train_batch_size", "64", "--gradient_accumulation_steps", "2"],
@@ -217,10 +218,11 @@ def test_other_images_of_the_same_name_and_number_are_another_run(tmp_path):
         run_pretrain.main(command)
 
 
-def test_a_run_from_before_a_field_existed_goes_on(finished, tmp_path, capsys):
+@pytest.mark.parametrize(("field", "default"), [("drop_path_rate", 0.0), ("regularizer", "uniformity")])
+def test_a_run_from_before_a_field_existed_goes_on(finished, tmp_path, capsys, field, default):
     shutil.copytree(finished[0], tmp_path / "run")
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["identity"]["config"].pop("drop_path_rate") == 0.0
+    assert record["identity"]["config"].pop(field) == default
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     run_pretrain.main(["--output_dir", str(tmp_path / "run"), *SHORT])
     assert "finished; nothing to do" in capsys.readouterr().out

@@ -20,6 +20,7 @@ import run_pretrain
 import umae
 from umae.convert import read_weights
 from umae.programs import pretrain
+from umae.sharing import report
 
 
 def test_a_run_says_what_it_will_do_and_leaves_a_whole_folder(finished):
@@ -47,6 +48,42 @@ def test_a_run_says_what_it_will_do_and_leaves_a_whole_folder(finished):
         assert f"({name}.png)" in card
     assert "| Steps | 12, each of 128 images, seed 0 |" in card
     assert "1,438 images" in card and str(folder.parent) not in card
+
+
+def test_a_run_with_the_coding_rate_says_logs_and_resumes_it(finished, tmp_path):
+    folder, flags = tmp_path / "run", ("--regularizer", "coding_rate", "--uniformity_weight", "0.5", *SHORT)
+    printed = run("run_pretrain.py", "--output_dir", folder, *flags).stdout
+    assert re.search(r"coding rate +weight 0.5, of the cls features of 128 images\n", printed)
+    assert re.search(r"coding rate loss -\d\.\d{4}, uniformity 0\.\d{4} \(features fill", printed)
+    assert "gradient of the terms" in printed
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["regularizer"], config["uniformity_weight"]) == ("coding_rate", 0.5)
+    lines = metrics(folder)
+    for line, other in zip(lines, metrics(finished[0]), strict=True):
+        assert line["loss"] == pytest.approx(line["reconstruction_loss"] + 0.5 * line["coding_rate_loss"], rel=1e-5)
+        assert line["participation_ratio"] == pytest.approx(1 / line["uniformity_loss"])
+        here_only, there_only = line.keys() - other.keys(), other.keys() - line.keys()
+        assert "grad_norm_uniformity" not in line and there_only <= {"grad_norm_uniformity"}
+        assert here_only == {"coding_rate_loss", *(["grad_norm_coding_rate"] if there_only else [])}
+    card = (folder / "README.md").read_text()
+    assert "| Coding rate weight | 0.5 on the cls feature |" in card and "tan2024information" in card
+    assert f"| Coding rate loss | {lines[-1]['coding_rate_loss']:.4f} |" in card and "uniformity term" not in card
+
+    mine = tmp_path / "interrupted"
+    shutil.copytree(folder, mine)
+    record = json.loads((mine / "run.json").read_text())
+    (mine / "run.json").write_text(json.dumps({**record, "finished": False}))
+    shutil.rmtree(mine / "step-12")
+    (mine / "model.safetensors").unlink()
+    assert f"continuing from {mine}/step-8" in run("run_pretrain.py", "--output_dir", mine, *flags).stdout
+    assert (mine / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert metrics(mine) == metrics(folder)
+
+    text = report.report([folder, finished[0]])
+    rows = re.findall(r'class="differs"><th>(\w+)</th>', text)
+    assert sorted(rows) == ["regularizer", "uniformity_weight"]
+    last = lines[-1]["coding_rate_loss"]
+    assert re.search(rf"<th>coding rate loss</th>\s*<td>{last:.4f}</td>\s*<td></td>", text)
 
 
 LOOKED = [

@@ -137,6 +137,18 @@ def test_features_fill_no_more_dimensions_than_a_uniformity_term_has_images():
     assert cards.most_dimensions({**identity, "exact_uniformity": True, "pictures_per_step": 4096}) == 768
 
 
+def test_a_run_from_before_regularizers_could_be_chosen_had_the_uniformity(runs, tmp_path):
+    shutil.copytree(runs / "umae", tmp_path / "old")
+    record = json.loads((tmp_path / "old" / "run.json").read_text())
+    del record["identity"]["config"]["regularizer"]
+    (tmp_path / "old" / "run.json").write_text(json.dumps(record))
+    assert Page(report.report([tmp_path / "old", runs / "umae"])).differing == []
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    del config["regularizer"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    assert "| Uniformity weight | 0.01 on the cls feature |" in cards.model_card(tmp_path / "old")
+
+
 def test_what_is_no_run_is_refused(runs, tmp_path):
     with pytest.raises(ValueError, match="holds neither a run"):
         report.report([tmp_path])

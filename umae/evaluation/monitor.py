@@ -215,6 +215,7 @@ class Monitor:
     def gradient_norms(self, model: nn.Module, batch: dict, step: int) -> dict[str, float | None]:
         """Norms of the encoder's gradients of the two loss terms, each with its weight, for a micro-batch.
 
+        They are `grad_norm_reconstruction` and, by the regularizer, `grad_norm_uniformity` or `grad_norm_coding_rate`.
         None for a norm that is not finite, as may happen in fp16.
         """
         encoder = self.accelerator.unwrap_model(model).vit
@@ -223,11 +224,14 @@ class Monitor:
         scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
         scale /= self.accelerator.gradient_accumulation_steps  # what `backward` multiplies by
         norms: dict[str, float | None] = {}
-        for name, weights in {"reconstruction": (1.0, 0.0), "uniformity": (0.0, weight)}.items():
+        regularizer = self.config.regularizer
+        for name, weights in {"reconstruction": (1.0, 0.0), regularizer: (0.0, weight)}.items():
             seeding.seed_forward(self.seed, step, 0, self.accelerator.process_index)
             output = model(inputs[0], noise=inputs[1])
             # DistributedDataParallel expects a gradient of every parameter, so the other term has weight 0
-            self.accelerator.backward(weights[0] * output.reconstruction_loss + weights[1] * output.uniformity_loss)
+            self.accelerator.backward(
+                weights[0] * output.reconstruction_loss + weights[1] * output[f"{regularizer}_loss"]
+            )
             norm = nn.utils.get_total_norm([p.grad for p in encoder.parameters() if p.grad is not None])
             norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item() / scale
             norms[f"grad_norm_{name}"] = norm if math.isfinite(norm) else None

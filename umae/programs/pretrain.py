@@ -56,7 +56,7 @@ from umae.training.hardware import (
 )
 from umae.training.log import SPEED, MetricsLog, is_due, track_image
 from umae.training.loop import Losses, Task
-from umae.training.pretraining import VALUES, pretraining_losses
+from umae.training.pretraining import pretraining_losses, values_of
 from umae.training.schedules import Schedule, decay_groups, make_schedule
 from umae.training.state import State
 
@@ -186,7 +186,7 @@ def load_probe_images(
 
 def make_config(args: PretrainModelArguments) -> UMAEConfig:
     """That of the weights, if the model starts from some, with what is given instead."""
-    names = ("image_size", "patch_size", "mask_ratio", "norm_pix_loss", "uniformity_weight", "pooling")
+    names = ("image_size", "patch_size", "mask_ratio", "norm_pix_loss", "uniformity_weight", "regularizer", "pooling")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     fields = [field.name for field in dataclasses.fields(UMAEConfig)]
     overrides = {**parse_overrides(args.config_overrides, fields, "config_overrides"), **given}
@@ -303,8 +303,7 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
         "effective batch": f"{plan.images_per_step} = {plan.batch_size} per device x {plan.processes} "
         f"process{'es' if plan.processes > 1 else ''} x {plan.accumulation} accumulated",
         "learning rate": f"{identity['learning_rate']:.3g} at its peak",
-        "uniformity": f"weight {config.uniformity_weight:g}, mean over the {config.pooling} features of {features} "
-        f"images" + (f", then over {parts} micro-batches" if parts > 1 else ""),
+        **regularizer_of(config, features, parts),
         "precision": f"{identity['mixed_precision']} on {record['hardware']}",
     }
     lines["labels"] = job.images.label_summary
@@ -316,6 +315,14 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
         lines["evaluated on"] = f"{job.probe_images.description}, every {eval_steps(job, record):,} steps"
     for name, text in lines.items():
         job.accelerator.print(f"  {name:<16} {text}")
+
+
+def regularizer_of(config: UMAEConfig, features: int, parts: int) -> dict[str, str]:
+    """Its line of the announcement, by its name; `parts` are the micro-batches that each have `features`."""
+    weight, source = f"weight {config.uniformity_weight:g}", f"the {config.pooling} features of {features} images"
+    if config.regularizer == "coding_rate":
+        return {"coding rate": f"{weight}, of {source}" + (f", mean over {parts} micro-batches" if parts > 1 else "")}
+    return {"uniformity": f"{weight}, mean over {source}" + (f", then over {parts} micro-batches" if parts > 1 else "")}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -363,7 +370,7 @@ def make_task(job: Job, model: UMAEForPreTraining, log: MetricsLog, record: dict
         model=model,
         parameter_groups=decay_groups(model, args.weight_decay),
         betas=BETAS,
-        values=VALUES,
+        values=values_of(config),
         own_values=("reconstruction_loss", "feature_norm"),
         flops=training_flops(config),
         losses=losses,
@@ -437,7 +444,7 @@ def in_words(values: dict[str, float | None], most: int) -> str:
     text = f"effective rank {ranks} of at most {most}"
     for name, title in {"online_top1": "linear classifier", "online_knn_top1": "nearest neighbours"}.items():
         text += f", {title} {values[name]:.1%}" if name in values else ""
-    norms = [values[f"grad_norm_{term}"] for term in ("reconstruction", "uniformity")]
+    norms = [value for name, value in values.items() if name.startswith("grad_norm_")]  # reconstruction, regularizer
     return text + (f", gradient of the terms {norms[0]:.3g} and {norms[1]:.2g}" if None not in norms else "")
 
 
@@ -490,7 +497,8 @@ def finish(job: Job, record: dict[str, Any]) -> None:
     mfu = f", {speed['mfu']:.0%} of its peak (MFU)" if "mfu" in speed else ""
     print(
         f"finished in {cards.duration(record['seconds'])}: reconstruction loss {last['reconstruction_loss']:.4f}, "
-        f"uniformity {last['uniformity_loss']:.4f} (features fill {last['participation_ratio']:.1f} of at most "
+        + (f"coding rate loss {last['coding_rate_loss']:.4f}, " if "coding_rate_loss" in last else "")
+        + f"uniformity {last['uniformity_loss']:.4f} (features fill {last['participation_ratio']:.1f} of at most "
         f"{cards.most_dimensions(record['identity'])} dimensions)\n"
         f"{speed['pictures_per_second']:,.0f} images/s, {speed['matmul_share']:.0%} of the device's rate at plain "
         f"matrix products{mfu}, {speed['data_wait']:.0%} of the time spent waiting for images, "

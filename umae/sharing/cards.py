@@ -25,6 +25,15 @@ _CITATION = """\
   year      = {2022}
 }
 ```"""
+_CITATION_CODING_RATE = """\
+```bibtex
+@inproceedings{tan2024information,
+  title     = {Information Flow in Self-Supervised Learning},
+  author    = {Tan, Zhiquan and Yang, Jingqin and Huang, Weiran and Yuan, Yang and Zhang, Yifan},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2024}
+}
+```"""
 _READING = """\
 `open_image` reads a file as training did: 16-bit and float greyscale is scaled to 8 bits, transparency becomes white,
 EXIF orientation is applied. The processor does the same to an image of `PIL.Image.open`. Three other ways clip 16-bit
@@ -96,7 +105,7 @@ def _is_hub_name(name: Any) -> TypeGuard[str]:
 
 
 def most_dimensions(identity: dict[str, Any]) -> int:
-    """The largest participation ratio that the features in a run's uniformity term can have."""
+    """The largest participation ratio that the features in a run's regularizer can have."""
     passes = 1 if identity["exact_uniformity"] else identity["gradient_accumulation_steps"]
     return min(identity["pictures_per_step"] // passes, identity["config"]["hidden_size"])
 
@@ -109,6 +118,7 @@ def model_card(folder: Path, checkpoint: Path | None = None) -> str:
     if checkpoint is not None:  # training has gone on while it was written
         lines = [line for line in lines if line["step"] <= int(checkpoint.name.removeprefix("step-"))]
     identity = run["identity"]
+    by_coding_rate = config.get("regularizer") == "coding_rate"  # folders from before the field do not have it
     fresh, base = identity.get("initial_weights") is None, run.get("base_model", [])
     facts = {
         "Data": f"{identity['dataset']}, "
@@ -119,7 +129,8 @@ def model_card(folder: Path, checkpoint: Path | None = None) -> str:
         "Encoder": f"{config['num_hidden_layers']} layers of width {config['hidden_size']}",
         "Decoder": f"{config['decoder_num_hidden_layers']} layers of width {config['decoder_hidden_size']}",
         "Mask ratio": config["mask_ratio"],
-        "Uniformity weight": f"{config['uniformity_weight']} on the {config['pooling']} feature",
+        ("Coding rate weight" if by_coding_rate else "Uniformity weight"): f"{config['uniformity_weight']} on the "
+        f"{config['pooling']} feature",
         "Steps": (f"{checkpoint.name.removeprefix('step-')} of " if checkpoint else "")
         + f"{identity['total_steps']:,}, each of {identity['pictures_per_step']:,} images, seed {identity['seed']}",
         "Peak learning rate": f"{identity['learning_rate']:.3g}",
@@ -129,6 +140,7 @@ def model_card(folder: Path, checkpoint: Path | None = None) -> str:
     if lines:
         facts |= {
             "Reconstruction loss": f"{lines[-1]['reconstruction_loss']:.4f}",
+            **({"Coding rate loss": f"{lines[-1]['coding_rate_loss']:.4f}"} if by_coding_rate else {}),
             "Uniformity": f"{lines[-1]['uniformity_loss']:.4f}, i.e. features that fill "
             f"{lines[-1]['participation_ratio']:.1f} of at most {most_dimensions(identity)} dimensions",
         }
@@ -145,6 +157,8 @@ def model_card(folder: Path, checkpoint: Path | None = None) -> str:
         "attention.png": "Attention of the class token",
     }
     existing = [name for name in titles if checkpoint is None and (folder / name).exists()]
+    citation = f"{_CITATION}\n\n{_CITATION_CODING_RATE}" if by_coding_rate else _CITATION
+    term = "M-MAE's total coding rate, a term" if by_coding_rate else "a uniformity term"
     figures = [f"![{titles[name]}]({name})" for name in existing]
     data = _card_data("image-feature-extraction", [], folder.resolve().name, base, "apache-2.0" if fresh else None)
     return f"""---
@@ -153,7 +167,7 @@ def model_card(folder: Path, checkpoint: Path | None = None) -> str:
 
 # U-MAE
 
-A vision transformer pre-trained by masked reconstruction (MAE) with a uniformity term that keeps its features from
+A vision transformer pre-trained by masked reconstruction (MAE) with {term} that keeps its features from
 collapsing into a few dimensions.
 
 ## Use
@@ -170,7 +184,7 @@ The losses are means over the last logging interval. `metrics.jsonl` holds those
 
 ## Citation
 
-{_CITATION}
+{citation}
 """
 
 

@@ -21,6 +21,7 @@ from typing import Any
 from jinja2 import Template
 from PIL import Image
 
+from configuration_umae import UMAEConfig
 from umae.files import write_text
 from umae.sharing.cards import duration, most_dimensions, read_metrics
 from umae.sharing.comparison import metrics_of_evaluation
@@ -193,7 +194,8 @@ def _groups(contents: Contents) -> dict[str, list[Path]]:
     groups: dict[tuple[str, int], list[Path]] = {}
     counts = Counter[tuple[str, int]]()  # runs of the same settings and the same seed stay apart
     for folder, run in contents.runs.items():
-        settings, seed = json.dumps({**run["identity"], "seed": None}, sort_keys=True), run["identity"]["seed"]
+        identity, seed = run["identity"], run["identity"]["seed"]
+        settings = json.dumps({**identity, "config": _config(identity), "seed": None}, sort_keys=True)
         groups.setdefault((settings, counts[settings, seed]), []).append(folder)
         counts[settings, seed] += 1
     titles = [
@@ -237,6 +239,7 @@ def _results(contents: Contents, folder: Path) -> dict[str, tuple[Any, str]]:
     results: dict[str, tuple[Any, str]] = {
         "state": ("finished" if run["finished"] else f"step {last['step']:,} of {identity['total_steps']:,}", ""),
         "reconstruction loss": (last["reconstruction_loss"], ".4f"),
+        **({"coding rate loss": (last["coding_rate_loss"], ".4f")} if "coding_rate_loss" in last else {}),
         "uniformity": (last["uniformity_loss"], ".4f"),
         "dimensions filled": (last["participation_ratio"], ".1f"),
         "dimensions at most": (most_dimensions(identity), ",.0f"),
@@ -277,7 +280,11 @@ def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
     identity = {name: value for name, value in run["identity"].items() if name != "config"}
     if identity["initial_weights"] and Path(identity["initial_weights"]).is_absolute():
         identity["initial_weights"] = Path(identity["initial_weights"]).name  # no local path
-    return {**identity, **run["identity"]["config"], "hardware": run["hardware"], **run["versions"]}
+    return {**identity, **_config(run["identity"]), "hardware": run["hardware"], **run["versions"]}
+
+
+def _config(identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {"regularizer": UMAEConfig.regularizer, **identity["config"]}  # which is younger than some runs
 
 
 def _report_of(folder: Path) -> Path:

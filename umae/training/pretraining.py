@@ -6,13 +6,19 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from configuration_umae import UMAEConfig
 from modeling_umae import feature_second_moment
 from umae import seeding
 from umae.data.inputs import device_inputs
 from umae.training.loop import Losses
 
-# What a step logs, in this order; the loop adds the norm of the gradient.
+# What a step with the uniformity term logs, in this order; the loop adds the norm of the gradient.
 VALUES = ("loss", "reconstruction_loss", "uniformity_loss", "feature_norm", "grad_norm")
+
+
+def values_of(config: UMAEConfig) -> tuple[str, ...]:
+    """What a step logs: VALUES, with `coding_rate_loss` after `uniformity_loss` if that is the regularizer."""
+    return VALUES if config.regularizer == "uniformity" else (*VALUES[:3], "coding_rate_loss", *VALUES[3:])
 
 
 def pretraining_losses(
@@ -28,7 +34,7 @@ def pretraining_losses(
     exact_uniformity: bool = False,
     observe: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
 ) -> Losses:
-    """The loss of every micro-batch, one after the other, with the first four of VALUES.
+    """The loss of every micro-batch, one after the other, with all but the last of `values_of`.
 
     Args:
         model: as prepared by the accelerator.
@@ -37,7 +43,7 @@ def pretraining_losses(
         num_patches: patches of an image.
         seed: of the run; flips and masks are keyed by (seed, epoch, index).
         mean, std: of the images' normalisation, one number for each channel.
-        exact_uniformity: the uniformity term is that of all micro-batches together, for one more pass through the
+        exact_uniformity: the regularizer is that of all micro-batches together, for one more pass through the
             encoder, rather than the mean of theirs.
         observe: gets the features (batch, D) of every micro-batch, without a gradient, and the indices of its images.
     """
@@ -60,5 +66,6 @@ def pretraining_losses(
         feature_norm = output.features.detach().float().norm(dim=-1).mean()
         if observe is not None:
             observe(output.features.detach(), batch["index"])
-        values = torch.stack([output.loss, output.reconstruction_loss, output.uniformity_loss, feature_norm])
+        losses = (output.loss, output.reconstruction_loss, output.uniformity_loss, output.coding_rate_loss)
+        values = torch.stack([value for value in (*losses, feature_norm) if value is not None])
         yield output.loss, values.detach()
