@@ -111,7 +111,12 @@ class PretrainModelArguments:
     model_name_or_path: str | None = flag(
         None, "Weights to start from, with their sizes: a folder, Hub id or file of any MAE or ViT."
     )
-    config_overrides: Mapping | str | None = flag(None, "Fields of UMAEConfig: `hidden_size=192,num_hidden_layers=12`.")
+    model_size: Literal["tiny", "small", "base", "large", "huge"] | None = flag(
+        None, "The encoder, with a decoder that fits: ViT-Ti, S, B, L or H. [base]"
+    )
+    config_overrides: Mapping | str | None = flag(
+        None, "Fields of UMAEConfig: `hidden_size=96,num_hidden_layers=4`; other sizes follow."
+    )
     image_size: OptionalCount = flag(None, "Side of the square crops, in pixels. [the weights', or 224]")
     patch_size: OptionalCount = flag(None, "Side of a patch, in pixels; divides image_size. [the weights', or 16]")
     mask_ratio: Annotated[float | None, Between(0, 1)] = flag(None, "Share of the patches that is hidden. [0.75]")
@@ -269,16 +274,26 @@ STUDY = (StudyArguments,)
 # From what is given to instances
 
 
+SIZES = [
+    prefix + name
+    for prefix in ("", "decoder_")
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+]
+
+
 def pretraining_arguments(given: Mapping[str, Any]) -> tuple[Any, ...]:
     """`arguments_of` PRETRAIN. The digits, of 8 x 8 pixels, come with sizes of their own unless a recipe is given.
 
-    A recipe's sizes are not for weights that are given beside it: there, only given sizes count.
+    A recipe's sizes are not for weights or for a model_size that are given beside it: there, only given sizes count.
     """
     data, model, training = arguments_of(PRETRAIN, given)
     if data.dataset_name == "digits" and training.recipe is None:
         data, model, training = arguments_of(PRETRAIN, {**given, "recipe": "digits"})
+    if given.get("model_size") is not None and isinstance(model.config_overrides, Mapping):
+        others = {name: value for name, value in model.config_overrides.items() if name not in SIZES}
+        model = dataclasses.replace(model, config_overrides=given.get("config_overrides", others))
     if given.get("model_name_or_path") is not None:
-        sizes = {name: given.get(name) for name in ("image_size", "patch_size", "config_overrides")}
+        sizes = {name: given.get(name) for name in ("model_size", "image_size", "patch_size", "config_overrides")}
         model = dataclasses.replace(model, **sizes)
     return data, model, training
 

@@ -4,6 +4,15 @@ from transformers import PreTrainedConfig
 
 POOLINGS = ("cls", "mean")
 REGULARIZERS = ("uniformity", "coding_rate")
+# Width, layers and attention heads of the encoder: ViT-Ti and ViT-S as in DeiT (Touvron et al., 2021), the others as in
+# ViT (Dosovitskiy et al., 2021)
+MODEL_SIZES = {
+    "tiny": (192, 12, 3),
+    "small": (384, 12, 6),
+    "base": (768, 12, 12),
+    "large": (1024, 24, 16),
+    "huge": (1280, 32, 16),
+}
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")  # of transformers
 
 _SIDES = ("image_size", "patch_size")
@@ -108,6 +117,40 @@ class UMAEConfig(PreTrainedConfig):
         self.check_combinations()
 
     @classmethod
+    def sized(cls, size: str | None = None, **fields) -> "UMAEConfig":
+        """A configuration whose sizes fit each other: those that are not given follow from those that are.
+
+        Feed-forward layers are four times as wide as their layers. Attention heads have 64 dimensions in the encoder,
+        below a width of 192 and in the decoder 32, where that divides the width. The decoder has two thirds of the
+        encoder's width, at most 512, and 8 layers (4 below a width of 768, 2 below 192): MAE's own for ViT-B, ViT-L and
+        ViT-H.
+
+        Args:
+            size: one of MODEL_SIZES, by default "base".
+            fields: of the configuration; they override the size's.
+
+        Raises:
+            ValueError: an unknown size, or an invalid field.
+        """
+        if size is not None and size not in MODEL_SIZES:
+            raise ValueError(f"model_size must be one of {', '.join(MODEL_SIZES)}, got {size!r:.80}")
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        fields = {**(dict(zip(names, MODEL_SIZES[size], strict=True)) if size else {}), **fields}
+        width = fields.setdefault("hidden_size", cls.hidden_size)
+        if not _is_int(width) or width < 1:
+            return cls(**fields)  # which says what is wrong
+        dimensions = 64 if width >= 192 and width % 64 == 0 else 32
+        fields.setdefault("num_attention_heads", _heads(width, dimensions))
+        fields.setdefault("intermediate_size", 4 * width)
+        decoder_width = fields.setdefault("decoder_hidden_size", min(max(32, round(width / 48) * 32), 512))
+        if not _is_int(decoder_width) or decoder_width < 1:
+            return cls(**fields)
+        fields.setdefault("decoder_num_hidden_layers", 8 if width >= 768 else 4 if width >= 192 else 2)
+        fields.setdefault("decoder_num_attention_heads", _heads(decoder_width, 32))
+        fields.setdefault("decoder_intermediate_size", 4 * decoder_width)
+        return cls(**fields)
+
+    @classmethod
     def from_dict(cls, config_dict, **kwargs):
         for name in ("attn_implementation", "_attn_implementation"):
             if "/" in str(config_dict.get(name)):  # transformers would download and run it
@@ -188,6 +231,11 @@ class UMAEConfig(PreTrainedConfig):
                 f"hidden_size {self.hidden_size}, num_hidden_layers {self.num_hidden_layers} and the other sizes make "
                 f"{weights:.1e} weights, expected at most {MOST_WEIGHTS:.0e}; use smaller sizes"
             )
+
+
+def _heads(width: int, dimensions: int) -> int:
+    """As many attention heads as have at least so many dimensions each."""
+    return next(heads for heads in range(max(1, width // dimensions), 0, -1) if width % heads == 0)
 
 
 def _pair(size) -> tuple[int, int]:

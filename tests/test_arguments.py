@@ -186,6 +186,18 @@ def test_the_sizes_of_a_recipe_yield_to_those_of_weights_on_the_command_line(tmp
     assert sizes("--recipe", str(tmp_path / "r.yaml")) == sizes(), "the recipe is made for the weights that it names"
 
 
+def test_the_sizes_of_a_recipe_yield_to_a_model_size_on_the_command_line(tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        "image_size: 8\nconfig_overrides: {hidden_size: 64, decoder_hidden_size: 32, hidden_act: relu}"
+    )
+    words = ["--recipe", str(tmp_path / "r.yaml"), "--model_size", "small"]
+    _, model, _ = pretraining_arguments(given_flags(arguments_umae.PRETRAIN, words))
+    assert (model.image_size, model.config_overrides) == (8, {"hidden_act": "relu"})
+    words += ["--config_overrides", "decoder_hidden_size=96"]
+    _, model, _ = pretraining_arguments(given_flags(arguments_umae.PRETRAIN, words))
+    assert model.config_overrides == "decoder_hidden_size=96"
+
+
 def test_a_recipe_may_hold_what_the_program_demands(tmp_path):
     (tmp_path / "r.yaml").write_text("model_name_or_path: runs/mine\nmixed_precision: no\n")
     words = ["--recipe", str(tmp_path / "r.yaml"), "--output_dir", "runs/tuned"]

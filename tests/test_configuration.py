@@ -2,12 +2,13 @@ import json
 import resource
 
 import pytest
+import torch
 from golden_models import fresh_config
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
-from modeling_umae import UMAEModel
+from modeling_umae import UMAEForPreTraining, UMAEModel
 from umae import UMAEConfig
 
 
@@ -144,3 +145,47 @@ def test_an_accepted_configuration_keeps_at_least_one_patch(rows, columns, patch
             UMAEConfig(**fields)
     else:
         assert UMAEConfig(**fields).grid == (rows, columns)
+
+
+# Of the encoders, in millions, without heads: DeiT (Touvron et al., 2021) and ViT (Dosovitskiy et al., 2021)
+MILLIONS = {"tiny": 5.5, "small": 21.7, "base": 85.8, "large": 303.3, "huge": 630.8}
+
+
+@pytest.mark.parametrize("size", MILLIONS)
+def test_sizes_by_name_are_the_usual_encoders_with_smaller_decoders(size):
+    with torch.device("meta"):
+        model = UMAEForPreTraining(UMAEConfig.sized(size, patch_size=14 if size == "huge" else 16))
+    encoder = sum(parameter.numel() for parameter in model.vit.parameters()) / 1e6
+    decoder = sum(parameter.numel() for parameter in model.parameters()) / 1e6 - encoder
+    assert encoder == pytest.approx(MILLIONS[size], rel=0.01)
+    assert decoder < 0.35 * encoder
+
+
+def test_the_base_size_is_the_default_configuration():
+    assert UMAEConfig.sized().to_dict() == UMAEConfig.sized("base").to_dict() == UMAEConfig().to_dict()
+
+
+@given(
+    width=st.integers(1, 400).map(lambda quarter: 4 * quarter),
+    heads=st.none() | st.just(1),
+    decoder=st.none() | st.integers(1, 100).map(lambda quarter: 4 * quarter),
+)
+def test_sizes_that_are_not_given_fit_those_that_are(width, heads, decoder):
+    fields = {"hidden_size": width, "num_attention_heads": heads, "decoder_hidden_size": decoder}
+    fields = {name: value for name, value in fields.items() if value is not None}
+    config = UMAEConfig.sized(**fields)  # which refuses heads that do not divide the width
+    assert {name: getattr(config, name) for name in fields} == fields
+    assert config.intermediate_size == 4 * width
+    assert config.decoder_intermediate_size == 4 * config.decoder_hidden_size
+    if decoder is None:
+        assert config.decoder_hidden_size <= max(32, width) and config.decoder_hidden_size % 32 == 0
+
+
+def test_wrong_sizes_are_refused():
+    with pytest.raises(ValueError, match="model_size must be one of tiny, small, base, large, huge, got 'giant'"):
+        UMAEConfig.sized("giant")
+    for wrong in ("96", 0, -4, 2.5):
+        with pytest.raises(ValueError, match="hidden_size must be a whole number"):
+            UMAEConfig.sized(hidden_size=wrong)
+    with pytest.raises(ValueError, match="decoder_hidden_size must be a whole number"):
+        UMAEConfig.sized(decoder_hidden_size="8")

@@ -191,7 +191,9 @@ def make_config(args: PretrainModelArguments) -> UMAEConfig:
     fields = [field.name for field in dataclasses.fields(UMAEConfig)]
     overrides = {**parse_overrides(args.config_overrides, fields, "config_overrides"), **given}
     if args.model_name_or_path is None:
-        return UMAEConfig(**overrides)
+        return UMAEConfig.sized(args.model_size, **overrides)
+    if args.model_size is not None:
+        raise ValueError(f"model_size {args.model_size}: weights have a size of their own; leave it out")
     config, _ = read_model(args.model_name_or_path)
     patch = config.patch_height_width
     config.uniformity_weight = config.uniformity_weight or UMAEConfig().uniformity_weight  # plain MAE has none
@@ -291,13 +293,15 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
     (height, width), patches = config.image_height_width, config.grid[0] * config.grid[1]
     exact = identity["exact_uniformity"]
     features, parts = (plan.images_per_step, 1) if exact else (plan.batch_size * plan.processes, plan.accumulation)
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    encoder = sum(parameter.numel() for parameter in model.vit.parameters()) / 1e6
+    decoder = sum(parameter.numel() for parameter in model.parameters()) / 1e6 - encoder
     lines = {
         "images": (f"{identity['pictures']:,} from " if identity["pictures"] else "")
         + identity["dataset"]
         + (f", streamed from {identity['shards']} shards" if identity["streaming"] else ""),
         "input": f"{height} x {width} pixels, {patches} patches, {patches - config.num_hidden_patches} of them visible",
-        "model": f"{millions:.1f} million parameters with decoder, from {config.name_or_path or 'scratch'}",
+        "model": f"{encoder:.3g} million parameters, from {config.name_or_path or 'scratch'}; "
+        f"{decoder:.3g} in the decoder",
         "steps": f"{identity['total_steps']:,} ({identity['total_steps'] / plan.steps_per_epoch:.4g} epochs), "
         f"{identity['warmup_steps']:,.0f} of them warm-up",
         "effective batch": f"{plan.images_per_step} = {plan.batch_size} per device x {plan.processes} "
@@ -315,6 +319,11 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
         lines["evaluated on"] = f"{job.probe_images.description}, every {eval_steps(job, record):,} steps"
     for name, text in lines.items():
         job.accelerator.print(f"  {name:<16} {text}")
+    if decoder > encoder:
+        job.accelerator.print(
+            "warning: the decoder, which only pre-training needs, is larger than the encoder; leave out its sizes, and "
+            "they follow from the encoder's"
+        )
 
 
 def regularizer_of(config: UMAEConfig, features: int, parts: int) -> dict[str, str]:
