@@ -137,6 +137,9 @@ class PretrainTrainingArguments(TrainingArguments):
     exact_uniformity: bool = flag(False, "Regularizer of all accumulated passes together, for one more encoder pass.")
     base_learning_rate: Number = flag(1.5e-4, "Learning rate for 256 images a step; scaled by the effective batch.")
     warmup_epochs: OptionalNumber = flag(None, "Epochs of linear warm-up. [a tenth of the steps]")
+    min_crop_scale: Share = flag(0.2, "Least share of an image's area in a crop; 1 is all.")
+    horizontal_flip: Share = flag(0.5, "Share of the images that are mirrored; 0 where left and right matter.")
+    vertical_flip: Share = flag(0.0, "Share of the images that are turned upside down: 0.5 where there is no up.")
     logging_steps: OptionalCount = flag(
         None, "Steps between lines of metrics.jsonl, each a mean over these steps. [50, or fewer]"
     )

@@ -157,7 +157,7 @@ def weights_after_three_steps(wrap) -> torch.Tensor:
     model = wrap(UMAEForPreTraining(fresh_config(uniformity_weight=0.5)))
     images = torch.arange(8 * 3 * 16 * 16).view(8, 3, 16, 16).to(torch.uint8)
     index = torch.arange(8)[4 * dist.get_rank() :][:4]
-    batch = {"pixel_values": images[index], "index": index, "epoch": 0}
+    batch = {"pixel_values": images[index], "flip": torch.zeros(4, 2, dtype=torch.bool), "index": index, "epoch": 0}
     optimizer = accelerator.prepare_optimizer(torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True))
     for step in range(3):
         if step == 2:
@@ -190,7 +190,9 @@ def measures_of_a_look(wrap) -> torch.Tensor:
         monitor.observe(
             torch.randn(8, monitor.config.hidden_size, generator=torch.Generator().manual_seed(1))[index], index
         )
-    values, _ = monitor.evaluate(model, {"pixel_values": pixels[index], "index": index, "epoch": 0}, step=1)
+    flip = torch.zeros(len(index), 2, dtype=torch.bool)
+    batch = {"pixel_values": pixels[index], "flip": flip, "index": index, "epoch": 0}
+    values, _ = monitor.evaluate(model, batch, step=1)
     classifier = torch.stack([tensor.double().sum() for _, tensor in sorted(monitor.classifier.tensors().items())])
     everyones = accelerator.gather(classifier[None])
     assert torch.equal(everyones[0], everyones[1]), "all processes have the same classifier"

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from benchmarks.gpu.items import Bench
 from umae import UMAEConfig, UMAEForPreTraining
+from umae.data.crops import Flips, random_flips
 from umae.data.inputs import IMAGENET_MEAN, IMAGENET_STD, evaluation_processor
 from umae.programs.pretrain import BETAS
 from umae.training.checkpoints import Writer, model_tensors, optimizer_tensors
@@ -60,7 +61,8 @@ class Training:
         index = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
         if self.accelerator.device.type == "cuda":
             pixel_values, index = pixel_values.pin_memory(), index.pin_memory()
-        return {"pixel_values": pixel_values, "index": index, "epoch": 0, "refusals": {}}
+        flip = random_flips(0, 0, index, Flips())
+        return {"pixel_values": pixel_values, "flip": flip, "index": index, "epoch": 0, "refusals": {}}
 
     def step(self, batch: dict[str, Any] | None = None) -> torch.Tensor:
         """One optimiser step, as `train` takes it; the values that it logs, on the device."""

@@ -10,9 +10,10 @@ from PIL import Image
 from scipy.stats import kstest
 
 from image_processing_umae import open_image
-from umae.data.crops import CROP_NUMBERS, crop_box, least_side, random_resized_crop
+from umae import seeding
+from umae.data.crops import CROP_NUMBERS, Flips, crop_box, least_side, random_flips, random_resized_crop
 from umae.data.decoding import read_pixels, to_tensor
-from umae.data.inputs import IMAGENET_MEAN, IMAGENET_STD, horizontal_flip, normalize
+from umae.data.inputs import IMAGENET_MEAN, IMAGENET_STD, flipped, normalize
 
 SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet_sample"
 ALMOST_ONE = 1 - 2**-24  # the largest number that seeding.uniform gives
@@ -158,11 +159,22 @@ def test_crops_of_reduced_jpegs_differ_by_less_than_a_level():
 
 
 def test_only_the_chosen_images_are_mirrored():
-    pixel_values = torch.arange(2 * 2 * 2 * 3).view(2, 2, 2, 3)
-    flipped = horizontal_flip(pixel_values, torch.tensor([True, False]))
-    assert flipped[0, 0].tolist() == [[2, 1, 0], [5, 4, 3]]
-    assert torch.equal(flipped[0], pixel_values[0].flip(-1))
-    assert torch.equal(flipped[1], pixel_values[1])
+    pixel_values = torch.arange(4 * 2 * 2 * 3).view(4, 2, 2, 3)
+    flip = torch.tensor([[False, False], [True, False], [False, True], [True, True]])
+    after = flipped(pixel_values, flip)
+    assert after[1, 0].tolist() == [[14, 13, 12], [17, 16, 15]]
+    assert after[2, 0].tolist() == [[27, 28, 29], [24, 25, 26]]
+    for image, before, dimensions in zip(after, pixel_values, ([], [-1], [-2], [-1, -2]), strict=True):
+        assert torch.equal(image, before.flip(dimensions))
+
+
+def test_shares_of_the_images_are_mirrored_and_left_and_right_as_ever():
+    index = torch.arange(4000)
+    flips = random_flips(3, 1, index, Flips(0.5, 0.25))
+    assert flips.float().mean(0).tolist() == pytest.approx([0.5, 0.25], abs=0.03)
+    assert torch.equal(flips[:, 0], seeding.uniform(3, seeding.FLIP, 1, index, 1)[:, 0] < 0.5)
+    assert abs(torch.corrcoef(flips.T.float())[0, 1]) < 0.05, "one says nothing of the other"
+    assert not random_flips(3, 1, index, Flips(0.0, 0.0)).any() and random_flips(3, 1, index, Flips(1.0, 1.0)).all()
 
 
 def test_normalize_is_the_formula_in_float32():

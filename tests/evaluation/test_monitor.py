@@ -14,6 +14,7 @@ from modeling_umae import UMAEForPreTraining, coding_rate_loss, uniformity_loss
 from umae import seeding
 from umae.convert import set_pooling
 from umae.data.batches import Plan
+from umae.data.crops import Flips, random_flips
 from umae.data.images import Images, load_images
 from umae.data.inputs import evaluation_processor, normalize
 from umae.evaluation.collapse import effective_rank
@@ -37,7 +38,8 @@ def make_monitor(accelerator: Accelerator, batch_size: int = 50, **fields) -> tu
 def micro_batch(count: int = 16) -> dict:
     numbers = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (count, 3, 16, 16), generator=numbers).byte()
-    return {"pixel_values": pixels, "index": torch.arange(count), "epoch": 0}
+    index = torch.arange(count)
+    return {"pixel_values": pixels, "flip": random_flips(0, 0, index, Flips()), "index": index, "epoch": 0}
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])

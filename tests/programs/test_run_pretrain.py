@@ -4,7 +4,10 @@ import json
 import re
 import shutil
 import time
+from types import SimpleNamespace
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -18,9 +21,14 @@ from transformers import AutoImageProcessor
 import arguments_umae
 import run_pretrain
 import umae
+from command_line_umae import given_flags
 from umae.convert import read_weights
+from umae.data.batches import Plan
+from umae.data.inputs import device_inputs
+from umae.data.streaming import START
 from umae.programs import pretrain
 from umae.sharing import report
+from umae.training.folder import USUAL_CROPS
 
 
 def test_a_run_says_what_it_will_do_and_leaves_a_whole_folder(finished):
@@ -249,6 +257,39 @@ def test_real_images_in_a_folder_train_and_report_to_a_tracker(tmp_path):
     tracked = {name for found in tags for name in found["scalars"]}
     assert {"loss", "effective_rank_cls"} <= tracked and "online_top1" not in tracked, "there are no labels"
     assert "folder images (train)" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_run_from_before_a_setting_continues_with_what_it_was(finished, tmp_path, capsys):
+    record = json.loads((finished[0] / "run.json").read_text())
+    for name in USUAL_CROPS:
+        del record["identity"][name]
+    del record["identity"]["config"]["regularizer"]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    run_pretrain.main(["--output_dir", str(tmp_path), *SHORT])
+    assert "finished; nothing to do" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"holds a run with vertical_flip 0\.0, not 0\.5"):
+        run_pretrain.main(["--output_dir", str(tmp_path), *SHORT, "--vertical_flip", "0.5"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_crops_and_flips_are_those_of_the_flags(tmp_path, streaming):
+    pixels = np.arange(8 * 4 * 4 * 3, dtype=np.uint8).reshape(8, 4, 4, 3)
+    images = [Image.fromarray(image) for image in pixels]
+    features = datasets.Features({"image": datasets.Image()})
+    (tmp_path / "images").mkdir()
+    datasets.Dataset.from_dict({"image": images}, features).to_parquet(tmp_path / "images" / "train.parquet")
+    words = f"--dataset_name {tmp_path / 'images'} --min_crop_scale 1 --horizontal_flip 0 --vertical_flip 1"
+    data_args, _, args = arguments_umae.pretraining_arguments(given_flags(arguments_umae.PRETRAIN, words.split()))
+    data_args.streaming, accelerator = streaming, Accelerator(cpu=True)
+    job = SimpleNamespace(
+        accelerator=accelerator, images=pretrain.load_data(accelerator, data_args, "train"), workers=0, args=args,
+        config=fresh_config(image_size=4, patch_size=2), plan=Plan(8, 8, 1, 1, seed=0),
+    )  # fmt: skip
+    (batch,) = pretrain.make_loader(job, range(1), [START])
+    assert batch["flip"].tolist() == [[False, True]] * 8
+    inputs = device_inputs(batch, torch.device("cpu"), 4, 0, (0.0,) * 3, (1 / 255,) * 3)[0]
+    upside_down = torch.from_numpy(pixels[batch["index"]]).permute(0, 3, 1, 2).flip(-2)
+    assert (inputs - upside_down).abs().max() < 0.01, "and not cropped: no other box has the whole area"
 
 
 def test_training_starts_from_given_weights(finished, tmp_path):

@@ -23,7 +23,12 @@ from umae.training.loop import optimizer_step
 from umae.training.pretraining import VALUES, pretraining_losses
 from umae.training.signals import StopRequest
 
-BATCH = {"pixel_values": torch.arange(4 * 3 * 16 * 16).view(4, 3, 16, 16).to(torch.uint8), "index": torch.arange(4)}
+BATCH = {
+    "pixel_values": torch.arange(4 * 3 * 16 * 16).view(4, 3, 16, 16).to(torch.uint8),
+    "flip": torch.zeros(4, 2, dtype=torch.bool),
+    "index": torch.arange(4),
+    "epoch": 0,
+}
 
 
 class Steps:
@@ -49,7 +54,7 @@ class Steps:
         """One step; returns whether a weight has changed."""
         self.spoil, before = spoil, self.weights()
         losses = pretraining_losses(
-            self.accelerator, self.model, [{**BATCH, "epoch": 0}], self.done, num_patches=16, seed=0, mean=(0.5,) * 3,
+            self.accelerator, self.model, [BATCH], self.done, num_patches=16, seed=0, mean=(0.5,) * 3,
             std=(0.5,) * 3,
         )  # fmt: skip
         optimizer_step(self.accelerator, self.model, self.optimizer, losses, 1, self.failed, self.done)

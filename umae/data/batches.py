@@ -15,7 +15,16 @@ from transformers import BaseImageProcessor
 
 from image_processing_umae import UnreadableImage
 from umae import seeding
-from umae.data.crops import CROP_NUMBERS, MIN_SCALE, least_side, random_crop, random_resized_crop
+from umae.data.crops import (
+    CROP_NUMBERS,
+    FLIPS,
+    MIN_SCALE,
+    Flips,
+    least_side,
+    random_crop,
+    random_flips,
+    random_resized_crop,
+)
 from umae.data.images import Images
 from umae.data.inputs import flipped_and_normalized
 from umae.progress_bar import progress_bar
@@ -121,14 +130,16 @@ def decode_all(images: Images, show_progress: bool = True) -> Decoded | None:
 class TrainingImages(torch.utils.data.Dataset):
     """Random crops of images, indexed by a whole micro-batch: (epoch, indices int64 (batch,)).
 
-    A batch is `{"pixel_values": uint8 (batch, 3, height, width), "index": int64 (batch,), "epoch": int, "refusals":
-    {index: error message}}`; images are flipped and normalised later, on the device. An image that cannot be read is
-    replaced by the next readable one in the epoch's order, the same one in every process and worker.
+    A batch is `{"pixel_values": uint8 (batch, 3, height, width), "flip": bool (batch, 2), "index": int64 (batch,),
+    "epoch": int, "refusals": {index: error message}}`; images are flipped and normalised later, on the device. An image
+    that cannot be read is replaced by the next readable one in the epoch's order, the same one in every process and
+    worker.
 
     Args:
         size: (height, width) of the crops, in pixels.
         decoded: the images in memory, if `decode_all` returned them.
         min_scale: smallest share of an image's area in a crop.
+        flips: shares of the images that `flip` names.
         augment: (crops, epoch, indices int64 (batch,)) -> crops, applied after cropping; uint8 before and after.
     """
 
@@ -140,9 +151,10 @@ class TrainingImages(torch.utils.data.Dataset):
         decoded: Decoded | None = None,
         min_scale: float = MIN_SCALE,
         augment: Augment | None = None,
+        flips: Flips = FLIPS,
     ):
         self.images, self.size, self.seed, self.decoded = images, size, seed, decoded
-        self.min_scale, self.augment = min_scale, augment
+        self.min_scale, self.augment, self.flips = min_scale, augment, flips
 
     def __len__(self) -> int:
         return len(self.images)
@@ -162,6 +174,7 @@ class TrainingImages(torch.utils.data.Dataset):
         index = torch.tensor(used_indices)
         return {
             "pixel_values": torch.stack(crops if self.augment is None else self.augment(crops, epoch, index)),
+            "flip": random_flips(self.seed, epoch, index, self.flips),
             "index": index,
             "epoch": epoch,
             "refusals": {index: str(error) for index, error in refusals.items()},
@@ -260,6 +273,6 @@ class AugmentedImages(torch.utils.data.Dataset):
     def __getitem__(self, indices: Sequence[int]) -> dict:
         batch = self.crops[self.view, torch.tensor(indices)]
         mean, std = self.processor.image_mean, self.processor.image_std
-        pixel_values = flipped_and_normalized(batch, torch.device("cpu"), self.crops.seed, mean, std)
+        pixel_values = flipped_and_normalized(batch, torch.device("cpu"), mean, std)
         rows, errors = torch.arange(len(indices)), list(batch["refusals"].values())
         return {"pixel_values": pixel_values, "index": batch["index"], "rows": rows, "errors": errors}

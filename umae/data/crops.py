@@ -1,6 +1,7 @@
 """Random crops as pure functions: the random numbers are arguments (see seeding.py)."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import interpolate
@@ -10,6 +11,16 @@ from umae import seeding
 MIN_SCALE, RATIO = 0.2, (3 / 4, 4 / 3)  # of pre-training's crops: smallest share of the area, width / height
 _ATTEMPTS = 10
 CROP_NUMBERS = 2 * _ATTEMPTS + 2  # an area and a ratio per attempt, then the two of the position
+
+
+class Flips(NamedTuple):
+    """Shares of the images that are mirrored: left and right, and upside down."""
+
+    horizontal: float = 0.5
+    vertical: float = 0.0
+
+
+FLIPS = Flips()
 
 
 def crop_box(
@@ -86,3 +97,13 @@ def random_crop(
     """The crop of one image, keyed by (seed, epoch, index): uint8 (3, height, width) -> (3, *size)."""
     (numbers,) = seeding.uniform(seed, seeding.CROP, epoch, torch.tensor([index]), CROP_NUMBERS)
     return random_resized_crop(pixels, numbers, size, (min_scale, 1.0))
+
+
+def random_flips(seed: int, epoch: int | torch.Tensor, index: torch.Tensor, flips: Flips) -> torch.Tensor:
+    """Which images are mirrored, left and right and upside down: bool (batch, 2), keyed by (seed, epoch, index).
+
+    Args:
+        epoch: the same for all images, or int64 (batch,).
+        index: int64 (batch,).
+    """
+    return seeding.uniform(seed, seeding.FLIP, epoch, index, 2) < torch.tensor(flips)

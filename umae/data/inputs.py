@@ -14,9 +14,17 @@ from umae import seeding
 IMAGENET_MEAN, IMAGENET_STD = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)  # of RGB in 0..1
 
 
-def horizontal_flip(pixel_values: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-    """Mirror left and right the images (batch, channels, height, width) where flip, bool (batch,), is True."""
-    return torch.where(flip[:, None, None, None], pixel_values.flip(-1), pixel_values)
+def flipped(pixel_values: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+    """Images (batch, channels, height, width) on any device, mirrored where `flip` says so.
+
+    Args:
+        flip: bool (batch, 2) on the CPU, as of `random_flips`: left and right, upside down.
+    """
+    for dimension, where in ((-1, flip[:, 0]), (-2, flip[:, 1])):
+        if where.any():
+            where = on_device(where, pixel_values.device)[:, None, None, None]
+            pixel_values = torch.where(where, pixel_values.flip(dimension), pixel_values)
+    return pixel_values
 
 
 def normalize(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -73,15 +81,14 @@ def device_inputs(
     """A micro-batch of uint8 crops -> flipped, normalised float32 images and masking noise (batch, num_patches)."""
     # Drawn on the CPU: on a GPU it takes some 70 tiny kernels, and Apple's lack fast 64-bit integers
     noise = seeding.uniform(seed, seeding.MASK, batch["epoch"], batch["index"], num_patches)
-    return flipped_and_normalized(batch, device, seed, mean, std), on_device(noise, device)
+    return flipped_and_normalized(batch, device, mean, std), on_device(noise, device)
 
 
 def flipped_and_normalized(
-    batch: dict, device: torch.device, seed: int, mean: Sequence[float], std: Sequence[float]
+    batch: dict, device: torch.device, mean: Sequence[float], std: Sequence[float]
 ) -> torch.Tensor:
-    """A micro-batch of uint8 crops -> float32 images, half of them mirrored."""
-    flip = seeding.uniform(seed, seeding.FLIP, batch["epoch"], batch["index"], 1)[:, 0] < 0.5
-    pixel_values = horizontal_flip(on_device(batch["pixel_values"], device), on_device(flip, device))
+    """A micro-batch of uint8 crops -> float32 images, mirrored as the batch says."""
+    pixel_values = flipped(on_device(batch["pixel_values"], device), batch["flip"])
     return normalize(pixel_values, mean, std)
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from image_processing_umae import UnreadableImage, open_image
 from umae import seeding
 from umae.data.batches import Plan, ignore_signals
-from umae.data.crops import least_side, random_crop
+from umae.data.crops import FLIPS, MIN_SCALE, Flips, least_side, random_crop, random_flips
 from umae.data.decoding import read_pixels
 from umae.data.images import comes_in_files, describe, find_image_column, load_split
 
@@ -184,13 +184,24 @@ class StreamedImages(torch.utils.data.IterableDataset):
         size: (height, width) of the crops, in pixels.
         micro_batches: the numbers of the process' micro-batches in the run, from the first to read to the last.
         cursors: the position of each of its readers at the start; one cursor if the loader has no workers.
+        min_scale: smallest share of an image's area in a crop.
+        flips: shares of the images that `flip` names.
     """
 
     def __init__(
-        self, stream: Stream, size: tuple[int, int], plan: Plan, rank: int, micro_batches: range, cursors: list[Cursor]
+        self,
+        stream: Stream,
+        size: tuple[int, int],
+        plan: Plan,
+        rank: int,
+        micro_batches: range,
+        cursors: list[Cursor],
+        min_scale: float = MIN_SCALE,
+        flips: Flips = FLIPS,
     ):
         self.stream, self.size, self.plan, self.rank = stream, size, plan, rank
         self.micro_batches, self.cursors = micro_batches, cursors
+        self.min_scale, self.flips = min_scale, flips
 
     def __iter__(self) -> Iterator[dict]:
         info = torch.utils.data.get_worker_info()
@@ -210,17 +221,18 @@ class StreamedImages(torch.utils.data.IterableDataset):
         while len(crops) < self.plan.batch_size:
             row = next(rows)
             try:
-                pixels = read_pixels(row.source, row.name, least_side(self.size))
+                pixels = read_pixels(row.source, row.name, least_side(self.size, self.min_scale))
             except UnreadableImage as error:
                 if row.index in refusals:  # an epoch later: this reader has no readable image
                     raise
                 refusals[row.index] = str(error)
                 continue
-            crops.append(random_crop(pixels, self.plan.seed, row.epoch, row.index, self.size))
+            crops.append(random_crop(pixels, self.plan.seed, row.epoch, row.index, self.size, self.min_scale))
             positions.append((row.index, row.epoch))
         index, epoch = torch.tensor(positions).unbind(1)
         return {
             "pixel_values": torch.stack(crops),
+            "flip": random_flips(self.plan.seed, epoch, index, self.flips),
             "index": index,
             "epoch": epoch,
             "refusals": refusals,
@@ -237,11 +249,13 @@ def streaming_loader(
     cursors: list[Cursor],
     num_workers: int,
     pin_memory: bool = False,
+    min_scale: float = MIN_SCALE,
+    flips: Flips = FLIPS,
 ) -> Iterator[dict]:
     """Micro-batches of one process for `steps`; updates `cursors`, which a checkpoint saves, after each of them."""
     micro_batches = range(steps.start * plan.accumulation, steps.stop * plan.accumulation)
     loader = DataLoader(
-        StreamedImages(stream, size, plan, rank, micro_batches, list(cursors)),
+        StreamedImages(stream, size, plan, rank, micro_batches, list(cursors), min_scale, flips),
         batch_size=None,  # an element is a whole micro-batch
         num_workers=num_workers,
         worker_init_fn=ignore_signals if num_workers else None,

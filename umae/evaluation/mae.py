@@ -207,7 +207,7 @@ def encoded_batches(
         for reason in batch["refusals"].values():
             raise ValueError(f"{reason}: repair or remove this image; a probe uses every image")
         with torch.no_grad(), accelerator.autocast():
-            pixels = flipped_and_normalized(batch, device, plan.seed, processor.image_mean, processor.image_std)
+            pixels = flipped_and_normalized(batch, device, processor.image_mean, processor.image_std)
             parts = [frozen_features(encoder, part) for part in pixels.split(ENCODER_BATCH)]
             encoded = torch.cat(parts).float()
         yield accelerator.gather(encoded), accelerator.gather(on_device(batch["index"], device))

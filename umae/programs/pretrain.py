@@ -28,6 +28,7 @@ from umae import UMAEConfig, UMAEForPreTraining, files
 from umae.convert import load_exactly, read_model, resize_positions
 from umae.data.batches import Plan, TrainingImages, decode_all, training_loader
 from umae.data.classes import load_first_labelled
+from umae.data.crops import Flips
 from umae.data.images import Images, held_out_splits, load_images
 from umae.data.inputs import evaluation_processor
 from umae.data.streaming import START, Cursor, Stream, load_stream, streaming_loader
@@ -45,7 +46,7 @@ from umae.programs.shell import begin, carry_out, make_plan, make_settings
 from umae.sharing import cards, gallery, notebook
 from umae.speed import training_flops
 from umae.training import checkpoints
-from umae.training.folder import Run, write_run
+from umae.training.folder import USUAL_CROPS, Run, write_run
 from umae.training.hardware import (
     fast_attention,
     main_process_first,
@@ -276,6 +277,7 @@ def identity_of(job: Job, initial_weights: str | None) -> dict[str, Any]:
         "optimizer": "AdamW",
         "betas": BETAS,
         "weight_decay": job.args.weight_decay,
+        **{name: getattr(job.args, name) for name in USUAL_CROPS},
         "mixed_precision": job.accelerator.mixed_precision,
     }
     if isinstance(job.images, Stream):  # there, what a process reads depends on how many readers there are
@@ -310,6 +312,10 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
         **regularizer_of(config, features, parts),
         "precision": f"{identity['mixed_precision']} on {record['hardware']}",
     }
+    crops = f"{job.args.min_crop_scale:.0%} to 100 % of an image's area"
+    mirrored = {"left and right": job.args.horizontal_flip, "upside down": job.args.vertical_flip}
+    turns = [f"{share:.0%} mirrored {how}" for how, share in mirrored.items() if share]
+    lines["crops"] = ", ".join([crops, *turns])
     lines["labels"] = job.images.label_summary
     if job.images.not_read:
         lines["not read"] = job.images.not_read
@@ -461,10 +467,11 @@ def make_loader(job: Job, steps: range, cursors: list[Cursor]) -> Iterable[dict]
     """This process' micro-batches of some steps; of a stream from `cursors` on, which are moved on by what is read."""
     rank, on_gpu = job.accelerator.process_index, job.accelerator.device.type == "cuda"
     size = job.config.image_height_width
+    min_scale, flips = job.args.min_crop_scale, Flips(job.args.horizontal_flip, job.args.vertical_flip)
     if isinstance(job.images, Stream):
-        return streaming_loader(job.images, size, job.plan, rank, steps, cursors, job.workers, pin_memory=on_gpu)
+        return streaming_loader(job.images, size, job.plan, rank, steps, cursors, job.workers, on_gpu, min_scale, flips)
     pixels = decode_all(job.images, show_progress=job.accelerator.is_main_process)
-    cropped = TrainingImages(job.images, size, job.plan.seed, pixels)
+    cropped = TrainingImages(job.images, size, job.plan.seed, pixels, min_scale, flips=flips)
     return training_loader(cropped, job.plan, rank, steps.start, steps.stop, job.workers, pin_memory=on_gpu)
 
 

@@ -25,6 +25,8 @@ LOCK_FILE = "run.lock"
 METRICS_FILE = "metrics.jsonl"
 # Of `run.json`, by a run that is continued
 KEPT = ("seconds", "unreadable", "unreadable_test", "eval_steps", "finished")
+# Of pre-training; the identities of older runs do not name them
+USUAL_CROPS = {"min_crop_scale": 0.2, "horizontal_flip": 0.5, "vertical_flip": 0.0}
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def newest_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
 
 
 def _check_identity(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    defaults = UMAEConfig().to_dict()  # of fields that are younger than a run
+    defaults = UMAEConfig().to_dict() | USUAL_CROPS  # of what is younger than a run
     old, new = ({**defaults, **identity, **identity["config"], "config": None} for identity in (before, now))
     for name, value in new.items():
         if old.get(name) != value:
