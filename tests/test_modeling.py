@@ -498,7 +498,7 @@ def test_regularizers_stay_float32_under_autocast(dtype, pooling):
     assert output.uniformity_loss.dtype == torch.float32
     assert output.uniformity_loss.item() == pytest.approx((features @ features.T).square().mean().item(), abs=1e-6)
     assert output.coding_rate_loss.dtype == torch.float32
-    assert output.coding_rate_loss.item() == pytest.approx(coding_rate_loss(features.double()).item(), abs=1e-6)
+    assert output.coding_rate_loss.item() == pytest.approx(coding_rate_loss(features.double()).item(), abs=5e-6)
 
 
 @TERMS
