@@ -186,7 +186,7 @@ def logged_in(server, monkeypatch):
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(hub, "WAITS", (0, 0, 0))
-    monkeypatch.setattr(hub, "TIMEOUT", 3)
+    monkeypatch.setattr(hub, "TIMEOUT", 1)
     yield server
     close_session()  # its connections are to a server that ends, and the next one has the same address
 
@@ -352,7 +352,7 @@ def test_a_run_that_keeps_one_checkpoint_and_a_slow_hub_make_whole_revisions(log
     flags = ["--max_train_steps", "8", "--checkpointing_steps", "1", "--logging_steps", "8", "--eval_steps", "0"]
     run_pretrain.main([*flags, "--output_dir", str(tmp_path / "kept"), "--checkpoints_total_limit", "9"])
     pushed = ["--checkpoints_total_limit", "1", "--push_to_hub", "--hub_model_id", "tester/digits"]
-    logged_in.faults.append({"match": "POST .*/preupload/", "delay": 1, "times": -1})
+    logged_in.faults.append({"match": "POST .*/preupload/", "delay": 0.5, "times": -1})
     run_pretrain.main([*flags, "--output_dir", str(tmp_path / "digits"), *pushed])
     repo = logged_in.repos["model", "tester/digits"]
     assert "step-1" in repo.refs
