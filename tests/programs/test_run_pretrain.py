@@ -8,6 +8,8 @@ import time
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from golden_models import SETUP_OF_768, fresh_config, original_file
 from PIL import Image
 from processes import ROOT, SHARED, run, together
@@ -178,14 +180,20 @@ def test_compiled_and_checkpointed_layers_train_the_same(finished, tmp_path, pro
     assert umae.UMAEForPreTraining.from_pretrained(tmp_path / "run")
 
 
-def test_accelerate_launches_the_command(tmp_path):
+@pytest.mark.parametrize("really", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_accelerate_launches_the_command(tmp_path, really):
     """With its precision, where neither a flag nor the recipe says another."""
     lines = (ROOT / "recipes" / "digits.yaml").read_text().splitlines()
     (tmp_path / "recipe.yaml").write_text("\n".join(line for line in lines if not line.startswith("mixed_precision")))
-    launcher = ("-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "--mixed_precision", "bf16")
+    launcher = ("--num_processes", "1", "--cpu", "--mixed_precision", "bf16", "-m", "umae", "pretrain")
     flags = ("--output_dir", tmp_path / "run", "--max_train_steps", "1", "--eval_steps", "0")
-    command = ("umae", "pretrain", "--recipe", tmp_path / "recipe.yaml", "--per_device_train_batch_size", "4")
-    result = run(*launcher, "-m", *command, *flags, fresh=True)
+    flags += ("--recipe", tmp_path / "recipe.yaml", "--per_device_train_batch_size", "4")
+    if really:
+        result = run("-m", "accelerate.commands.launch", *launcher, *flags, fresh=True)
+    else:  # what the launcher would start, in a process that is forked
+        args, _, _ = _validate_launch_command(launch_command_parser().parse_args([*map(str, (*launcher, *flags))]))
+        (_, *command), told = prepare_simple_launcher_cmd_env(args)
+        result = run(*command, **{name: value for name, value in told.items() if name.startswith("ACCELERATE_")})
     assert "bf16 on 1 x CPU" in result.stdout
     assert (tmp_path / "run" / "model.safetensors").exists()
 
