@@ -2,11 +2,12 @@
 
     python fork_server.py MODULE ...    # file 0 is a socket; processes.py starts it and talks to it
 
-What it forks is as a freshly started `python`, but for the seconds that its imports would take, and for the seed of
-`hash()`, which all of a server's have in common. It ends when the other end of its socket is closed, and all that it
-has started ends with it.
+What it forks is as a freshly started `python`, but for the seconds that its imports would take, for those that Python
+takes to free all modules at its end, and for the seed of `hash()`, which all of a server's have in common. It ends when
+the other end of its socket is closed, and all that it has started ends with it.
 """
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -18,6 +19,7 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -77,7 +79,7 @@ def _begin(request: dict, files: list[int]) -> list[str]:
 
 
 def become(words: list[str]) -> None:
-    """What `python *words` does. At the outermost level, so that it ends as Python ends."""
+    """What `python *words` does."""
     kind, *rest = words
     if kind == "-m":
         sys.path[0], sys.argv = os.getcwd(), rest
@@ -94,9 +96,25 @@ def become(words: list[str]) -> None:
     exec(code, vars(main))
 
 
+def end(status: int) -> None:
+    """What Python does at its end, but for freeing every module and object, which takes longer than many a program."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
     for module in sys.argv[1:]:
         importlib.import_module(module)
     gc.collect()
     gc.freeze()  # else every process that is forked would copy all of this the first time it collects
-    become(serve())
+    try:
+        become(serve())
+    except SystemExit as stop:
+        if stop.code is not None and not isinstance(stop.code, int):
+            print(stop.code, file=sys.stderr)
+            end(1)
+        end(stop.code or 0)
+    end(0)

@@ -24,7 +24,7 @@ def on_a_gpu(folder, *flags: str, check: bool = True):
 
 
 QUICK = {
-    "right": "golden|uniformity|numbers|finite|fp16, no|overflow|waiting, no$",
+    "right": "golden values, float64|uniformity|numbers|finite|fp16, no, flash|overflow|waiting, no$",
     "fast": "eager|attention",
     "judged": "",
 }

@@ -11,7 +11,7 @@ import time
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from processes import ROOT, TIMEOUT, environment, run, together, torchrun
-from training_runs import SHORT, TWENTY, assert_same_curve, metrics
+from training_runs import SHORT, TEN, assert_same_curve, metrics
 
 from umae.training.checkpoints import newest_whole
 
@@ -27,10 +27,10 @@ def test_two_processes_see_in_the_features_what_one_sees(finished, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_any_number_of_processes_at_the_same_global_batch_train_the_same(twenty_steps, tmp_path, processes):
+def test_any_number_of_processes_at_the_same_global_batch_train_the_same(ten_steps, tmp_path, processes):
     batch = ("--per_device_train_batch_size", 128 // processes)
-    together(processes, "run_pretrain.py", "--output_dir", tmp_path / "run", *TWENTY, *batch)
-    assert_same_curve(metrics(tmp_path / "run"), twenty_steps)
+    together(processes, "run_pretrain.py", "--output_dir", tmp_path / "run", *TEN, *batch)
+    assert_same_curve(metrics(tmp_path / "run"), ten_steps)
 
 
 WRAPPED = """
@@ -60,12 +60,12 @@ def test_several_processes_send_no_buffers_and_start_without_a_warning(tmp_path)
 
 
 @pytest.mark.slow
-def test_two_machines_train_as_one_process_does(twenty_steps, tmp_path):
+def test_two_machines_train_as_one_process_does(ten_steps, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     launcher = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1")
-    script = ("run_pretrain.py", "--output_dir", str(tmp_path / "run"), *TWENTY, "--per_device_train_batch_size", "64")
+    script = ("run_pretrain.py", "--output_dir", str(tmp_path / "run"), *TEN, "--per_device_train_batch_size", "64")
     machines = [
         subprocess.Popen(
             [sys.executable, *launcher, "--master_port", port, "--node_rank", str(rank), *script], cwd=ROOT,
@@ -76,7 +76,7 @@ def test_two_machines_train_as_one_process_does(twenty_steps, tmp_path):
     printed = [machine.communicate(timeout=TIMEOUT)[0] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], printed
     assert "128 = 64 per device x 2 processes x 1" in printed[0] and "finished in" not in printed[1]
-    assert_same_curve(metrics(tmp_path / "run"), twenty_steps)
+    assert_same_curve(metrics(tmp_path / "run"), ten_steps)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda file: file.stem)
@@ -167,16 +167,16 @@ def test_the_process_left_alone_ends_by_itself_and_spoils_nothing(tmp_path):
     assert newest_whole(tmp_path / "run") == (tmp_path / "run" / "step-4", [])
 
 
-def test_accumulated_exactly_a_batch_trains_as_it_does_at_once(twenty_steps, tmp_path):
+def test_accumulated_exactly_a_batch_trains_as_it_does_at_once(ten_steps, tmp_path):
     batch = ("--per_device_train_batch_size", "32", "--gradient_accumulation_steps", "4")
-    exact = run("run_pretrain.py", "--output_dir", tmp_path / "run", *TWENTY, *batch, "--exact_uniformity")
+    exact = run("run_pretrain.py", "--output_dir", tmp_path / "run", *TEN, *batch, "--exact_uniformity")
     assert "mean over the cls features of 128 images\n" in exact.stdout
-    assert_same_curve(metrics(tmp_path / "run"), twenty_steps)
-    default = run("run_pretrain.py", "--output_dir", tmp_path / "default", *TWENTY, *batch)
+    assert_same_curve(metrics(tmp_path / "run"), ten_steps)
+    default = run("run_pretrain.py", "--output_dir", tmp_path / "default", *TEN, *batch)
     assert "mean over the cls features of 32 images, then over 4 micro-batches" in default.stdout
-    assert_same_curve(metrics(tmp_path / "default"), twenty_steps, ["reconstruction_loss"])
+    assert_same_curve(metrics(tmp_path / "default"), ten_steps, ["reconstruction_loss"])
     with pytest.raises(AssertionError):
-        assert_same_curve(metrics(tmp_path / "default"), twenty_steps, ["uniformity_loss"])
+        assert_same_curve(metrics(tmp_path / "default"), ten_steps, ["uniformity_loss"])
 
 
 def test_a_launch_of_independent_copies_is_refused(tmp_path):

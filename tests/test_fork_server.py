@@ -9,7 +9,7 @@ import time
 
 import psutil
 import pytest
-from processes import LATE, LIBRARIES, PROGRAMS, ROOT, TRANSFORMERS, Forked, run, start
+from processes import LATE, LIBRARIES, PROGRAMS, ROOT, TRANSFORMERS, Forked, hub_user, run, start
 
 FACTS = """
 import importlib, json, os, random, signal, sys, threading, warnings
@@ -88,18 +88,18 @@ def test_modules_scripts_and_lines_of_code_are_found_where_python_finds_them(tmp
             assert mine == expected and (str(ROOT / "tests") in mine) == (not env), words
 
 
-def test_what_the_environment_says_is_seen_whenever_it_is_read(tmp_path):
+def test_what_the_environment_says_is_seen_whenever_it_is_read():
     code = (
         "import os, pathlib; from huggingface_hub import constants; "
         "from umae.training.hardware import make_accelerator; "
         "accelerator = make_accelerator(os.environ, None, 1, 'none', pathlib.Path()); "
         "print(accelerator.mixed_precision, constants.HF_HUB_OFFLINE, constants.HF_HOME)"
     )
-    home = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    home = hub_user()
     late = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_CPU": "1"}
     assert all(name.startswith(LATE) for name in late)
     assert run("-c", code, **late).stdout == f"bf16 True {os.environ['HF_HOME']}\n"
-    assert run("-c", code, **late, **home).stdout == f"bf16 False {tmp_path}\n"
+    assert run("-c", code, **late, **home).stdout == f"bf16 False {home['HF_HOME']}\n"
     for env, forked in ((late, True), (home, True), ({"TRANSFORMERS_VERBOSITY": "error"}, False)):
         process = start("-c", "", **env)
         assert process.wait(60) == 0 and isinstance(process, Forked) == forked
@@ -128,7 +128,7 @@ def test_that_leaves_files_and_a_program(tmp_path):
 """
 
 
-@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "1"])
 def test_a_session_leaves_no_file_and_no_process(tmp_path, workers):
     (tmp_path / "tmp").mkdir()
     (tmp_path / "test_leaving.py").write_text(LEAVING)

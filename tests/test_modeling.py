@@ -153,8 +153,9 @@ def test_unusual_images_run_forward_and_backward(changes):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-def test_vit_base_at_224_runs_forward_and_backward():
-    model = UMAEForPreTraining(UMAEConfig()).train()
+@pytest.mark.parametrize("layers", [1, pytest.param(12, marks=pytest.mark.slow)])
+def test_vit_base_at_224_runs_forward_and_backward(layers):
+    model = UMAEForPreTraining(UMAEConfig(num_hidden_layers=layers, decoder_num_hidden_layers=min(layers, 8))).train()
     model(images_for(model.config, 1)).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
@@ -434,8 +435,15 @@ def test_drop_path_is_one_graph_and_the_same_for_the_same_seed(checkpointing):
 # ------------------------------------------------------------------------------------------------------------ losses
 
 
-@pytest.mark.parametrize(("pooling", "regularizer"), [("cls", "uniformity"), ("mean", "coding_rate")])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("pooling", "regularizer", "training"),
+    [
+        ("mean", "coding_rate", False),
+        ("cls", "uniformity", True),
+        pytest.param("cls", "uniformity", False, marks=pytest.mark.slow),
+        pytest.param("mean", "coding_rate", True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_forward_pass_is_one_graph(pooling, regularizer, training):
     model = UMAEForPreTraining(fresh_config(pooling=pooling, regularizer=regularizer)).train(training)
     pixel_values, noise = images_for(model.config), torch.rand(4, 16)

@@ -14,7 +14,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
 from processes import ROOT, run, together
 from safetensors.torch import load_file
-from training_runs import assert_same_curve, metrics, small_model
+from training_runs import assert_same_curve, folder_of_parquet, metrics, small_model
 
 PLAIN = """
 import importlib, sys
@@ -68,7 +68,14 @@ BITS = (
     "--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "2", "--gradient_checkpointing",
     "--mixed_precision", "bf16",
 )  # fmt: skip
-PRETRAIN = ("run_pretrain", *small_model("digits").split(), *BITS, "--exact_uniformity")
+
+
+@pytest.fixture(scope="module")
+def pretraining(tmp_path_factory) -> tuple[str, ...]:
+    """The program and its flags, on few images."""
+    folder = tmp_path_factory.mktemp("images")
+    images = folder_of_parquet(folder, train=[0, 1] * 24, test=[0, 1] * 8)
+    return ("run_pretrain", *small_model(images).split(), *BITS, "--exact_uniformity")
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +89,16 @@ def launched() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def unsharded(tmp_path_factory):
+def unsharded(pretraining, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unsharded") / "run"
-    run("-c", PLAIN, *PRETRAIN, "--output_dir", folder)
+    run("-c", PLAIN, *pretraining, "--output_dir", folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def sharded(launched, tmp_path_factory):
+def sharded(launched, pretraining, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded") / "run"
-    together(1, "-c", SHARDED, *PRETRAIN, "--output_dir", folder, **launched)
+    together(1, "-c", SHARDED, *pretraining, "--output_dir", folder, **launched)
     return folder
 
 
@@ -115,11 +122,11 @@ def test_a_sharded_run_measures_and_saves_the_bits_of_an_unsharded_one(sharded, 
     assert_same_run(sharded, unsharded)
 
 
-def test_a_sharded_run_continues_to_the_same_bits(launched, sharded, unsharded, tmp_path):
+def test_a_sharded_run_continues_to_the_same_bits(launched, pretraining, sharded, unsharded, tmp_path):
     mine = tmp_path / "run"
     shutil.copytree(sharded, mine)
     forget_the_last_step(mine)
-    (resumed,) = together(1, "-c", SHARDED, *PRETRAIN, "--output_dir", mine, **launched)
+    (resumed,) = together(1, "-c", SHARDED, *pretraining, "--output_dir", mine, **launched)
     assert f"continuing from {mine}/step-2" in resumed.stdout
     assert_same_run(mine, unsharded)
 
@@ -206,8 +213,8 @@ def test_a_loss_that_is_not_finite_on_one_sharded_process_freezes_the_weights_of
 
 
 @pytest.mark.slow
-def test_compiled_layers_train_the_same_when_sharded(launched, tmp_path):
-    flags = (*PRETRAIN, "--mixed_precision", "no", "--output_dir")
+def test_compiled_layers_train_the_same_when_sharded(launched, pretraining, tmp_path):
+    flags = (*pretraining, "--mixed_precision", "no", "--output_dir")
     run("-c", PLAIN, *flags, tmp_path / "plain")
     together(1, "-c", SHARDED, *flags, tmp_path / "compiled", "--torch_compile", "layers", **launched)
     assert_same_curve(metrics(tmp_path / "compiled"), metrics(tmp_path / "plain"))

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 SHORT = ("--max_train_steps", "12", "--checkpointing_steps", "4", "--logging_steps", "3", "--eval_steps", "4")
-TWENTY = ("--max_train_steps", "20", "--logging_steps", "1", "--checkpointing_steps", "20", "--eval_steps", "0")
+TEN = ("--max_train_steps", "10", "--logging_steps", "1", "--checkpointing_steps", "10", "--eval_steps", "0")
 
 
 def metrics(folder) -> list[dict]:

@@ -77,7 +77,7 @@ def test_it_finds_the_token_with_the_class_which_the_mean_hides(capsys):
 
 def test_heads_side_by_side_are_those_trained_one_by_one(monkeypatch):
     """In float64."""
-    monkeypatch.setattr(attentive, "EPOCHS", 10)
+    monkeypatch.setattr(attentive, "EPOCHS", 4)
     tokens, labels = marked(100, torch.Generator().manual_seed(1))
     mean, scale = (moment.double() for moment in attentive._moments(tokens, torch.device("cpu")))
 
@@ -93,6 +93,7 @@ def test_heads_side_by_side_are_those_trained_one_by_one(monkeypatch):
 
 
 def test_the_learning_rate_is_chosen_on_images_that_the_heads_did_not_see(monkeypatch):
+    monkeypatch.setattr(attentive, "EPOCHS", 10)
     tokens, labels = marked(200, torch.Generator().manual_seed(1))
     labels[::3] = torch.randint(CLASSES, (67,), generator=torch.Generator().manual_seed(2))  # something to get wrong
     calls, train = [], attentive._train

@@ -16,6 +16,12 @@ def clusters(count=600, width=12, classes=4, seed=0, noise=1.5):
     return features * torch.logspace(-2, 2, width) + torch.linspace(-5, 50, width), labels
 
 
+@pytest.fixture
+def few_epochs(monkeypatch):
+    """For laws that hold after any number of them."""
+    monkeypatch.setattr(linear, "EPOCHS", 10)
+
+
 def top1(head, features, labels):
     return ((features @ head.weight.T + head.bias).argmax(dim=1) == labels).float().mean().item()
 
@@ -37,6 +43,7 @@ def test_a_linear_head_reaches_logistic_regression_on_the_digits():
     assert top1(head, features[test], labels[test]) >= reference.score(features[test] / scale, labels[test]) - 0.005
 
 
+@pytest.mark.usefixtures("few_epochs")
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others():
     features, labels = clusters(100)
     first, again, other = (one_head(features, labels, 4, seed) for seed in (3, 3, 4))
@@ -45,6 +52,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others():
     assert not torch.equal(first.weight, other.weight)
 
 
+@pytest.mark.usefixtures("few_epochs")
 def test_heads_do_not_depend_on_scale_and_offset_of_the_features():
     """Each feature is standardised; the head undoes it for raw features."""
     features, labels = clusters(200)
@@ -57,6 +65,7 @@ def test_heads_do_not_depend_on_scale_and_offset_of_the_features():
     ).abs().max() < 2e-3 * logits.abs().max()
 
 
+@pytest.mark.usefixtures("few_epochs")
 def test_folding_the_standardisation_into_the_head_is_exact():
     """A head trained on standardised features by torch's own autograd and SGD is the folded one; of two views of the
     images, every other epoch is of the second."""
@@ -85,6 +94,7 @@ def test_folding_the_standardisation_into_the_head_is_exact():
     assert (features @ weight.T + bias - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+@pytest.mark.usefixtures("few_epochs")
 def test_heads_side_by_side_are_those_trained_one_by_one():
     """In float64."""
     features, labels = clusters(100)
@@ -96,6 +106,7 @@ def test_heads_side_by_side_are_those_trained_one_by_one():
         assert (biases[head] - bias).norm() < 1e-6 * bias.norm()
 
 
+@pytest.mark.usefixtures("few_epochs")
 def test_a_head_does_not_depend_on_what_other_features_are_evaluated():
     features, labels = clusters(100)
     both = train_linear_heads({"a": features[None], "b": features.square()[None]}, labels, 4, seed=0)
@@ -139,6 +150,7 @@ def test_a_small_training_set_keeps_as_much_of_every_class():
             low_shot(labels, share, 0)
 
 
+@pytest.mark.usefixtures("few_epochs")
 def test_constant_features_and_collapsed_ones_give_a_finite_head():
     features, labels = clusters(50)
     features[:, 0] = 3.0
@@ -185,6 +197,7 @@ def test_knn_in_blocks_is_knn_at_once(monkeypatch):
     assert (knn_classify(features, labels, queries, 4, same=same) - at_once).abs().max() < 1e-3 * at_once.max()
 
 
+@pytest.mark.usefixtures("few_epochs")
 def test_what_takes_minutes_on_many_images_shows_how_far_it_is(capsys):
     features, labels = clusters(64)
     one_head(features, labels, 4, seed=0)

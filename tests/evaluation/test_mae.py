@@ -49,9 +49,9 @@ def model(tmp_path):
 
 
 def test_every_epochs_loss_is_that_of_the_protocol_step_by_step(model, tmp_path):
-    epochs, batch_size, seed = 4, 256, 3
-    images, processor = load_images("digits"), load_processor(model)
-    encoder, schedule = encoder_from_pretrained(model, pooling="mean"), ProbeSchedule(epochs, 1, 10.0)
+    epochs, batch_size, seed = 4, 64, 3
+    images, processor = load_images("digits", split="test"), load_processor(model)
+    encoder, schedule = encoder_from_pretrained(model, pooling="mean"), ProbeSchedule(epochs, 1, 16.0)
     heads, record = train_mae_probe(
         encoder, images, processor, 10, schedule, batch_size, seed, 0, Accelerator(cpu=True), tmp_path / "state"
     )
@@ -65,8 +65,8 @@ def test_every_epochs_loss_is_that_of_the_protocol_step_by_step(model, tmp_path)
         for epoch in range(epochs):
             losses, order = [], seeding.permutation(seed, epoch, len(images))
             for step in range(per_epoch):
-                passed = epoch + step / per_epoch  # the peak is 10 * 256 / 256
-                rate = 10 * passed if passed < 1 else 5 * (1 + torch.cos(torch.tensor((passed - 1) / 3 * torch.pi)))
+                passed = epoch + step / per_epoch  # the peak is 16 * 64 / 256
+                rate = 4 * passed if passed < 1 else 2 * (1 + torch.cos(torch.tensor((passed - 1) / 3 * torch.pi)))
                 optimizer.param_groups[0]["lr"] = float(rate)
                 index = order[step * batch_size : (step + 1) * batch_size]
                 numbers = seeding.uniform(seed, seeding.CROP, epoch, index, 22)
@@ -118,8 +118,8 @@ def test_the_learning_rate_is_that_of_the_published_probe():
 def test_an_interrupted_probe_continues_to_the_same_bits(model, tmp_path, monkeypatch):
     def train(state, base_learning_rate=1.0):
         encoder, schedule = encoder_from_pretrained(model, pooling="mean"), ProbeSchedule(3, 1, base_learning_rate)
-        rest = (10, schedule, 256, 0, 0, Accelerator(cpu=True), tmp_path / state)
-        return train_mae_probe(encoder, load_images("digits"), load_processor(model), *rest)
+        rest = (10, schedule, 64, 0, 0, Accelerator(cpu=True), tmp_path / state)
+        return train_mae_probe(encoder, load_images("digits", split="test"), load_processor(model), *rest)
 
     heads, record = train("whole")
     assert not (tmp_path / "whole.tmp").exists()

@@ -6,7 +6,6 @@ import threading
 
 import pytest
 from accelerate.state import AcceleratorState, PartialState
-from processes import run
 from training_runs import SHORT
 
 import arguments_umae
@@ -17,12 +16,6 @@ from umae.programs.probe import probe
 from umae.programs.shrink import shrink
 
 TWO_STEPS = {"max_train_steps": 2, "eval_steps": 0, "logging_steps": 1}
-
-
-def test_the_package_is_light_until_something_is_used():
-    heavy = "datasets, matplotlib, sklearn, umae.data, umae.programs, umae.sharing, umae.training"
-    code = f"import sys, umae; print([name for name in {heavy.split(', ')} if name in sys.modules])"
-    assert run("-c", code, fresh=True).stdout == "[]\n"
 
 
 def test_every_public_name_is_there_and_no_other():

@@ -64,7 +64,7 @@ def started(folder, *flags):
     return process
 
 
-LONG = ("--max_train_steps", "3000", "--checkpointing_steps", "4", "--logging_steps", "3")
+LONG = ("--max_train_steps", "3000", "--checkpointing_steps", "4", "--logging_steps", "3", "--eval_steps", "0")
 
 
 @pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, "0"), (signal.SIGINT, "2")])

@@ -17,11 +17,19 @@ from modeling_umae import UMAEForImageClassification, UMAEForPreTraining
 from umae.convert import encoder_from_pretrained
 from umae.data.images import load_images
 from umae.data.inputs import evaluation_processor, load_processor
-from umae.evaluation import features, mae
+from umae.evaluation import features, linear, mae
 from umae.evaluation.features import extract_features
 from umae.programs import probe as program
 
 CLASSES = ("dark", "green", "red", "striped", "turned", "white")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_epochs():
+    """Of the linear heads of protocol cached; how well 100 of them separate classes is tested in test_linear.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear, "EPOCHS", 20)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -275,12 +283,12 @@ def test_the_command_ends_with_one_line_on_invalid_input(model, tmp_path):
     assert result.stderr.startswith("run_linear_probe.py: there is no model")
 
 
-def reports_of_one_and_two_processes(tmp_path, *words, batch=None):
-    """Their reports on the digits, the same but for the protocol; `batch`: images of a step, shared out if given."""
+def reports_of_one_and_two_processes(tmp_path, *words, batch=None, dataset="digits"):
+    """Their reports, the same but for the protocol; `batch`: images of a step, shared out if given."""
     torch.manual_seed(0)
     UMAEForPreTraining(fresh_config(image_size=8, patch_size=2)).save_pretrained(tmp_path / "model")
     evaluation_processor((8, 8)).save_pretrained(tmp_path / "model")
-    words = ("run_linear_probe.py", "--model_name_or_path", tmp_path / "model", "--dataset_name", "digits", *words)
+    words = ("run_linear_probe.py", "--model_name_or_path", tmp_path / "model", "--dataset_name", dataset, *words)
     for processes in (1, 2):
         share = ("--per_device_train_batch_size", batch // processes) if batch else ()
         together(processes, *words, "--output_dir", tmp_path / str(processes), *share)
@@ -299,11 +307,11 @@ def test_two_processes_report_what_one_does(tmp_path):
     assert f"| attentive probe top-1, % | {attentive['top1']} |" in card and "attentive features" not in card
 
 
-def test_two_processes_report_what_one_does_by_protocol_mae(tmp_path):
+def test_two_processes_report_what_one_does_by_protocol_mae(folder, tmp_path):
     words = ("--protocol", "mae", "--num_train_epochs", "3", "--warmup_epochs", "1")
-    one = reports_of_one_and_two_processes(tmp_path, *words, batch=256)
+    one = reports_of_one_and_two_processes(tmp_path, *words, batch=40, dataset=folder)
     record = one["protocol"]["linear"]
-    assert record["epochs"] == 3 and record["of_each_seed"][0]["pictures_per_step"] == 256
+    assert record["epochs"] == 3 and record["of_each_seed"][0]["pictures_per_step"] == 40
 
 
 @pytest.mark.parametrize("mixed", ["no", "bf16"])

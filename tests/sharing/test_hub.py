@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, close_session, constants
 from processes import hub_user, run
 
 import run_pretrain
-from modeling_umae import UMAEModel
+from modeling_umae import UMAEForPreTraining, UMAEModel
 from umae.data.inputs import evaluation_processor
 from umae.sharing import hub
 from umae.sharing.cards import base_model, probe_card
@@ -142,7 +142,7 @@ def test_an_index_on_the_hub_writes_nothing_outside_of_the_cache(server, tmp_pat
 
 
 def test_no_token_is_written_and_nothing_published_reveals_the_machine(server, tmp_path):
-    run("run_pretrain.py", "--output_dir", tmp_path / "first", "--max_train_steps", "1", "--eval_steps", "0")
+    UMAEForPreTraining(fresh_config(image_size=8, patch_size=2)).save_pretrained(tmp_path / "first")
     result = run(
         "run_pretrain.py", "--output_dir", tmp_path / "digits", "--max_train_steps", "2", "--report_to", "tensorboard",
         "--model_name_or_path", tmp_path / "first", "--push_to_hub", "--hub_model_id", "tester/digits",
@@ -188,7 +188,7 @@ def logged_in(server, monkeypatch):
     monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(hub, "WAITS", (0, 0, 0))
-    monkeypatch.setattr(hub, "TIMEOUT", 3)
+    monkeypatch.setattr(hub, "TIMEOUT", 1)
     yield server
     close_session()  # its connections are to a server that ends, and the next one has the same address
 
@@ -331,9 +331,9 @@ def test_a_run_outlives_the_hub_and_the_command_it_names_repeats_the_push(server
 
 def test_every_checkpoint_is_a_revision_that_loads(server, tmp_path):
     run(
-        "run_pretrain.py", "--output_dir", tmp_path / "digits", "--max_train_steps", "9", "--checkpointing_steps", "4",
+        "run_pretrain.py", "--output_dir", tmp_path / "digits", "--max_train_steps", "5", "--checkpointing_steps", "4",
         "--eval_steps", "0",
-        "--logging_steps", "9", "--checkpoints_total_limit", "9", "--push_to_hub", "--hub_model_id", "tester/digits",
+        "--logging_steps", "5", "--checkpoints_total_limit", "9", "--push_to_hub", "--hub_model_id", "tester/digits",
         **hub_user(),
     )  # fmt: skip
     repo = server.repos["model", "tester/digits"]
@@ -343,7 +343,7 @@ def test_every_checkpoint_is_a_revision_that_loads(server, tmp_path):
         ".gitattributes", "README.md", "config.json", "configuration_umae.py", "image_processing_umae.py",
         "model.safetensors", "modeling_umae.py", "preprocessor_config.json",
     }  # fmt: skip
-    assert "| Steps | 4 of 9, each of 128 images, seed 0 |" in published["README.md"].data.decode()
+    assert "| Steps | 4 of 5, each of 128 images, seed 0 |" in published["README.md"].data.decode()
     load = LOAD.replace('"tester/digits"', '"tester/digits", revision="step-4"')
     run("-c", load, cwd=tmp_path, PYTHONPATH="", **hub_user())
     expected = UMAEModel.from_pretrained(tmp_path / "digits" / "step-4")(torch.ones(1, 3, 8, 8)).pooler_output
@@ -351,10 +351,10 @@ def test_every_checkpoint_is_a_revision_that_loads(server, tmp_path):
 
 
 def test_a_run_that_keeps_one_checkpoint_and_a_slow_hub_make_whole_revisions(logged_in, tmp_path):
-    flags = ["--max_train_steps", "8", "--checkpointing_steps", "1", "--logging_steps", "8", "--eval_steps", "0"]
+    flags = ["--max_train_steps", "5", "--checkpointing_steps", "1", "--logging_steps", "5", "--eval_steps", "0"]
     run_pretrain.main([*flags, "--output_dir", str(tmp_path / "kept"), "--checkpoints_total_limit", "9"])
     pushed = ["--checkpoints_total_limit", "1", "--push_to_hub", "--hub_model_id", "tester/digits"]
-    logged_in.faults.append({"match": "POST .*/preupload/", "delay": 1, "times": -1})
+    logged_in.faults.append({"match": "POST .*/preupload/", "delay": 0.5, "times": -1})
     run_pretrain.main([*flags, "--output_dir", str(tmp_path / "digits"), *pushed])
     repo = logged_in.repos["model", "tester/digits"]
     assert "step-1" in repo.refs

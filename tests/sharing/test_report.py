@@ -17,7 +17,7 @@ from umae.sharing.figures import COLOURS
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
-FLAGS = ("--max_train_steps", "6", "--logging_steps", "2")
+FLAGS = ("--max_train_steps", "4", "--logging_steps", "2", "--eval_steps", "4")
 
 
 class Page(HTMLParser):

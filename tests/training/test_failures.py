@@ -27,7 +27,7 @@ def test_unreadable_images_are_left_out_named_once_and_counted(tmp_path, capsys,
     settings = folder_with_bad_images(tmp_path / "images", 40, bad=2)
     run_pretrain.main(
         f"{settings} --output_dir {tmp_path / 'run'} --num_train_epochs 3 --per_device_train_batch_size 8 "
-        f"--max_unreadable_share 0.05 --dataloader_num_workers {workers}".split()
+        f"--max_unreadable_share 0.05 --dataloader_num_workers {workers} --eval_steps 15".split()
     )
     printed = capsys.readouterr()
     assert printed.out.count("left out: 000.jpg: 0 bytes") == printed.out.count("left out: 003.jpg: ") == 1

@@ -312,7 +312,7 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
         **regularizer_of(config, features, parts),
         "precision": f"{identity['mixed_precision']} on {record['hardware']}",
     }
-    crops = f"{job.args.min_crop_scale:.0%} to 100 % of an image's area"
+    crops = f"{job.args.min_crop_scale:.0%} to 100% of an image's area"
     mirrored = {"left and right": job.args.horizontal_flip, "upside down": job.args.vertical_flip}
     turns = [f"{share:.0%} mirrored {how}" for how, share in mirrored.items() if share]
     lines["crops"] = ", ".join([crops, *turns])
