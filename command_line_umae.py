@@ -19,6 +19,7 @@ VERBS = {
     "pretrain": ("pre-train on images, without labels", None),
     "probe": ("evaluate a frozen encoder: linear heads, k-NN, attentive probe", None),
     "finetune": ("fine-tune an encoder on labelled images", None),
+    "evaluate": ("evaluate a classifier as it is, without training", "umae.evaluation.classification"),
     "features": ("write the features of a folder of images to a parquet file", "umae.evaluation.features"),
     "diagnose": ("measure how far features have collapsed", "umae.evaluation.diagnosis"),
     "study": ("compare settings: a grid of runs, their evaluations, a table and figures", None),

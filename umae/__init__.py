@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from umae.convert import encoder_from_pretrained
     from umae.data.images import Images, load_images
     from umae.data.inputs import load_processor
+    from umae.evaluation.classification import evaluate
     from umae.evaluation.diagnosis import diagnose
     from umae.evaluation.features import extract_features
     from umae.programs.finetune import finetune
@@ -45,6 +46,7 @@ _LAZY = {
     "Run": "umae.training.folder",
     "diagnose": "umae.evaluation.diagnosis",
     "encoder_from_pretrained": "umae.convert",
+    "evaluate": "umae.evaluation.classification",
     "extract_features": "umae.evaluation.features",
     "finetune": "umae.programs.finetune",
     "load_images": "umae.data.images",
@@ -67,6 +69,7 @@ __all__ = [
     "coding_rate_loss",
     "diagnose",
     "encoder_from_pretrained",
+    "evaluate",
     "extract_features",
     "finetune",
     "load_images",

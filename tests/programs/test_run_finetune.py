@@ -259,7 +259,7 @@ def test_two_processes_train_as_one_does_with_mixup_and_count_every_test_image_o
     # 359 images are shared as 180 and 180, so one is looked at twice and must not be counted twice
     model = UMAEForImageClassification.from_pretrained(tmp_path / "two")
     test = load_images("digits", split="test")
-    guesses, unreadable = guess(model, test, load_processor(tmp_path / "two"), 100, 0, 10, Accelerator(cpu=True))
+    guesses, _, unreadable = guess(model, test, load_processor(tmp_path / "two"), 100, 0, 10, Accelerator(cpu=True))
     top1 = (guesses[:, 0] == test.labels()).float().mean().item()
     assert guesses.shape == (359, 5) and unreadable == []
     assert two[-1]["test_top1"] == pytest.approx(top1, abs=1e-6)

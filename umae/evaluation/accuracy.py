@@ -1,11 +1,13 @@
 """The most likely classes of images, and top-k accuracy."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor
 
@@ -29,7 +31,6 @@ def percent(fraction: float | None) -> float | None:
     return None if fraction is None else round(100 * fraction, 2)
 
 
-@torch.no_grad()
 def guess(
     model: nn.Module,
     images: Images,
@@ -38,18 +39,48 @@ def guess(
     num_workers: int,
     num_classes: int,
     accelerator: Accelerator,
-) -> tuple[torch.Tensor, list[str]]:
+    labels: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """The most likely classes of every image, each image evaluated exactly once; every process must call this.
 
     Args:
         model: as prepared by the accelerator, in training mode; left in that mode.
         batch_size: images per batch and process.
+        labels: int64 (N,), for the losses.
 
     Returns:
         On every process: int64 (N, min(5, num_classes)), class indices, best first, -1 for an image that cannot be
-        read; and the error messages of those images.
+        read; the cross entropies, float64 (N,), NaN for those and without labels; and the error messages of those
+        images.
     """
-    count, processes, best = len(images), accelerator.num_processes, min(5, num_classes)
+    best = min(5, num_classes)
+
+    def measure(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        guesses, losses = logits.topk(best, dim=1).indices, torch.full((len(logits),), torch.nan, device=logits.device)
+        if labels is not None:
+            losses = cross_entropy(logits, labels.to(logits.device)[index], reduction="none")
+        return torch.cat([guesses.float(), losses[:, None]], dim=1)  # there are no 2**24 classes
+
+    measured, errors = _over_images(model, images, processor, batch_size, num_workers, accelerator, measure, best + 1)
+    return measured[:, :best].nan_to_num(-1).long(), measured[:, best].double(), errors
+
+
+@torch.no_grad()
+def _over_images(
+    model: nn.Module,
+    images: Images,
+    processor: BaseImageProcessor,
+    batch_size: int,
+    num_workers: int,
+    accelerator: Accelerator,
+    measure: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    columns: int,
+) -> tuple[torch.Tensor, list[str]]:
+    """What `measure` makes of the logits and the indices of a batch's images: float32 (N, columns), on every process.
+
+    NaN for images that cannot be read, whose error messages are returned, too.
+    """
+    count, processes = len(images), accelerator.num_processes
     batch_size = min(batch_size, math.ceil(count / processes))
     rounds = math.ceil(count / (batch_size * processes))
     # Every process has the same number of batches: the first images repeat at the end, and are cut off below
@@ -62,17 +93,17 @@ def guess(
         worker_init_fn=ignore_signals if num_workers else None,
         pin_memory=accelerator.device.type == "cuda",
     )
-    guesses: list[torch.Tensor] = []
+    measured: list[torch.Tensor] = []
     errors: set[str] = set()
     model.eval()
     for batch in loader:
-        batch_guesses = torch.full((batch_size, best), -1, device=accelerator.device)
+        of_batch = torch.full((batch_size, columns), torch.nan, device=accelerator.device)
         errors |= set(batch["errors"])
         pixel_values, rows = batch["pixel_values"], batch["rows"].to(accelerator.device)
         if pixel_values is None:  # under FSDP2 the other processes would wait for one that does not call the model
             pixel_values = torch.zeros(1, 3, *accelerator.unwrap_model(model).config.image_height_width)
         logits = model(pixel_values.to(accelerator.device, non_blocking=True)).logits.float()
-        batch_guesses[rows] = logits[: len(rows)].topk(best, dim=1).indices
-        guesses.append(accelerator.gather(batch_guesses))  # in the order of the processes, as `positions`
+        of_batch[rows] = measure(logits[: len(rows)], batch["index"].to(accelerator.device))
+        measured.append(accelerator.gather(of_batch))  # in the order of the processes, as `positions`
     model.train()
-    return torch.cat(guesses)[:count].cpu(), sorted(set(gather_object(list(errors))))
+    return torch.cat(measured)[:count].cpu(), sorted(set(gather_object(list(errors))))

@@ -319,7 +319,7 @@ def make_loader(job: Job, steps: range) -> DataLoader:
 def evaluate(job: Job, state: State, record: dict[str, Any]) -> dict[str, float]:
     """Accuracies on the test images, in 0..1; every process calls it. Those that cannot be read count as wrong, and
     `record` gets their names."""
-    guesses, record["unreadable_test"] = guess(
+    guesses, _, record["unreadable_test"] = guess(
         state.model, job.test, job.processor, job.args.per_device_eval_batch_size, job.workers, len(job.names),
         job.accelerator,
     )  # fmt: skip

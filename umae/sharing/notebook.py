@@ -35,7 +35,7 @@ TITLE = """\
 
 A masked autoencoder with features that do not collapse (U-MAE). Put an image beside this notebook as `image.jpg`, or
 change the path below."""
-INSTALL = '%pip install --quiet torch "transformers>=5.4" pillow numpy'
+INSTALL = '%pip install -q torch "transformers>=5.4" pillow numpy'
 LOAD = """\
 import sys
 
