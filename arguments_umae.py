@@ -78,6 +78,9 @@ class TrainingArguments:
     per_device_train_batch_size: Count = flag(64, "Images of a forward pass on each process.")
     gradient_accumulation_steps: Count = flag(1, "Forward passes for each optimiser step.")
     weight_decay: Number = flag(0.05, "AdamW's decay of tensors with more than one dimension.")
+    max_grad_norm: Annotated[float | None, Between(1e-9)] = flag(
+        None, "Scale a gradient with a larger norm down to this one. [never]"
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = flag(
         None, "[what `accelerate` says unless no; then bf16 if the hardware has it]"
     )

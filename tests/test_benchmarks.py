@@ -44,11 +44,14 @@ def test_an_item_that_fails_is_recorded_and_run_again_and_one_that_is_done_is_no
     (tmp_path / "empty").mkdir()
     flags = ("--part", "fed", "--items", "loader, Pillow, 1 ", "--images", tmp_path / "empty")
     first, before = on_a_gpu(tmp_path / "work", *flags, check=False)
+    lines = (tmp_path / "work" / "records.jsonl").read_text().splitlines()
     second, after = on_a_gpu(tmp_path / "work", *flags, check=False)
     assert first.returncode == second.returncode == 1
     done, failed = before
     assert before[done]["status"] == "done" and before[done] == after[done]
-    assert before[failed]["status"] == after[failed]["status"] == "failed" and before[failed] != after[failed]
+    assert before[failed]["status"] == after[failed]["status"] == "failed"
+    added = [json.loads(line) for line in (tmp_path / "work" / "records.jsonl").read_text().splitlines()[len(lines) :]]
+    assert [record["item"] for record in added if "item" in record] == [failed[1]]
     (report,) = (tmp_path / "work").glob("gpu_*.md")
     text = report.read_text()
     assert "**Failed: loader, Pillow, 1 workers**" in text and before[failed]["error"].splitlines()[-1] in text

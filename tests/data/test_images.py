@@ -408,7 +408,7 @@ def test_crops_show_the_share_of_the_area_that_is_asked_for_and_are_changed_last
 
 
 def test_memory_is_bounded_by_one_image_however_many_are_as_large_as_may_be(tmp_path):
-    largest = MAX_PIXELS // 16  # the law is the same, the wait is shorter
+    largest = MAX_PIXELS // 32  # the law is the same, the wait is shorter
     side = math.isqrt(largest)
     for name, mode, size, colour in (
         ("a.png", "RGB", (side, side), (9, 99, 199)), ("b.png", "RGBA", (side, side), (9, 99, 199, 99)),

@@ -221,6 +221,45 @@ def test_gpus_are_handed_out_one_each_and_cores_in_shares(monkeypatch):
 # The whole
 
 
+def test_the_results_are_those_of_the_folders_and_nothing_finished_is_done_again(
+    tmp_path, finished, monkeypatch, capsys
+):
+    """Here every run ends with the folder of a finished one, and every evaluation with a report of its own."""
+    protocol = {"model": "run", "linear_protocol": "cached", "test": {"data": "digits (test)"}, "seeds": [0]}
+    accuracies = iter((50.0, 52.5))
+
+    def start(words, environ, log):
+        folder = Path(words[-1])
+        if words[0] == "pretrain":
+            return subprocess.Popen(["cp", "-r", str(finished[0]), str(folder)], stdout=log, stderr=log)
+        numbers = {"top1": next(accuracies), "top5": None, "knn20_top1": 40.0, "effective_rank": 3.0}
+        folder.mkdir(parents=True)
+        report = {"cls": numbers, "mean": numbers, "protocol": protocol}
+        (folder / "linear_probe.json").write_text(json.dumps(report))
+        return subprocess.Popen(["true"])
+
+    monkeypatch.setattr(study_jobs, "start_process", start)
+    args = arguments(tmp_path)
+    content = study.run(args)
+    out = tmp_path / "out"
+    assert content == json.loads((out / "study.json").read_text())
+    last = json.loads((finished[0] / "metrics.jsonl").read_text().splitlines()[-1])
+    assert [run["values"]["linear/top1/mean"] for run in content["runs"]] == [50.0, 52.5]
+    for run in content["runs"]:
+        assert run["values"]["pretraining/reconstruction_loss"] == last["reconstruction_loss"]
+        assert [command.split()[:2] for command in run["commands"]] == [["umae", "pretrain"], ["umae", "probe"]]
+    assert content["groups"][1]["metrics"]["linear/top1/cls"]["difference"] == 2.5
+    assert content["protocols"]["linear"] == {key: value for key, value in protocol.items() if key != "model"}
+    assert content["protocols"]["pretraining"]["total_steps"] == 12
+    assert str(tmp_path) not in (out / "study.json").read_text() + (out / "study.html").read_text()
+    assert "| linear, class token | 50.0 | 52.5 +2.5 |" in (out / "study.md").read_text()
+    capsys.readouterr()
+    monkeypatch.delattr(study_jobs, "start_process")
+    assert study.run(args) == content
+    assert "2 of 2 finished" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_a_study_ends_with_every_figure_and_its_origin(tmp_path, forked, capsys):
     args = arguments(tmp_path)
     content = study.run(args)

@@ -242,3 +242,27 @@ def test_images_that_cannot_be_read_are_kept_in_the_record_and_too_many_end_the_
     assert capsys.readouterr().out.count("left out: a.jpg is truncated") == 1
     with pytest.raises(ValueError, match=r"5 of 48 images cannot be read, more than max_unreadable_share 0.1"):
         train_toy(tmp_path / "many", toy_task(refusals={2: {index: f"{index}.jpg" for index in range(5)}}))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_gradient_with_too_large_a_norm_is_scaled_down_to_it_and_a_smaller_one_stays(accumulation):
+    def change(max_grad_norm):
+        """Of the weights by a step of plain gradient descent, and the norm that is logged."""
+        torch.manual_seed(0)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+        model, failed = UMAEForPreTraining(fresh_config()), no_failure("cpu", len(VALUES))
+        before = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+        optimizer = accelerator.prepare_optimizer(torch.optim.SGD(model.parameters(), lr=1.0, fused=True))
+        losses = pretraining_losses(
+            accelerator, model, [BATCH] * accumulation, 0, num_patches=16, seed=0, mean=(0.5,) * 3, std=(0.5,) * 3
+        )
+        values = optimizer_step(accelerator, model, optimizer, losses, accumulation, failed, 0, max_grad_norm)
+        after = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+        return after - before, values[-1].item()
+
+    plain, norm = change(None)
+    assert norm == pytest.approx(plain.norm().item(), rel=1e-4) and norm > 0.1
+    scaled, logged = change(norm / 4)
+    assert logged == norm
+    assert torch.allclose(scaled, plain / 4, atol=1e-6)
+    assert torch.equal(change(2 * norm)[0], plain)

@@ -235,6 +235,7 @@ def identity_of(job: Job, initial_weights: str) -> dict[str, Any]:
         "optimizer": "AdamW",
         "betas": BETAS,
         "weight_decay": job.args.weight_decay,
+        "max_grad_norm": job.args.max_grad_norm,
         "mixed_precision": job.accelerator.mixed_precision,
         "min_crop_scale": job.min_crop_scale,
         **dataclasses.asdict(job.strengths),

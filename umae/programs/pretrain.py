@@ -277,6 +277,7 @@ def identity_of(job: Job, initial_weights: str | None) -> dict[str, Any]:
         "optimizer": "AdamW",
         "betas": BETAS,
         "weight_decay": job.args.weight_decay,
+        "max_grad_norm": job.args.max_grad_norm,
         **{name: getattr(job.args, name) for name in USUAL_CROPS},
         "mixed_precision": job.accelerator.mixed_precision,
     }

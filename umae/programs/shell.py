@@ -75,6 +75,7 @@ def make_settings(
         checkpoints_total_limit=args.checkpoints_total_limit,
         max_unreadable_share=max_unreadable_share,
         gradient_checkpointing=args.gradient_checkpointing,
+        max_grad_norm=args.max_grad_norm,
         torch_compile=what_to_compile(
             accelerator, args.torch_compile, flops * plan.images_per_step * schedule.total_steps
         ),

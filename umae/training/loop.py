@@ -81,6 +81,7 @@ class Settings:
         checkpointing_steps: None for a checkpoint every CHECKPOINT_SECONDS.
         max_unreadable_share: of the images, in [0, 1]; more end the run.
         torch_compile: `no`, or what to compile, see `compile_model`.
+        max_grad_norm: see `optimizer_step`.
     """
 
     folder: Path
@@ -94,6 +95,7 @@ class Settings:
     max_unreadable_share: float
     gradient_checkpointing: bool
     torch_compile: str
+    max_grad_norm: float | None = None
 
 
 def train(
@@ -138,7 +140,10 @@ def train(
         used[step + 1] = [index for batch in batches for index in batch["index"].tolist()]
         with explained_out_of_memory(plan.batch_size):
             losses = task.losses(state.model, batches, step)
-            values = optimizer_step(accelerator, state.model, state.optimizer, losses, plan.accumulation, failed, step)
+            values = optimizer_step(
+                accelerator, state.model, state.optimizer, losses, plan.accumulation, failed, step,
+                settings.max_grad_norm,
+            )  # fmt: skip
         state.count(values)
 
         done, last = step + 1, step + 1 == total
@@ -185,6 +190,7 @@ def optimizer_step(
     accumulation: int,
     failed: torch.Tensor,
     step: int,
+    max_grad_norm: float | None = None,
 ) -> torch.Tensor:
     """Forward and backward over the micro-batches, then one step of the optimiser. Never waits for the device.
 
@@ -195,10 +201,11 @@ def optimizer_step(
             on, whichever process it was on, the weights of all of them stay as they are. (In fp16 a gradient may
             overflow, and leaves out that step; MOST_OVERFLOWS in a row are a failure.)
         step: the optimiser steps before this one.
+        max_grad_norm: a gradient with a larger norm is scaled down to it.
 
     Returns:
         float32 (values,) on the device: the values of `losses`, averaged over the micro-batches of this process, then
-        the norm of the gradient.
+        the norm of the gradient, before it is scaled down.
     """
     logged = []
     for _ in range(accumulation):
@@ -211,6 +218,8 @@ def optimizer_step(
             if accelerator.sync_gradients:
                 accelerator.unscale_gradients(optimizer)
                 grad_norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+                if max_grad_norm is not None:
+                    nn.utils.clip_grads_with_norm_(model.parameters(), max_grad_norm, grad_norm)
                 grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm  # under FSDP2
                 values = torch.cat([torch.stack(logged).float().mean(dim=0), grad_norm.float()[None]])
                 remember_failure(accelerator, optimizer, values, step, failed)
