@@ -1,5 +1,6 @@
 """What every test runs under: one thread for each process, no network, caches and a temporary folder of its own."""
 
+import gc
 import os
 import shutil
 import signal
@@ -10,6 +11,8 @@ import threading
 # What is started in the background has SIGINT ignored, and hands that on to the programs that are to be stopped by it
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+gc.disable()  # until all is imported: it would go through what has been imported so far again and again
 
 # Before anything that reads them is imported
 os.environ["OMP_NUM_THREADS"] = "1"  # two processes with two threads each would wait for each other
@@ -30,6 +33,12 @@ from training_runs import SHORT, TEN, metrics
 settings.register_profile("fast", max_examples=100, deadline=None)
 settings.register_profile("thorough", max_examples=500, deadline=None)
 settings.load_profile("fast")
+
+
+def pytest_collection_finish():
+    gc.enable()
+    gc.collect()
+    gc.freeze()  # what is imported stays; to look for garbage among it takes half a second, and every program does
 
 
 def pytest_unconfigure():

@@ -106,8 +106,10 @@ def end(status: int) -> None:
 
 
 if __name__ == "__main__":
+    gc.disable()  # it would go through all that has been imported so far again and again
     for module in sys.argv[1:]:
         importlib.import_module(module)
+    gc.enable()
     gc.collect()
     gc.freeze()  # else every process that is forked would copy all of this the first time it collects
     try:
