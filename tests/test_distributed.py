@@ -131,7 +131,7 @@ how, when = sys.argv.pop(1), 6
 umae.training.hardware.PATIENCE = datetime.timedelta(seconds=15)
 optimizer_step = loop.optimizer_step
 def dying(*arguments):
-    if arguments[-1] == when and os.environ["RANK"] == "1":
+    if arguments[6] == when and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL if how == "dies" else signal.SIGSTOP)
     return optimizer_step(*arguments)
 loop.optimizer_step = dying

@@ -62,11 +62,11 @@ def noting_step(accelerator, model, *arguments):
 loop.optimizer_step = noting_step
 """
 
-# Accumulated and checkpointed, with an evaluation, in bf16
+# Accumulated and checkpointed, with an evaluation, in bf16, with gradients that are scaled down
 BITS = (
     "--max_train_steps", "3", "--checkpointing_steps", "2", "--logging_steps", "1", "--eval_steps", "3",
     "--per_device_train_batch_size", "16", "--gradient_accumulation_steps", "2", "--gradient_checkpointing",
-    "--mixed_precision", "bf16",
+    "--mixed_precision", "bf16", "--max_grad_norm", "0.1",
 )  # fmt: skip
 
 
