@@ -23,6 +23,8 @@ import umae
 from umae.convert import read_weights
 from umae.programs import pretrain
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 def test_a_run_says_what_it_will_do_and_leaves_a_whole_folder(finished):
     folder, printed = finished
