@@ -35,6 +35,13 @@ settings.register_profile("thorough", max_examples=500, deadline=None)
 settings.load_profile("fast")
 
 
+def pytest_collection_modifyitems(items):
+    """First the tests that share what takes long to make: a worker of xdist begins with its first test, and others take
+    over its last ones. Users of the tests' own Hub share a fork server, others the runs below."""
+    shared = (("server",), ("finished", "ten_steps"))
+    items.sort(key=lambda item: [not {*names} & {*item.fixturenames} for names in shared])
+
+
 def pytest_collection_finish():
     gc.enable()
     gc.collect()
@@ -55,6 +62,14 @@ def fresh_accelerate():
     if state is not None:
         state.AcceleratorState._reset_state(reset_partial_state=True)
         state.GradientState._reset_state()
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Training in this process draws none, for tests that look at none: they take half of a short run."""
+    from umae.sharing import gallery
+
+    monkeypatch.setattr(gallery, "draw", lambda *arguments: None)
 
 
 @pytest.fixture

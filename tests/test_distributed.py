@@ -167,6 +167,7 @@ def test_the_process_left_alone_ends_by_itself_and_spoils_nothing(tmp_path):
     assert newest_whole(tmp_path / "run") == (tmp_path / "run" / "step-4", [])
 
 
+@pytest.mark.slow  # in the fast suite `test_modeling` has this law for the terms, `test_processes` for two processes
 def test_accumulated_exactly_a_batch_trains_as_it_does_at_once(ten_steps, tmp_path):
     batch = ("--per_device_train_batch_size", "32", "--gradient_accumulation_steps", "4")
     exact = run("run_pretrain.py", "--output_dir", tmp_path / "run", *TEN, *batch, "--exact_uniformity")

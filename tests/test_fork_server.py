@@ -88,6 +88,7 @@ def test_modules_scripts_and_lines_of_code_are_found_where_python_finds_them(tmp
             assert mine == expected and (str(ROOT / "tests") in mine) == (not env), words
 
 
+@pytest.mark.usefixtures("server")
 def test_what_the_environment_says_is_seen_whenever_it_is_read():
     code = (
         "import os, pathlib; from huggingface_hub import constants; "

@@ -18,6 +18,8 @@ from training_runs import SHORT, folder_with_bad_images, metrics
 import run_pretrain
 from umae.training.folder import lock
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 def test_a_finished_run_changes_nothing_when_started_again(finished, capsys):
     folder, _ = finished

@@ -32,6 +32,8 @@ from umae.programs import pretrain
 from umae.sharing import report
 from umae.training.folder import USUAL_CROPS
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 def test_a_run_says_what_it_will_do_and_leaves_a_whole_folder(finished):
     folder, printed = finished

@@ -21,6 +21,8 @@ from umae.data.inputs import evaluation_processor
 from umae.programs import pretrain
 from umae.training import loop, pretraining
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_images_are_left_out_named_once_and_counted(tmp_path, capsys, workers):
