@@ -16,7 +16,6 @@ from arguments_umae import StudyArguments
 from umae.programs import study, study_jobs
 from umae.programs.study_clock import Clock
 from umae.programs.study_file import read_study
-from umae.sharing.study_page import markdown
 from umae.training.signals import StopRequest
 
 STUDY = """
@@ -103,6 +102,15 @@ def test_an_evaluation_has_the_images_of_its_run_unless_it_names_others(tmp_path
         "model_name_or_path": str(run.folder),
     }
     assert elsewhere.arguments == {"dataset_name": "other/images", "model_name_or_path": str(run.folder)}
+
+
+def test_a_number_reaches_its_program_as_it_is(tmp_path):
+    text = "pretrain: {recipe: digits, base_learning_rate: 0.0012345678}\n"
+    text += "grid: [{uniformity_weight: [0.1234567890, 1.0e-3]}]"
+    for task, weight in zip(read_study(arguments(tmp_path, text)).tasks, (0.1234567890, 1e-3), strict=True):
+        words = dict(zip(task.command_line[1::2], task.command_line[2::2], strict=True))
+        assert float(words["--base_learning_rate"]) == 0.0012345678
+        assert float(words["--uniformity_weight"]) == weight
 
 
 def test_data_sets_are_taken_from_data_dir_by_the_last_part_of_their_names(tmp_path):
@@ -352,4 +360,3 @@ def test_an_interrupted_study_continues_to_the_same_results(tmp_path):
         [(tmp_path / folder / name).read_bytes() for name in names] for folder in ("whole", "interrupted")
     )
     assert whole == continued
-    assert markdown([])  # the table has a head without any run

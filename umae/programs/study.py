@@ -75,10 +75,10 @@ def without_labels(study: Study) -> tuple[Study, list[str]]:
     tasks, left_out = [], dict[str, None]()
     for task in study.tasks:
         if task.kind != RUNS:
-            data = {name: task.arguments[name] for name in DATA if name in task.arguments}
+            name, config_name, split, *columns = data = [task.arguments.get(argument) for argument in DATA]
             key = json.dumps(data)
             if key not in labelled:
-                labelled[key] = has_labels(**data)
+                labelled[key] = load_images(str(name), config_name, split or "train", *columns).has_labels
             if not labelled[key]:
                 left_out[task.kind] = None
                 continue
@@ -90,16 +90,6 @@ def without_labels(study: Study) -> tuple[Study, list[str]]:
             f"and alignment tell the runs apart, but a higher rank alone does not make better features."
         )
     return dataclasses.replace(study, tasks=tasks), notes
-
-
-def has_labels(
-    dataset_name: str,
-    dataset_config_name: str | None = None,
-    train_split: str = "train",
-    image_column_name: str | None = None,
-    label_column_name: str | None = None,
-) -> bool:
-    return load_images(dataset_name, dataset_config_name, train_split, image_column_name, label_column_name).has_labels
 
 
 def carry_out(

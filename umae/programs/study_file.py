@@ -73,9 +73,6 @@ class Study:
     def kinds(self) -> list[str]:
         return list(dict.fromkeys(task.kind for task in self.tasks))
 
-    def tasks_of(self, run: str) -> list[Task]:
-        return [task for task in self.tasks if task.run == run]
-
 
 def read_study(args: StudyArguments) -> Study:
     """The study of a YAML file, as `docs/studies.md` describes them; every task's arguments are checked.
@@ -185,4 +182,5 @@ def _as_word(value: Any) -> str:
         return ",".join(f"{name}={_as_word(part)}" for name, part in value.items())
     if isinstance(value, bool):
         return "true" if value else "false"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if short == str(value) or float(short) == value else str(value)  # never another number

@@ -21,7 +21,6 @@ WATCH = 5.0  # seconds between two looks at what they have written
 @dataclass
 class Job:
     task: Task
-    slot: int
     process: subprocess.Popen
     start: float
 
@@ -82,7 +81,7 @@ def carry_out(
                 ready = [task for task in waiting if task.kind == RUNS or task.run not in untrained]
                 if ready:
                     waiting.remove(ready[0])
-                    running[slot] = _start(ready[0], slot, {**environ, **slots[slot]})
+                    running[slot] = _start(ready[0], {**environ, **slots[slot]})
             if time.monotonic() > watched + WATCH:
                 watch(running.values())
                 watched = time.monotonic()
@@ -100,10 +99,10 @@ def log_of(task: Task) -> Path:
     return task.folder.with_name(task.folder.name + ".log")
 
 
-def _start(task: Task, slot: int, environ: Mapping[str, str]) -> Job:
+def _start(task: Task, environ: Mapping[str, str]) -> Job:
     log_of(task).parent.mkdir(parents=True, exist_ok=True)
     with open(log_of(task), "a") as log:
-        return Job(task, slot, start_process(task.command_line, environ, log), time.monotonic())
+        return Job(task, start_process(task.command_line, environ, log), time.monotonic())
 
 
 def start_process(words: Sequence[str], environ: Mapping[str, str], log: IO[str]) -> subprocess.Popen:

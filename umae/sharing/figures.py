@@ -1,5 +1,6 @@
 """Figures of runs and features. Every function returns a PIL image."""
 
+import base64
 import io
 import math
 from collections.abc import Sequence
@@ -232,6 +233,13 @@ def _line(position: int) -> dict[str, Any]:
         "linestyle": ("-", "--", ":", "-.")[position % 4],
         "linewidth": 2.5 if position % 4 == 0 else 1.8,
     }
+
+
+def data_url(image: Image.Image) -> str:
+    """An image as a `data:` URL, for pages that need no other file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _rendered(figure: Figure) -> Image.Image:

@@ -7,7 +7,6 @@ the numbers of the first table, a row for each run.
 """
 
 import argparse
-import base64
 import csv
 import io
 import json
@@ -25,7 +24,7 @@ from configuration_umae import UMAEConfig
 from umae.files import write_text
 from umae.sharing.cards import duration, most_dimensions, read_metrics
 from umae.sharing.comparison import metrics_of_evaluation
-from umae.sharing.figures import spectrum, title_of, training_curves
+from umae.sharing.figures import data_url, spectrum, title_of, training_curves
 
 FIGURES = {
     "progress.png": "Reconstructions during training",
@@ -156,7 +155,7 @@ def page(contents: Contents) -> str:
     figures = {}
     for file, title in FIGURES.items():
         paths = {names[folder]: folder / file for folder in runs}
-        figures[title] = {name: _inline(Image.open(path)) for name, path in paths.items() if path.exists()}
+        figures[title] = {name: data_url(Image.open(path)) for name, path in paths.items() if path.exists()}
     groups = _groups(contents)
     return PAGE.render(
         names=list(names.values()),
@@ -165,7 +164,7 @@ def page(contents: Contents) -> str:
         groups=groups,
         results=_side_by_side([_together([_results(contents, run) for run in group]) for group in groups.values()]),
         evaluated=any(contents.probes_of(run) for run in runs),
-        curves=_inline(training_curves({names[folder]: run["lines"] for folder, run in runs.items()})) if runs else "",
+        curves=data_url(training_curves({names[folder]: run["lines"] for folder, run in runs.items()})) if runs else "",
         spectra=_spectra({names[folder]: folder / "spectrum.json" for folder in runs}),
         figures=figures,
         settings=dict(sorted(settings.items(), key=lambda row: len(set(row[1])) == 1)),  # those that differ first
@@ -208,7 +207,7 @@ def _groups(contents: Contents) -> dict[str, list[Path]]:
 def _spectra(files: dict[str, Path]) -> str:
     """The spectra of all finished runs in one figure; empty if none is finished."""
     spectra = {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
-    return _inline(spectrum(spectra)) if spectra else ""
+    return data_url(spectrum(spectra)) if spectra else ""
 
 
 def _names(folders: Sequence[Path]) -> dict[Path, str]:
@@ -310,13 +309,6 @@ def _side_by_side(columns: list[dict[str, Any]]) -> dict[str, list[str]]:
     """The columns as one table: a row for each name in any of them, empty where a column lacks it."""
     rows = dict.fromkeys(name for column in columns for name in column)
     return {name: [str(column.get(name, "")) for column in columns] for name in rows}
-
-
-def _inline(image: Image.Image) -> str:
-    """An image as a `data:` URL."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def main(argv: Sequence[str]) -> None:

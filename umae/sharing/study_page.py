@@ -1,16 +1,13 @@
 """The page of a study: a table with differences, figures over the weight, and every protocol."""
 
-import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import Template
-from PIL import Image
 
 from umae.sharing.comparison import Group
-from umae.sharing.figures import over_weights, title_of
+from umae.sharing.figures import data_url, over_weights, title_of
 
 DIGITS = {"loss": 4, "alignment": 3}  # after the point, of the metrics with such names; others are percent and ranks
 PAGE = Template(
@@ -127,7 +124,4 @@ def _figure(groups: Sequence[Group], metrics: Sequence[str]) -> str:
         return ""
     evaluated = [name for name in metrics if not name.startswith("pretraining/")]
     shown = evaluated or [name for name in metrics if "effective_rank" in name]
-    buffer = io.BytesIO()
-    figure: Image.Image = over_weights(weighted, shown)
-    figure.save(buffer, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_url(over_weights(weighted, shown))
