@@ -218,6 +218,7 @@ class ProbeArguments(LabelledDataArguments):
     model_name_or_path: str = required("Encoder to evaluate: a folder, Hub id or file, of any MAE or ViT.")
     output_dir: str = required("Folder for the report and the classifier.")
     pooling: Literal["cls", "mean"] | None = flag(None, "The classifier's feature. [what the model was trained with]")
+    global_pool: bool = flag(False, "As in MAE's code: the last norm is left out, and the mean of patches normalised.")
     per_device_eval_batch_size: Count = flag(256, "Images of a forward pass on each process.")
     dataloader_num_workers: Annotated[int | None, Between(0)] = flag(
         None, "Processes that read images, for each process. [a core each beside a GPU]"
@@ -239,6 +240,7 @@ class ProbeArguments(LabelledDataArguments):
     warmup_epochs: Number = flag(10, "Of protocol mae.")
     base_learning_rate: Number = flag(0.1, "Of protocol mae; for 256 images a step.")
     per_device_train_batch_size: Annotated[int, Between(2)] = flag(512, "Of protocol mae; images on each process.")
+    gradient_accumulation_steps: Count = flag(1, "Of protocol mae; forward passes for each step.")
     torch_compile: bool = flag(False, "Compile every layer for protocol mae; takes a minute.")
 
 

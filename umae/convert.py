@@ -129,7 +129,7 @@ def set_pooling(encoder: UMAEModel, pooling: str) -> UMAEModel:
     "cls" is the class token, `last_hidden_state[:, 0]`. "mean" is `fc_norm` of the mean of the patch tokens in
     `last_hidden_state`, with its trained weights if the encoder has them, else with initial ones. These tokens are
     normalised by the encoder's last norm, unless it has `final_layernorm=False`, as models with `global_pool` of
-    facebookresearch/mae have.
+    facebookresearch/mae have; see `leave_out_final_layernorm`.
     """
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {pooling!r}")
@@ -139,6 +139,17 @@ def set_pooling(encoder: UMAEModel, pooling: str) -> UMAEModel:
     elif pooling == "cls" and encoder.config.pooling == "mean":
         del encoder.fc_norm
     encoder.config.pooling = pooling
+    return encoder
+
+
+def leave_out_final_layernorm(encoder: UMAEModel) -> UMAEModel:
+    """Leave the tokens as the last layer returns them, in place; returns the encoder.
+
+    With `set_pooling(encoder, "mean")` it then has the feature that facebookresearch/mae calls `global_pool`,
+    `models_vit.py`.
+    """
+    encoder.layernorm = nn.Identity()
+    encoder.config.final_layernorm = False
     return encoder
 
 

@@ -52,8 +52,9 @@ def test_every_epochs_loss_is_that_of_the_protocol_step_by_step(model, tmp_path)
     epochs, batch_size, seed = 4, 64, 3
     images, processor = load_images("digits", split="test"), load_processor(model)
     encoder, schedule = encoder_from_pretrained(model, pooling="mean"), ProbeSchedule(epochs, 1, 16.0)
+    plan = Plan(len(images), batch_size // 2, accumulation=2, processes=1, seed=seed)
     heads, record = train_mae_probe(
-        encoder, images, processor, 10, schedule, batch_size, seed, 0, Accelerator(cpu=True), tmp_path / "state"
+        encoder, images, processor, 10, schedule, plan, 0, Accelerator(cpu=True), tmp_path / "state"
     )
 
     encoder = encoder_from_pretrained(model, pooling="mean").double()
@@ -116,12 +117,21 @@ def test_the_learning_rate_is_that_of_the_published_probe():
 
 
 def test_an_interrupted_probe_continues_to_the_same_bits(model, tmp_path, monkeypatch):
+    images, evaluated = load_images("digits", split="test"), []
+
+    def weight(name, head):
+        evaluated.append(name)
+        return float(head.weight.double().norm())
+
     def train(state, base_learning_rate=1.0):
         encoder, schedule = encoder_from_pretrained(model, pooling="mean"), ProbeSchedule(3, 1, base_learning_rate)
-        rest = (10, schedule, 64, 0, 0, Accelerator(cpu=True), tmp_path / state)
-        return train_mae_probe(encoder, load_images("digits", split="test"), load_processor(model), *rest)
+        plan = Plan(len(images), 64, 1, 1, seed=0)
+        rest = (10, schedule, plan, 0, Accelerator(cpu=True), tmp_path / state, False, weight)
+        return train_mae_probe(encoder, images, load_processor(model), *rest)
 
     heads, record = train("whole")
+    assert evaluated == 3 * ["cls", "mean"]
+    assert record["epoch_top1"]["mean"][-1] == pytest.approx(float(heads["mean"].weight.double().norm()))
     assert not (tmp_path / "whole.tmp").exists()
     steps = []
 
@@ -148,8 +158,8 @@ def test_an_interrupted_probe_continues_to_the_same_bits(model, tmp_path, monkey
 
 def test_too_few_images_and_too_long_a_warm_up_are_refused(model, tmp_path):
     encoder, images = encoder_from_pretrained(model, pooling="mean"), load_images("digits")
-    first, rest = (load_processor(model), 10), (0, 0, Accelerator(cpu=True), tmp_path / "state")
+    first, rest = (load_processor(model), 10), (0, Accelerator(cpu=True), tmp_path / "state")
     with pytest.raises(ValueError, match=r"holds 1438 images, fewer than one step of 2000 .*; lower per_device"):
-        train_mae_probe(encoder, images, *first, ProbeSchedule(), 2000, *rest)
+        train_mae_probe(encoder, images, *first, ProbeSchedule(), Plan(1438, 1000, 2, 1, 0), *rest)
     with pytest.raises(ValueError, match="warmup_epochs 10 must be less than num_train_epochs 5; lower it"):
-        train_mae_probe(encoder, images, *first, ProbeSchedule(epochs=5), 256, *rest)
+        train_mae_probe(encoder, images, *first, ProbeSchedule(epochs=5), Plan(1438, 256, 1, 1, 0), *rest)

@@ -124,6 +124,23 @@ def test_the_saved_classifier_repeats_the_reported_accuracy(model, folder, probe
     assert round(100 * correct, 2) == report(probed)["mean"]["top1"]
 
 
+def test_global_pool_takes_the_tokens_as_the_last_layer_returns_them(model, folder, tmp_path):
+    """As facebookresearch/mae's models_vit.py does: no last norm, then `fc_norm` of the mean of the patch tokens."""
+    probe(model, folder, tmp_path / "out", "--global_pool")
+    result = report(tmp_path / "out")["protocol"]
+    assert result["classifier_pooling"] == "mean" and "without the encoder's norm" in result["features"]["cls"]
+    images = [load_images(str(folder), split="test").read(i) for i in range(4)]
+    pixel_values = load_processor(model)(images=images, return_tensors="pt").pixel_values
+    classifier = UMAEForImageClassification.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        last = encoder_from_pretrained(model)(pixel_values, output_hidden_states=True).hidden_states[-1]
+        feature = torch.nn.functional.layer_norm(last[:, 1:].mean(dim=1), (32,), eps=classifier.config.layer_norm_eps)
+        expected, logits = classifier.classifier(feature), classifier(pixel_values).logits
+    assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+    with pytest.raises(ValueError, match="pooling cls: global_pool is a mean of patch tokens; leave one"):
+        probe(model, folder, tmp_path / "other", "--global_pool", "--pooling", "cls")
+
+
 def test_a_pipeline_predicts_as_the_probe_does(model, folder, probed):
     """Also for images that EXIF turns and for greyscale ones."""
     images = load_images(str(folder), split="test")

@@ -6,8 +6,9 @@ a linear layer, LARS without weight decay, random resized crops and flips.
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +102,12 @@ def train_mae_probe(
     processor: ViTImageProcessorPil,
     num_classes: int,
     schedule: ProbeSchedule,
-    batch_size: int,
-    seed: int,
+    plan: Plan,
     num_workers: int,
     accelerator: Accelerator,
     state: Path,
     torch_compile: bool = False,
+    evaluate: Callable[[str, LinearHead], float] | None = None,
 ) -> tuple[dict[str, LinearHead], dict[str, Any]]:
     """A head on the class token and one on the mean of the patch tokens, trained side by side.
 
@@ -115,33 +116,36 @@ def train_mae_probe(
 
     Args:
         encoder: loaded with `pooling="mean"`; runs frozen, in the accelerator's precision.
-        batch_size: images per step and process.
+        plan: which images every process gets at every step; its seed is also that of the heads.
         state: file of the training state, in a folder that all processes share; replaced after every epoch.
         torch_compile: compile every layer of the encoder.
+        evaluate: called with a feature's name and its head after every epoch; returns the head's top-1 in percent.
 
     Returns:
         The heads by `cls` and `mean`, and a record: effective batch size, steps, peak learning rate, the encoder's
-            precision, mean loss of every epoch.
+            precision, mean loss and top-1 of every epoch.
 
     Raises:
         ValueError: there are fewer images than a batch, the warm-up is not shorter than the training, or `state` is of
             another probe.
     """
     device = accelerator.device
-    plan = Plan(len(images), batch_size, 1, accelerator.num_processes, seed)
     check_fills_a_step(plan, images.description)
     if schedule.warmup_epochs >= schedule.epochs:
         raise ValueError(
             f"warmup_epochs {schedule.warmup_epochs:g} must be less than num_train_epochs {schedule.epochs}; lower it"
         )
     labels = images.labels().to(device)
-    heads = {name: BatchNormHead(num_classes, encoder.config.hidden_size, seed, device) for name in ("cls", "mean")}
+    heads = {
+        name: BatchNormHead(num_classes, encoder.config.hidden_size, plan.seed, device) for name in ("cls", "mean")
+    }
     encoder = copy.deepcopy(encoder).to(device).eval()  # the caller's is not changed
     encoder.set_attn_implementation(fast_attention(accelerator))
     if torch_compile:
         compile_model(encoder, "layers")
     done, total = 0, schedule.epochs * plan.steps_per_epoch
     losses = torch.zeros(total, len(heads), device=device)
+    top1 = torch.zeros(schedule.epochs, len(heads))
     tensors = {f"{name}.{key}": tensor for name, head in heads.items() for key, tensor in head.tensors().items()}
     identity = {
         "weights": _hash(encoder),
@@ -150,20 +154,23 @@ def train_mae_probe(
         "mixed_precision": accelerator.mixed_precision,
         "schedule": asdict(schedule),
         "pictures_per_step": plan.images_per_step,
-        "seed": seed,
+        "seed": plan.seed,
     }
     if state.exists():
         saved = read_tensors(state, identity)
         saved_losses = saved.pop("losses")
         done = len(saved_losses)
         losses[:done] = saved_losses
+        saved_top1 = saved.pop("top1", top1[:0])  # older ones have none
+        top1[: len(saved_top1)] = saved_top1
         for name, tensor in saved.items():
             tensors[name].copy_(tensor)
     bar = progress_bar(
         total=total, initial=done, desc="linear probe", unit="step", disable=not accelerator.is_main_process
     )
     batches = encoded_batches(encoder, images, processor, plan, done, total, num_workers, accelerator)
-    for step, (encoded, index) in enumerate(batches, start=done):
+    for step in range(done, total):
+        encoded, index = (torch.cat(parts) for parts in zip(*islice(batches, plan.accumulation), strict=True))
         learning_rate = schedule.learning_rate(step, plan)
         for column, head in enumerate(heads.values()):
             losses[step, column] = head.step(encoded[:, column], labels[index], learning_rate)
@@ -171,8 +178,14 @@ def train_mae_probe(
         if (step + 1) % plan.steps_per_epoch == 0:
             if not losses.isfinite().all():
                 raise ValueError(f"the probe's loss was not finite by step {step + 1}; lower base_learning_rate")
+            epoch = step // plan.steps_per_epoch
+            if evaluate is not None:
+                top1[epoch] = torch.tensor([evaluate(name, head.folded({})) for name, head in heads.items()])
+                texts = [f"{name} {value:.2f}%" for name, value in zip(heads, top1[epoch].tolist(), strict=True)]
+                bar.set_postfix_str(f"epoch {epoch + 1}: top-1 {', '.join(texts)}")
             if accelerator.is_main_process:
-                write_tensors(state, tensors | {"losses": losses[: step + 1]}, identity)
+                progress = {"losses": losses[: step + 1], "top1": top1[: epoch + 1]}
+                write_tensors(state, tensors | progress, identity)
     bar.close()
     means = losses.view(schedule.epochs, plan.steps_per_epoch, len(heads)).mean(dim=1)
     peak = schedule.base_learning_rate * plan.images_per_step / 256
@@ -183,6 +196,8 @@ def train_mae_probe(
         "mixed_precision": accelerator.mixed_precision,
         "epoch_losses": {name: means[:, column].tolist() for column, name in enumerate(heads)},
     }
+    if evaluate is not None:
+        record["epoch_top1"] = {name: top1[:, column].tolist() for column, name in enumerate(heads)}
     return {name: head.folded({"learning_rate": peak}) for name, head in heads.items()}, record
 
 
@@ -196,7 +211,7 @@ def encoded_batches(
     num_workers: int,
     accelerator: Accelerator,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Per step: features of new random crops, (images of all processes, 2, D), and the images' indices, int64."""
+    """Per micro-batch: features of new crops, (images of all processes, 2, D), and the images' indices, int64."""
     config, device = encoder.config, accelerator.device
     decoded = decode_all(images, show_progress=accelerator.is_main_process)
     crops = TrainingImages(images, config.image_height_width, plan.seed, decoded, CROP_SCALE)

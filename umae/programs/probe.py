@@ -18,8 +18,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from arguments_umae import PROBE, ProbeArguments, arguments_of, check_launch
 from modeling_umae import UMAEForImageClassification, UMAEModel
-from umae.convert import encoder_from_pretrained, set_pooling
-from umae.data.batches import CROP_SCALE
+from umae.convert import encoder_from_pretrained, leave_out_final_layernorm, set_pooling
+from umae.data.batches import CROP_SCALE, Plan
 from umae.data.classes import load_labelled
 from umae.data.images import Images
 from umae.data.inputs import load_processor
@@ -62,7 +62,11 @@ def run(args: ProbeArguments) -> dict[str, Any]:
     check_output(output)
 
     encoder = encoder_from_pretrained(args.model_name_or_path)
-    pooling = args.pooling or encoder.config.pooling
+    pooling = args.pooling or ("mean" if args.global_pool else encoder.config.pooling)
+    if args.global_pool:
+        if pooling == "cls":
+            raise ValueError("pooling cls: global_pool is a mean of patch tokens; leave one of the two out")
+        leave_out_final_layernorm(encoder)
     processor = load_processor(args.model_name_or_path, encoder.config.image_height_width)
     with main_process_first(accelerator):  # the others then read its cache
         train, test, names = load_labelled(
@@ -86,17 +90,17 @@ def run(args: ProbeArguments) -> dict[str, Any]:
         extract_features, encoder, processor=processor, batch_size=args.per_device_eval_batch_size,
         num_workers=workers, accelerator=accelerator, layers=layers,
     )  # fmt: skip
+    tokens_in = output if args.attentive else None
+    test_set = FeatureSet.of(extract(test, tokens_in=tokens_in), labels=test.labels())
     trained: list[dict[str, LinearHead]] = []
     records: dict[int, dict[str, Any]] = {}
     if args.protocol == "mae":
-        trained, records = mae_heads(args, output, encoder, train, processor, len(names), seeds, workers, accelerator)
-    tokens_in = output if args.attentive else None
+        trained, records = mae_heads(args, encoder, train, test_set, processor, len(names), seeds, workers, accelerator)
     train_set = FeatureSet.of(
         extract(train, tokens_in=tokens_in),
         *(extract(train, view=view) for view in range(args.augmented_passes)),
         labels=train.labels(),
     )
-    test_set = FeatureSet.of(extract(test, tokens_in=tokens_in), labels=test.labels())
     if accelerator.is_main_process:
         device = accelerator.device
         if not trained:
@@ -194,9 +198,9 @@ class FeatureSet:
 
 def mae_heads(
     args: ProbeArguments,
-    output: Path,
     encoder: UMAEModel,
     images: Images,
+    test: FeatureSet,
     processor: ViTImageProcessorPil,
     num_classes: int,
     seeds: Sequence[int],
@@ -204,13 +208,21 @@ def mae_heads(
     accelerator: Accelerator,
 ) -> tuple[list[dict[str, LinearHead]], dict[int, dict[str, Any]]]:
     """For each seed: heads on both poolings by MAE's protocol, and a record of the training; all processes call it."""
+    output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     schedule = ProbeSchedule(args.num_train_epochs, args.warmup_epochs, args.base_learning_rate)
+    batch = (args.per_device_train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes)
+    labels = test.labels.to(accelerator.device)
+
+    def top1(name: str, head: LinearHead) -> float:
+        ranked = rank_classes(head(test.views[name][0].to(accelerator.device)), 1)
+        return round(100 * topk_accuracy(ranked, labels)["top1"], 2)
+
     trained, records = [], {}
     for seed in seeds:
         heads, records[seed] = train_mae_probe(
-            encoder, images, processor, num_classes, schedule, args.per_device_train_batch_size, seed,
-            num_workers, accelerator, output / STATE.format(seed=seed), args.torch_compile,
+            encoder, images, processor, num_classes, schedule, Plan(len(images), *batch, seed), num_workers,
+            accelerator, output / STATE.format(seed=seed), args.torch_compile, top1,
         )  # fmt: skip
         trained.append(heads)
     return trained, records
@@ -320,7 +332,8 @@ def protocol(
         "test": {"data": test.description, "pictures": len(test)},
         "classes": len(names),
         "features": {
-            "cls": "class token after the encoder's norm, unmasked image, frozen encoder",
+            "cls": f"class token {'without' if args.global_pool else 'after'} the encoder's norm, unmasked image, "
+            f"frozen encoder",
             "mean": "fc_norm of the mean of the patch tokens (no learned scale unless pre-trained with it), likewise",
         },
         "precision": precision(record),
