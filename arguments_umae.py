@@ -215,6 +215,7 @@ FINETUNE = (FinetuneDataArguments, FinetuneModelArguments, AugmentationArguments
 
 @dataclass(kw_only=True)
 class ProbeArguments(LabelledDataArguments):
+    recipe: str | None = flag(None, "YAML file with values for these flags, or the name of a shipped one; flags win.")
     model_name_or_path: str = required("Encoder to evaluate: a folder, Hub id or file, of any MAE or ViT.")
     output_dir: str = required("Folder for the report and the classifier.")
     pooling: Literal["cls", "mean"] | None = flag(None, "The classifier's feature. [what the model was trained with]")
