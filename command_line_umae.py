@@ -20,7 +20,7 @@ VERBS = {
     "probe": ("evaluate a frozen encoder: linear heads, k-NN, attentive probe", None),
     "finetune": ("fine-tune an encoder on labelled images", None),
     "evaluate": ("evaluate a classifier as it is, without training", "umae.evaluation.classification"),
-    "features": ("write the features of a folder of images to a parquet file", "umae.evaluation.features"),
+    "features": ("write the features of images to files", "umae.evaluation.feature_files"),
     "diagnose": ("measure how far features have collapsed", "umae.evaluation.diagnosis"),
     "study": ("compare settings: a grid of runs, their evaluations, a table and figures", None),
     "report": ("write one page that compares runs and probes", "umae.sharing.report"),

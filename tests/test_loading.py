@@ -64,7 +64,7 @@ print([name for name in heavy if name in sys.modules])
 import run_pretrain, run_linear_probe, run_finetune
 for module in pkgutil.walk_packages(umae.__path__, "umae."):
     importlib.import_module(module.name)
-umae.evaluation.features.main(["run", "images", "features.parquet"])
+umae.evaluation.feature_files.main(["run", "images", "features.parquet"])
 """
 
 

@@ -26,20 +26,31 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     _fsync(target.parent)
 
 
+def write_file(target: Path, write: Callable[[Path], object], temporary: Path | None = None) -> None:
+    """Have `write` make a temporary file, flush it to disk, then rename it to `target`.
+
+    Args:
+        temporary: its path, on the same file system; by default beside the target, for one process at a time.
+    """
+    temporary = temporary or target.with_name(target.name + ".tmp")
+    try:
+        write(temporary)
+        _fsync(temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, target)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a text file atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    _fsync(temporary)
-    os.replace(temporary, path)
+    write_file(path, lambda temporary: temporary.write_text(text))
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], identity: dict[str, Any]) -> None:
     """Replace a file of tensors atomically; `identity`, JSON values, says which work they belong to."""
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"identity": json.dumps(identity, sort_keys=True)})
-    _fsync(temporary)
-    os.replace(temporary, path)
+    metadata = {"identity": json.dumps(identity, sort_keys=True)}
+    write_file(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
 
 def read_tensors(path: Path, identity: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -61,18 +72,13 @@ def read_tensors(path: Path, identity: dict[str, Any]) -> dict[str, torch.Tensor
 
 
 def copy_file(source: Path, target: Path, temporary: Path | None = None) -> None:
-    """Replace a file by a copy of another, atomically; `temporary` as of `write_bytes`."""
-    temporary = temporary or target.with_name(target.name + ".tmp")
-    shutil.copyfile(source, temporary)
-    _fsync(temporary)
-    os.replace(temporary, target)
+    """Replace a file by a copy of another, atomically; `temporary` as of `write_file`."""
+    write_file(target, lambda path: shutil.copyfile(source, path), temporary)
 
 
 def write_bytes(target: Path, content: bytes, temporary: Path) -> None:
     """Replace a file atomically, by way of `temporary`, a path on the same file system that no other process uses."""
-    temporary.write_bytes(content)
-    _fsync(temporary)
-    os.replace(temporary, target)
+    write_file(target, lambda path: path.write_bytes(content), temporary)
 
 
 def _fsync(path: Path) -> None:

@@ -3,12 +3,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import load_dataset
 from golden_models import fresh_config
 from PIL import Image
 from processes import together
@@ -18,7 +15,9 @@ from modeling_umae import UMAEForPreTraining
 from umae.convert import encoder_from_pretrained
 from umae.data.images import load_images
 from umae.data.inputs import evaluation_processor, load_processor
-from umae.evaluation.features import extract_features, main
+from umae.evaluation import feature_files
+from umae.evaluation.feature_files import write_features
+from umae.evaluation.features import extract_features
 
 COUNT = 37
 
@@ -89,6 +88,18 @@ def test_batches_are_dealt_out_to_two_processes_and_come_back_in_order_to_the_bi
         for rank in (0, 1):
             features = torch.load(tmp_path / f"rank_{rank}_{size}.pt", weights_only=True)
             assert all(torch.equal(features[name], alone[name]) for name in ("cls", "mean")), (size, rank)
+    (tmp_path / "alone").mkdir()
+    write_shards(run, folder, tmp_path / "alone")
+    shards = sorted(file.name for file in (tmp_path / "alone").iterdir())
+    assert len(shards) == 1 + 3
+    for name in shards:
+        assert (tmp_path / "rank_files" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+def write_shards(run, folder, out: Path) -> None:
+    """Files of 16 images each, in batches of 8."""
+    feature_files.SHARD_BYTES = 16 * (2 + 16) * 32 * 2
+    write_features(run, folder, out, patches=True, dtype="float16", format="safetensors", batch_size=8)
 
 
 def test_an_unreadable_image_is_an_error_that_names_it(run, folder):
@@ -108,55 +119,9 @@ def test_features_that_are_not_finite_and_one_sided_encoders_are_refused(run, fo
         extract_features(encoder, images, processor, 8)
 
 
-def test_the_command_leaves_out_and_names_what_it_cannot_read(run, folder, tmp_path, capsys):
-    (folder / "a" / "03.png").write_bytes(b"not an image")
-    out = tmp_path / "features.parquet"
-    main([str(run), str(folder), str(out), "--batch_size", "8"])
-    printed = capsys.readouterr().out
-    assert printed.count("a/03.png") == 1 and "36 images" in printed and "1 could not be read" in printed
-
-    table = pyarrow.parquet.read_table(out)
-    files = sorted(str(file.relative_to(folder)) for file in folder.rglob("*.png"))
-    files.remove("a/03.png")
-    assert table["file"].to_pylist() == files
-    assert table.schema.field("cls").type == pyarrow.list_(pyarrow.float32())
-    features = extract(run, folder, skip_unreadable=True)
-    readable = ~features["mean"].isnan().any(dim=1)
-    for name in ("cls", "mean"):
-        assert torch.equal(torch.tensor(table[name].to_pylist()), features[name][readable])
-    assert load_dataset("parquet", data_files=str(out), split="train", cache_dir=tmp_path / "cache").num_rows == 36
-    assert [entry.name for entry in tmp_path.iterdir() if "tmp" in entry.name] == []
-
-
-def test_the_command_refuses_invalid_arguments_and_writes_nothing(run, folder, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "only.png").write_bytes(b"not an image")
-    (tmp_path / "note.parquet").write_text("mine")
-    out = tmp_path / "features.parquet"
-    for words, message in (
-        ((run, tmp_path / "empty", out), "empty"),
-        ((run, tmp_path / "broken", out), "none of the 1 images"),
-        ((run, tmp_path / "nowhere" / "at_all", out), "nowhere"),
-        ((tmp_path / "empty", folder, out), "has no config.json"),
-        ((run, folder, tmp_path / "features.csv"), "name a file that ends in .parquet"),
-        ((run, folder, tmp_path / "note.parquet"), "is not a parquet file"),
-        ((run, folder, tmp_path / "nowhere" / "features.parquet"), "there is no folder"),
-        ((run, folder, out, "--batch_size", "0"), "batch_size must be at least 1"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            main([str(word) for word in words])
-    assert not out.exists() and (tmp_path / "note.parquet").read_text() == "mine"
-    (run / "preprocessor_config.json").write_text('{"image_processor_type": "ConvNextImageProcessor", "crop_pct": 0.9}')
-    with pytest.raises(ValueError, match="has the image processor ConvNextImageProcessor"):
-        main([str(run), str(folder), str(out)])
-    (run / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match="has no image processor"):
-        main([str(run), str(folder), str(out)])
-
-
 if __name__ == "__main__":  # what each of two processes does
     run_folder, image_folder, target = sys.argv[1:]
     for size in SIZES:
         features = extract(run_folder, image_folder, size, accelerator=Accelerator())
         torch.save(features, f"{target}_{os.environ['RANK']}_{size}.pt")
+    write_shards(run_folder, image_folder, Path(f"{target}_files"))

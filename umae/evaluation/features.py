@@ -1,9 +1,6 @@
-"""Frozen features of a data set, each image encoded exactly once on any number of processes.
+"""Frozen features of a data set, each image encoded exactly once on any number of processes."""
 
-umae features RUN FOLDER features.parquet
-"""
-
-import argparse
+import hashlib
 import math
 import os
 import tempfile
@@ -14,19 +11,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, Features, List, Value
 from torch.nn.functional import layer_norm
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
-from transformers.utils.logging import disable_progress_bar
 
 from image_processing_umae import UnreadableImage
 from modeling_umae import UMAEModel
-from umae.convert import encoder_from_pretrained
 from umae.data.batches import AugmentedImages, EvaluationImages
-from umae.data.images import Images, load_images
-from umae.data.inputs import load_processor
+from umae.data.images import Images
 from umae.progress_bar import progress_bar
 
 Encode = Callable[[UMAEModel, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -200,66 +193,22 @@ def _report_unreadable(errors: Sequence[str], skip: bool) -> None:
         tqdm.write(f"skipped: {error}")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Write the features of a folder of images to a parquet file."""
-    parser = argparse.ArgumentParser(prog="umae features", description=main.__doc__, allow_abbrev=False)
-    parser.add_argument("run", help="folder of a pre-trained model, or its name on the Hub (U-MAE, ViT, ViTMAE)")
-    parser.add_argument("folder", help="folder of images, or another data set, whose split `train` is read")
-    parser.add_argument("out", type=Path, help="parquet file to write, with the columns file, cls and mean")
-    parser.add_argument("--batch_size", type=int, default=256, help="images per batch (default 256)")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that read images (default 0)")
-    args = parser.parse_args(argv)
-    write_features(args.run, args.folder, args.out, args.batch_size, args.num_workers)
-
-
-def write_features(run: str, folder: str, out: Path, batch_size: int, num_workers: int) -> None:
-    """Write the features of the images in `folder` to `out`, one row per readable image; the others are reported.
-
-    Raises:
-        ValueError: `out` cannot be written, the run or the images cannot be loaded, or no image can be read.
-    """
-    _check_target(out)
-    if batch_size < 1 or num_workers < 0:
+def parse_layers(text: str, count: int) -> list[int]:
+    """`3,6` -> [3, 6]; `all` -> all but the last, which is always evaluated; `last` -> []."""
+    if text in ("last", "all"):
+        return list(range(1, count)) if text == "all" else []
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and 1 <= int(word) < count for word in words):
         raise ValueError(
-            f"batch_size must be at least 1 and num_workers at least 0, got {batch_size} and {num_workers}"
+            f"layers {text}: expected `last`, `all`, or numbers from 1 to {count - 1} separated by commas; the "
+            f"encoder has {count} layers and its last is always evaluated"
         )
-    accelerator = Accelerator()
-    disable_progress_bar()  # transformers' own; `extract_features` shows one
-    encoder = encoder_from_pretrained(run, pooling="mean")
-    processor = load_processor(run, encoder.config.image_height_width)
-    images = load_images(folder)
-    if images.not_read:
-        accelerator.print(f"not read: {images.not_read}")
-    features = extract_features(
-        encoder, images, processor, batch_size, num_workers, accelerator=accelerator, skip_unreadable=True
-    )
-    readable = features["cls"].isfinite().all(dim=1)
-    kept, skipped = readable.nonzero()[:, 0].tolist(), int((~readable).sum())
-    if not kept:
-        raise ValueError(f"none of the {skipped} images of {images.description} can be read")
-    if accelerator.is_main_process:
-        columns: dict[str, list[str] | np.ndarray] = {"file": [images.name_of(index) for index in kept]}
-        columns |= {name: values[readable].numpy() for name, values in features.items()}
-        _write_parquet(columns, out)
-        print(f"{out}: features of {len(kept)} images of {images.description}; {skipped} could not be read")
+    return sorted({int(word) for word in words})
 
 
-def _check_target(out: Path) -> None:
-    """Raise `ValueError` unless `out` can become, or already is, a parquet file."""
-    if out.suffix != ".parquet":
-        raise ValueError(f"{out}: features are written as parquet; name a file that ends in .parquet")
-    if not out.parent.is_dir():
-        raise ValueError(f"{out}: there is no folder {out.parent}")
-    if not os.access(out.parent, os.W_OK):
-        raise ValueError(f"{out}: the folder {out.parent} cannot be written to")
-    if out.exists() and not (out.is_file() and out.open("rb").read(4) == b"PAR1"):
-        raise ValueError(f"{out} exists and is not a parquet file; it is not overwritten, name another file")
-
-
-def _write_parquet(columns: dict, out: Path) -> None:
-    """Write to a temporary file first, so that `out` is complete whenever it exists."""
-    vector = List(Value("float32"))
-    schema = Features({"file": Value("string"), "cls": vector, "mean": vector})
-    temporary = out.with_name(f"{out.name}.tmp")
-    Dataset.from_dict(columns, features=schema).to_parquet(temporary)
-    os.replace(temporary, out)
+def weights_hash(encoder: UMAEModel) -> str:
+    """SHA-256 of the weights, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -5,7 +5,6 @@ a linear layer, LARS without weight decay, random resized crops and flips.
 """
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -20,7 +19,7 @@ from modeling_umae import UMAEModel
 from umae.data.batches import CROP_SCALE, Plan, TrainingImages, check_fills_a_step, decode_all, training_loader
 from umae.data.images import Images
 from umae.data.inputs import flipped_and_normalized, on_device
-from umae.evaluation.features import frozen_features
+from umae.evaluation.features import frozen_features, weights_hash
 from umae.evaluation.linear import LinearHead, cross_entropy_gradient
 from umae.files import read_tensors, write_tensors
 from umae.progress_bar import progress_bar
@@ -148,7 +147,7 @@ def train_mae_probe(
     top1 = torch.zeros(schedule.epochs, len(heads))
     tensors = {f"{name}.{key}": tensor for name, head in heads.items() for key, tensor in head.tensors().items()}
     identity = {
-        "weights": _hash(encoder),
+        "weights": weights_hash(encoder),
         "pictures": images.fingerprint(),
         "preprocessing": processor.to_json_string(),
         "mixed_precision": accelerator.mixed_precision,
@@ -226,11 +225,3 @@ def encoded_batches(
             parts = [frozen_features(encoder, part) for part in pixels.split(ENCODER_BATCH)]
             encoded = torch.cat(parts).float()
         yield accelerator.gather(encoded), accelerator.gather(on_device(batch["index"], device))
-
-
-def _hash(encoder: UMAEModel) -> str:
-    """SHA-256 of the weights, in hexadecimal."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

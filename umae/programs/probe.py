@@ -26,7 +26,7 @@ from umae.data.inputs import load_processor
 from umae.evaluation.accuracy import percent, topk_accuracy
 from umae.evaluation.attentive import ATTENTIVE_PROTOCOL, AttentiveHead, train_attentive_head
 from umae.evaluation.collapse import effective_rank, uniformity
-from umae.evaluation.features import extract_features
+from umae.evaluation.features import extract_features, parse_layers
 from umae.evaluation.linear import LINEAR_PROTOCOL, LinearHead, knn_classify, low_shot, rank_classes, train_linear_heads
 from umae.evaluation.mae import PROTOCOL as MAE_PROTOCOL
 from umae.evaluation.mae import ProbeSchedule, train_mae_probe
@@ -148,19 +148,6 @@ def parse_seeds(text: str) -> list[int]:
     if not all(word.isdecimal() for word in words) or len(set(words)) < len(words):
         raise ValueError(f"seeds {text}: expected different whole numbers, separated by commas, such as 0,1,2")
     return [int(word) for word in words]
-
-
-def parse_layers(text: str, count: int) -> list[int]:
-    """`3,6` -> [3, 6]; `all` -> all but the last, which is always evaluated; `last` -> []."""
-    if text in ("last", "all"):
-        return list(range(1, count)) if text == "all" else []
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdecimal() and 1 <= int(word) < count for word in words):
-        raise ValueError(
-            f"layers {text}: expected `last`, `all`, or numbers from 1 to {count - 1} separated by commas; the "
-            f"encoder has {count} layers and its last is always evaluated"
-        )
-    return sorted({int(word) for word in words})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
