@@ -74,6 +74,7 @@ class LabelledDataArguments(DataArguments):
 @dataclass(kw_only=True)
 class TrainingArguments:
     recipe: str | None = flag(None, "YAML file with values for these flags, or the name of a shipped one; flags win.")
+    plan: bool = flag(False, "Only show what there is to do, what it needs and how long it may take.")
     max_train_steps: OptionalCount = flag(None, "Optimiser steps; overrides the epochs and sets the schedule's length.")
     per_device_train_batch_size: Count = flag(64, "Images of a forward pass on each process.")
     gradient_accumulation_steps: Count = flag(1, "Forward passes for each optimiser step.")

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from golden_models import fresh_config
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_umae import UMAEForPreTraining, coding_rate_loss, uniformity_loss
+from modeling_umae import UMAEForPreTraining, UMAEModel, coding_rate_loss, uniformity_loss
 from umae import seeding
 from umae.convert import set_pooling
 from umae.data.batches import Plan
@@ -40,6 +40,23 @@ def micro_batch(count: int = 16) -> dict:
     pixels = torch.randint(256, (count, 3, 16, 16), generator=numbers).byte()
     index = torch.arange(count)
     return {"pixel_values": pixels, "flip": random_flips(0, 0, index, Flips()), "index": index, "epoch": 0}
+
+
+def test_the_ranks_of_an_untrained_encoder_are_those_of_fresh_weights_and_change_no_random_number():
+    monitor, model = make_monitor(Accelerator(cpu=True))
+    with torch.no_grad():
+        model.vit.layernorm.weight.zero_()  # the trained weights do not count
+    state = torch.random.get_rng_state()
+    ranks = monitor.untrained_ranks()
+    assert torch.equal(state, torch.random.get_rng_state())
+    torch.manual_seed(0)
+    fresh = set_pooling(UMAEModel(fresh_config()), "mean").eval()
+    images, processor = load_images("digits", split="test"), evaluation_processor((16, 16))
+    pixel_values = torch.cat([processor(images.read(i), return_tensors="pt")["pixel_values"] for i in range(359)])
+    with torch.no_grad():
+        features = frozen_features(fresh, pixel_values)
+    for column, name in enumerate(("cls", "mean")):
+        assert ranks[name] == pytest.approx(effective_rank(features[:, column]), rel=1e-4)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])

@@ -123,6 +123,40 @@ def test_what_is_learned_is_looked_at_at_the_first_line_of_every_so_many_steps_a
     assert sorted(tile.name for tile in (folder / "reconstructions").iterdir())[0] == "step-00000006.png"
 
 
+def test_ranks_are_compared_with_those_of_an_untrained_encoder_once(finished):
+    folder, printed = finished
+    ranks = json.loads((folder / "run.json").read_text())["untrained_ranks"]
+    text = (
+        f"effective rank {ranks['cls']:.1f} (cls) and {ranks['mean']:.1f} (mean), features that have collapsed have 1"
+    )
+    assert printed.count("an untrained encoder has") == printed.count(text) == 1
+    assert 1 < ranks["mean"] < 64 and "warning" not in printed
+
+
+def test_features_that_collapse_are_named_once_in_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, "COLLAPSE", 100)  # of an untrained encoder's rank: no features pass
+    flags = ["--output_dir", str(tmp_path / "run"), *SHORT[:-1], "1"]
+    monkeypatch.setattr(pretrain, "finish", lambda *rest: None)
+    run_pretrain.main(flags)
+    printed = capsys.readouterr().out
+    assert printed.count("warning: the cls features collapse") == 1
+    assert (
+        printed.index("step 3: ") < printed.index("collapse: their") and "uniformity_weight, which is 0.01" in printed
+    )
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["collapsed_at"] == 3, "after a quarter of 12 steps"
+    shutil.rmtree(tmp_path / "run" / "step-12")
+    run_pretrain.main(flags)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_plan_says_what_the_run_needs_and_leaves_nothing(tmp_path, capsys):
+    run_pretrain.main(["--output_dir", str(tmp_path / "run"), *SHORT, "--plan"])
+    printed = capsys.readouterr().out
+    for text in ("memory           about", "a checkpoint, 2 kept; ", "for all steps, at", "12 (1.091 epochs)"):
+        assert text in printed
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_looking_leaves_the_weights_as_they_are(finished, tmp_path):
     folder, _ = finished
     never = run("run_pretrain.py", "--output_dir", tmp_path / "run", *SHORT[:-1], "0")

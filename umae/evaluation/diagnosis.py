@@ -6,11 +6,13 @@ print(umae.diagnose("runs/mine", "my_images")["cls"]["effective_rank"])
 """
 
 import argparse
+import copy
 from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator, PartialState
 
+from configuration_umae import UMAEConfig
 from modeling_umae import UMAEModel
 from umae import seeding
 from umae.convert import encoder_from_pretrained
@@ -24,7 +26,12 @@ VIEWS = 3  # of an image: unmasked, and under two masks
 
 
 def diagnose(
-    model: str, dataset: str | Images, split: str = "train", most_images: int = 2048, batch_size: int = 64
+    model: str,
+    dataset: str | Images,
+    split: str = "train",
+    most_images: int = 2048,
+    batch_size: int = 64,
+    untrained: bool = False,
 ) -> dict[str, dict[str, float]]:
     """The measures of `umae.evaluation.collapse` for the class token and for the mean of the patch tokens.
 
@@ -36,6 +43,7 @@ def diagnose(
         split: which split to load, if `dataset` is a name.
         most_images: how many to encode at most, spread evenly; those that cannot be read are reported and skipped.
         batch_size: images per forward pass.
+        untrained: of an encoder like the model's before its first step, for comparison.
 
     Returns:
         `{"cls": {...}, "mean": {...}}`, each with the keys of `umae.evaluation.collapse.MEASURES`, of the unmasked
@@ -46,6 +54,8 @@ def diagnose(
     """
     encoder = encoder_from_pretrained(model, pooling="mean")
     processor = load_processor(model, encoder.config.image_height_width)
+    if untrained:
+        encoder = untrained_encoder(encoder.config)
     images = load_images(dataset, split=split) if isinstance(dataset, str) else dataset
     diagnosis, indices = Diagnosis(), images.spread(most_images)
     for views in feature_batches(
@@ -69,10 +79,21 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="images per batch (default 64)")
     args = parser.parse_args(argv)
     measures = diagnose(args.model, args.dataset, args.split, args.most_images, args.batch_size)
+    before = diagnose(args.model, args.dataset, args.split, args.most_images, args.batch_size, untrained=True)
+    columns = measures | {f"{pooling}, untrained": values for pooling, values in before.items()}
     if PartialState().is_main_process:
-        print(f"{'':<20}" + "".join(f"{pooling:>12}" for pooling in measures))
+        print(f"{'':<20}" + "".join(f"{title:>17}" for title in columns))
         for name in measures[POOLINGS[0]]:
-            print(f"{name:<20}" + "".join(f"{measures[pooling][name]:>12.4g}" for pooling in measures))
+            print(f"{name:<20}" + "".join(f"{values[name]:>17.4g}" for values in columns.values()))
+
+
+def untrained_encoder(config: UMAEConfig) -> UMAEModel:
+    """An encoder before its first step, with `pooling="mean"`; leaves the random numbers of the caller as they are."""
+    config = copy.deepcopy(config)
+    config.pooling = "mean"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return UMAEModel._from_config(config)
 
 
 def encode_views(encoder: UMAEModel, pixel_values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,9 @@ from umae.data.batches import Plan
 from umae.data.images import Images
 from umae.data.inputs import device_inputs, normalize, on_device
 from umae.data.streaming import Stream
-from umae.evaluation.diagnosis import VIEWS, Diagnosis
+from umae.evaluation.collapse import effective_rank
+from umae.evaluation.diagnosis import POOLINGS, VIEWS, Diagnosis, untrained_encoder
+from umae.evaluation.features import frozen_features
 from umae.evaluation.linear import knn_classify
 from umae.evaluation.online import MemoryBank, OnlineClassifier
 from umae.evaluation.reconstruction import FIGURE_IMAGES, reconstructions
@@ -211,6 +213,24 @@ class Monitor:
         if not self.accelerator.is_main_process:
             return {}, {}
         return {**self._measures(encoded.cpu(), bank), **norms}, images
+
+    @torch.no_grad()
+    def untrained_ranks(self) -> dict[str, float]:
+        """Effective ranks, by pooling, of an encoder like the model's before its first step, for comparison.
+
+        On the main process; every process must call this. Empty if no probe image can be read.
+        """
+        encoder = untrained_encoder(self.config).to(self.accelerator.device).eval()
+        parts = []
+        for position in range(len(self.probe_images.index)):
+            encoded = frozen_features(encoder, self._pixel_values(position)).float()
+            readable = self.probe_images.readable[position].to(encoded.device)
+            parts.append(self.accelerator.gather(encoded.where(readable[:, None, None], torch.nan)))
+        encoded = torch.cat(parts)[: self.probe_images.count].cpu()
+        encoded = encoded[encoded.isfinite().all(dim=(1, 2))]
+        if not self.accelerator.is_main_process or not len(encoded):
+            return {}
+        return {pooling: effective_rank(encoded[:, column]) for column, pooling in enumerate(POOLINGS)}
 
     def gradient_norms(self, model: nn.Module, batch: dict, step: int) -> dict[str, float | None]:
         """Norms of the encoder's gradients of the two loss terms, each with its weight, for a micro-batch.

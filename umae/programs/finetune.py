@@ -32,7 +32,7 @@ from umae.data.images import Images
 from umae.data.inputs import evaluation_processor, load_processor
 from umae.evaluation.accuracy import guess, percent, topk_accuracy
 from umae.programs.keywords import keywords
-from umae.programs.shell import begin, carry_out, make_plan, make_settings
+from umae.programs.shell import begin, carry_out, make_plan, make_settings, print_plan
 from umae.sharing import cards
 from umae.speed import encoder_flops
 from umae.training import checkpoints
@@ -42,6 +42,7 @@ from umae.training.folder import Run, write_run
 from umae.training.hardware import fast_attention, main_process_first, num_workers, own_state, set_threads
 from umae.training.log import is_due
 from umae.training.loop import Losses, Task
+from umae.training.needs import needs
 from umae.training.schedules import Schedule, layer_decay_groups, make_schedule
 from umae.training.state import State
 
@@ -123,6 +124,7 @@ def run(
         make_task=lambda log, record: make_task(job, model, record),
         announce=lambda record: announce(job, record, model),
         finish=lambda record: finish(job, record),
+        plan_only=args.plan,
         hub_repo=(args.hub_model_id, args.hub_private_repo) if args.push_to_hub else None,
     )
 
@@ -266,8 +268,11 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForImageClassification
     }
     if job.train.not_read:
         lines["not read"] = job.train.not_read
-    for name, text in lines.items():
-        job.accelerator.print(f"  {name:<16} {text}")
+    needed, warnings = needs(
+        job.accelerator, model, Path(job.args.output_dir), plan.batch_size, job.args.checkpoints_total_limit,
+        job.args.gradient_checkpointing, reconstructs=False,
+    )  # fmt: skip
+    print_plan(job.accelerator, lines | needed, warnings)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ from umae.evaluation.monitor import (
     prepare_probe_images,
 )
 from umae.programs.keywords import keywords
-from umae.programs.shell import begin, carry_out, make_plan, make_settings
+from umae.programs.shell import begin, carry_out, make_plan, make_settings, print_plan
 from umae.sharing import cards, gallery, notebook
 from umae.speed import training_flops
 from umae.training import checkpoints
@@ -57,12 +57,14 @@ from umae.training.hardware import (
 )
 from umae.training.log import SPEED, MetricsLog, is_due, track_image
 from umae.training.loop import Losses, Task
+from umae.training.needs import needs, too_few_images
 from umae.training.pretraining import pretraining_losses, values_of
 from umae.training.schedules import Schedule, decay_groups, make_schedule
 from umae.training.state import State
 
 BETAS = (0.9, 0.95)  # of AdamW
 EVALUATIONS = 10  # at least, of a run
+COLLAPSE = 0.5  # of an untrained encoder's effective rank
 USUAL_LOGGING = 50  # steps
 USUAL_WARMUP = 10  # one in ten steps
 
@@ -130,6 +132,7 @@ def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, ar
         make_task=lambda log, record: make_task(job, model, log, record),
         announce=lambda record: announce(job, record, model),
         finish=lambda record: finish(job, record),
+        plan_only=args.plan,
         hub_repo=(args.hub_model_id, args.hub_private_repo) if args.push_to_hub else None,
         published=lambda step: published_checkpoint(job.folder, step),
     )
@@ -324,13 +327,18 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
         if job.images.has_labels and classes_of(job.images, job.probe_images) is None:
             lines["labels"] += f"; without online accuracies: {job.probe_images.description} has no such labels"
         lines["evaluated on"] = f"{job.probe_images.description}, every {eval_steps(job, record):,} steps"
-    for name, text in lines.items():
-        job.accelerator.print(f"  {name:<16} {text}")
+    needed, warnings = needs(
+        job.accelerator, model, job.folder, plan.batch_size, job.args.checkpoints_total_limit,
+        job.args.gradient_checkpointing, reconstructs=True,
+    )  # fmt: skip
     if decoder > encoder:
-        job.accelerator.print(
-            "warning: the decoder, which only pre-training needs, is larger than the encoder; leave out its sizes, and "
-            "they follow from the encoder's"
+        warnings.append(
+            "the decoder, which only pre-training needs, is larger than the encoder; leave out its sizes, and they "
+            "follow from the encoder's"
         )
+    if not identity["initial_weights"]:
+        warnings += too_few_images(identity["pictures"], round(1e6 * encoder))
+    print_plan(job.accelerator, lines | needed, warnings)
 
 
 def regularizer_of(config: UMAEConfig, features: int, parts: int) -> dict[str, str]:
@@ -366,7 +374,7 @@ def make_task(job: Job, model: UMAEForPreTraining, log: MetricsLog, record: dict
     def evaluate(state: State, micro_batch: dict) -> dict[str, float | None]:
         assert monitor is not None
         start = time.perf_counter()
-        values = evaluate_features(job, monitor, state, micro_batch)
+        values = evaluate_features(job, monitor, state, micro_batch, record)
         if job.args.eval_steps is None and "eval_steps" not in record and log.lines >= 2:  # the first one is slower
             seconds = time.perf_counter() - start
             record["eval_steps"] = measured_steps(accelerator, seconds, log.step_seconds)
@@ -441,15 +449,45 @@ def evaluates(job: Job, record: dict[str, Any], step: int) -> bool:
     return is_first or is_due(step, job.schedule.total_steps, logging_steps(job), eval_steps(job, record))
 
 
-def evaluate_features(job: Job, monitor: Monitor, state: State, batch: dict) -> dict[str, float | None]:
+def evaluate_features(
+    job: Job, monitor: Monitor, state: State, batch: dict, record: dict[str, Any]
+) -> dict[str, float | None]:
     """Measure the features; show it by a line on the terminal, and by figures in the run folder and in the trackers."""
     values, reconstructed = monitor.evaluate(state.model, batch, state.step)
+    if "untrained_ranks" not in record:
+        record["untrained_ranks"] = monitor.untrained_ranks()
+        if job.accelerator.is_main_process and record["untrained_ranks"]:
+            tqdm.write(f"on the probe images {compared(record['untrained_ranks'])}")
     if job.accelerator.is_main_process:
         most = min(monitor.probe_images.count, job.config.hidden_size)
         tqdm.write(f"step {state.step:,}: {in_words(values, most)}")
+        warn_of_collapse(job, record, values, state.step)
         tile = gallery.save_tile(job.folder, state.step, reconstructed)
         track_image(job.accelerator, "reconstructions", tile, state.step)
     return values
+
+
+def compared(untrained: dict[str, float]) -> str:
+    """What effective ranks mean: those of an untrained encoder, and of collapsed features."""
+    ranks = " and ".join(f"{rank:.1f} ({pooling})" for pooling, rank in untrained.items())
+    return f"an untrained encoder has effective rank {ranks}, features that have collapsed have 1"
+
+
+def warn_of_collapse(job: Job, record: dict[str, Any], values: dict[str, float | None], step: int) -> None:
+    """Say once in a run that the training feature's effective rank is below COLLAPSE of an untrained encoder's.
+
+    Not in the first quarter: at the start the rank falls in every run, and rises again.
+    """
+    pooling, weight = job.config.pooling, job.config.uniformity_weight
+    rank, before = values.get(f"effective_rank_{pooling}"), record["untrained_ranks"].get(pooling)
+    if rank is None or before is None or rank >= COLLAPSE * before:
+        return
+    if step >= job.schedule.total_steps / 4 and "collapsed_at" not in record:
+        record["collapsed_at"] = step
+        tqdm.write(
+            f"warning: the {pooling} features collapse: their effective rank, {rank:.1f}, is less than {COLLAPSE:.0%} "
+            f"of an untrained encoder's, {before:.1f}; raise uniformity_weight, which is {weight:g}"
+        )
 
 
 def in_words(values: dict[str, float | None], most: int) -> str:

@@ -1,7 +1,7 @@
 """What pre-training and fine-tuning do alike around their loop: hold the folder, announce, train, finish, push."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from umae.training.checkpoints import Writer
 from umae.training.folder import Run, hold_folder, open_run
 from umae.training.hardware import close, make_accelerator, what_to_compile
 from umae.training.log import MetricsLog
-from umae.training.loop import Settings, Task, train
+from umae.training.loop import Settings, Task, seconds_per_step, train
 from umae.training.schedules import Schedule
 from umae.training.signals import StopRequest
 
@@ -82,6 +82,14 @@ def make_settings(
     )
 
 
+def print_plan(accelerator: Accelerator, lines: Mapping[str, str], warnings: Sequence[str]) -> None:
+    """What will be done, a line for each name."""
+    for name, text in lines.items():
+        accelerator.print(f"  {name:<16} {text}")
+    for warning in warnings:
+        accelerator.print(f"warning: {warning}")
+
+
 def carry_out(
     accelerator: Accelerator,
     settings: Settings,
@@ -91,6 +99,7 @@ def carry_out(
     announce: Callable[[dict[str, Any]], None],
     finish: Callable[[dict[str, Any]], None],
     hub_repo: tuple[str | None, bool] | None,
+    plan_only: bool,
     published: Callable[[int], dict[str, Path | bytes]] | None = None,
 ) -> Run:
     """Train in a run folder, from its newest checkpoint if it has one; nothing is done where the run is finished.
@@ -101,6 +110,7 @@ def carry_out(
         make_task: (log, what `run.json` holds) -> what is trained; called once the folder is held.
         announce: prints what will be done, given what `run.json` holds.
         finish: given the same, completes the folder after the last step; the main process calls it.
+        plan_only: announce, measure the time of a step, and leave everything as it is.
         hub_repo: repository (None: named after the folder) and whether it shall be private; None for no push.
         published: step -> the files of a checkpoint that are pushed as a revision of their own; None for none.
 
@@ -110,6 +120,17 @@ def carry_out(
         SystemExit: 128 + the number of the signal that stopped the run, after its checkpoint.
     """
     folder, push = settings.folder, None
+    if plan_only:
+        record = open_run(accelerator, folder, identity)
+        announce(record)
+        log = MetricsLog(accelerator, folder, settings.plan.images_per_step)
+        seconds = seconds_per_step(make_task(log, record), settings, accelerator)
+        accelerator.print(
+            f"  {'time':<16} {cards.duration(seconds * settings.schedule.total_steps)} for all steps, at "
+            f"{settings.plan.images_per_step / seconds:,.3g} images/s; evaluations come on top"
+        )
+        close(accelerator)
+        return Run(folder)
     if hub_repo is not None and accelerator.is_main_process:  # access is checked now, not after hours of training
         repo_id = hub.check_access(hub_repo[0] or folder.resolve().name, hub_repo[1])
         push = hub.BackgroundPush(repo_id, folder, log=tqdm.write)

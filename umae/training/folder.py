@@ -24,7 +24,7 @@ RUN_FILE = "run.json"
 LOCK_FILE = "run.lock"
 METRICS_FILE = "metrics.jsonl"
 # Of `run.json`, by a run that is continued
-KEPT = ("seconds", "unreadable", "unreadable_test", "eval_steps", "finished")
+KEPT = ("seconds", "unreadable", "unreadable_test", "eval_steps", "untrained_ranks", "collapsed_at", "finished")
 # Of pre-training; the identities of older runs do not name them
 USUAL_CROPS = {"min_crop_scale": 0.2, "horizontal_flip": 0.5, "vertical_flip": 0.0}
 

@@ -1,5 +1,6 @@
 """One training loop, for pre-training and for fine-tuning: what they differ in is a `Task`."""
 
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from umae.training.schedules import Schedule, set_learning_rate
 from umae.training.signals import StopRequest
 from umae.training.state import State
 
+MEASURED_STEPS = 3  # of a plan
 CHECKPOINT_SECONDS = 600  # between checkpoints, where no number of steps is given
 
 # The loss of every micro-batch of a step, in turn, and float32 values to log that go with it, the loss first.
@@ -180,6 +182,31 @@ def train(
         if stopped:
             accelerator.print(f"\nstopped by a signal after step {done}; the same command continues from there")
             return
+
+
+def seconds_per_step(task: Task, settings: Settings, accelerator: Accelerator) -> float:
+    """The median of MEASURED_STEPS steps, after one that is slower; nothing is logged or saved."""
+    state = State.begin(
+        accelerator, task.model, task.parameter_groups, task.betas, task.values, settings.gradient_checkpointing,
+        settings.torch_compile,
+    )  # fmt: skip
+    failed = no_failure(accelerator.device, len(task.values))
+    steps = min(1 + MEASURED_STEPS, settings.schedule.total_steps)
+    micro_batches = iter(task.batches(range(steps)))
+    seconds = []
+    state.model.train()
+    for step in range(steps):
+        start = time.perf_counter()
+        batches = [next(micro_batches) for _ in range(settings.plan.accumulation)]
+        with explained_out_of_memory(settings.plan.batch_size):
+            losses = task.losses(state.model, batches, step)
+            values = optimizer_step(
+                accelerator, state.model, state.optimizer, losses, settings.plan.accumulation, failed, step,
+                settings.max_grad_norm,
+            )  # fmt: skip
+            values.tolist()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:] or seconds)
 
 
 def optimizer_step(
