@@ -63,6 +63,7 @@ class DataArguments:
     dataset_config_name: str | None = flag(None, "Configuration of a Hub data set.")
     train_split: str = flag("train", "Split to train on; slices such as `train[:10%%]` for Hub data sets and parquet.")
     image_column_name: str | None = flag(None, "Column of the images; found by its type if there is one.")
+    heldout: str | None = flag(None, "Share of the images to evaluate on, where there is no split for that: `5%%`.")
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ import pytest
 from training_runs import folder_of_parquet
 
 from umae.data.classes import load_labelled
-from umae.data.images import held_out_splits
+from umae.data.images import held_out_splits, load_images
 
 HIDDEN = "comes without labels (no column of them, or -1 in every row)"
 
@@ -44,3 +44,29 @@ def test_what_is_trained_on_is_not_held_out():
     assert held_out_splits("digits", None, "train") == ["test"]
     assert held_out_splits("digits", None, "train+test[:10%]") == []
     assert held_out_splits("digits", None, "latest") == ["test"]
+
+
+def test_a_share_of_the_images_is_held_out_the_same_one_everywhere(tmp_path):
+    train, test, names = load_labelled("digits", None, "train", None, heldout="5%")
+    assert (len(train), len(test)) == (1366, 72) and len(names) == 10
+    assert test.description == "5% of digits (train)" and train.description == "digits (train) without 5%"
+    whole = load_images("digits")
+    pixels = sorted(pixels.numpy().tobytes() for pixels in whole.read_pixels(list(range(len(whole)))))
+    parts = [part.read_pixels(list(range(len(part)))) for part in (train, test)]
+    assert sorted(pixels.numpy().tobytes() for part in parts for pixels in part) == pixels, "each on one side"
+    again = whole.hold_out(0.05)[1]
+    assert again.labels().tolist() == test.labels().tolist() and len(set(test.labels().tolist())) == 10
+
+
+@pytest.mark.parametrize(
+    ("heldout", "test_split", "message"),
+    [
+        ("5", None, "heldout 5: expected a share of the images such as 5%"),
+        ("a bit", None, "heldout a bit: expected a share"),
+        ("0.01%", None, "heldout 0.0001 of 1438 images is 0 images; expected some, and not all"),
+        ("5%", "test", "heldout 5% and test_split test: evaluate on one of them"),
+    ],
+)
+def test_a_share_that_cannot_be_held_out_is_refused(heldout, test_split, message):
+    with pytest.raises(ValueError, match=message):
+        load_labelled("digits", None, "train", test_split, heldout=heldout)

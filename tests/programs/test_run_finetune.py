@@ -320,7 +320,7 @@ def test_data_that_cannot_be_learned_from_is_refused_with_what_to_do(encoder, tm
     for name, message in {
         "bare": "has no labels: its columns are image; .*give a folder with one sub-folder for each class",
         "differ": r"do not have the same classes: 2 names \(cat, dog\) and 2 names \(cat, fox\); give both splits",
-        "alone": "there is no split test or validation; name one of train with test_split",
+        "alone": "give heldout 5% to evaluate on a share of the images, or name one of train with test_split",
     }.items():
         with pytest.raises(ValueError, match=message):
             run_finetune.main(command(encoder, tmp_path / "run", "--dataset_name", tmp_path / name))

@@ -252,7 +252,7 @@ def test_invalid_inputs_are_refused_before_any_work(model, folder, tmp_path, mon
         ((model, tmp_path / "one_class", out), "has no labels: its columns are image; .*one sub-folder for each class"),
         ((model, tmp_path / "one_label", out), "has the class red only; expected at least 2 classes"),
         ((model, tmp_path / "labels_differ", out), "test. has labels up to 7, .* up to 1 of 2 classes"),
-        ((model, tmp_path / "no_test", out), "no split test or validation; name one of train"),
+        ((model, tmp_path / "no_test", out), "no split test or validation; give heldout 5%"),
         ((model, folder, out, "--test_split", "train"), "both train"),
         ((model, folder, out, "--label_column_name", "kind"), "no column 'kind'; it has image, label"),
         ((model, folder, tmp_path / "mine"), "is not empty and holds no linear_probe.json"),

@@ -150,9 +150,10 @@ def test_features_that_collapse_are_named_once_in_a_run(tmp_path, monkeypatch, c
 
 
 def test_a_plan_says_what_the_run_needs_and_leaves_nothing(tmp_path, capsys):
-    run_pretrain.main(["--output_dir", str(tmp_path / "run"), *SHORT, "--plan"])
+    run_pretrain.main(["--output_dir", str(tmp_path / "run"), *SHORT, "--plan", "--heldout", "3%"])
     printed = capsys.readouterr().out
-    for text in ("memory           about", "a checkpoint, 2 kept; ", "for all steps, at", "12 (1.091 epochs)"):
+    held_out = ("1,395 from digits (train) without 3%", "evaluated on     3% of digits (train)")
+    for text in (*held_out, "memory           about", "a checkpoint, 2 kept; ", "for all steps, at", "12 (1.2 epochs)"):
         assert text in printed
     assert list(tmp_path.iterdir()) == []
 

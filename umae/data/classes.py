@@ -18,12 +18,14 @@ def load_labelled(
     image_column: str | None = None,
     label_column: str | None = None,
     log: Callable[[str], None] = print,
+    heldout: str | None = None,
 ) -> tuple[Images, Images, list[str]]:
     """The images for training, the images for evaluation, and the names of the classes, see `load_images`.
 
     Args:
         test_split: by default `test` or `validation`, the first of them that has labels.
         log: called with one line if `test` has no labels.
+        heldout: the share of the training images to evaluate on instead of another split, see `parse_share`.
 
     Raises:
         ValueError: a split is missing, both are the same, or their labels are missing or differ.
@@ -39,17 +41,36 @@ def load_labelled(
         return load_images(name, config_name, split, image_column, label_column)
 
     train = load(train_split)
+    if heldout is not None:
+        if test_split is not None:
+            raise ValueError(f"heldout {heldout} and test_split {test_split}: evaluate on one of them")
+        train, test = train.hold_out(parse_share(heldout))
+        return train, test, class_names(train, test)
     train.labels()  # an error about missing labels comes before one about a missing split
     if test_split == train_split:
         raise ValueError(f"train_split and test_split are both {test_split}; use another split for evaluation")
     splits = [test_split] if test_split else held_out_splits(name, config_name, train_split)
     known = ", ".join(split_names(name, config_name))
     if not splits:
-        raise ValueError(f"there is no split test or validation; name one of {known} with test_split")
+        raise ValueError(
+            f"there is no split test or validation; give heldout 5% to evaluate on a share of the images, or name one "
+            f"of {known} with test_split"
+        )
     test = load_first_labelled(load, splits, log)
     if not test.has_labels:
         raise ValueError(f"{test.description} {UNLABELLED}; name a split with labels as test_split; there are {known}")
     return train, test, class_names(train, test)
+
+
+def parse_share(text: str) -> float:
+    """`5%` or `0.05` -> 0.05; raises `ValueError` unless it is above 0 and below 1."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise ValueError(f"heldout {text}: expected a share of the images such as 5%")
+    return share
 
 
 def load_first_labelled(

@@ -88,6 +88,28 @@ class Images:
             except UnreadableImage as error:
                 yield error
 
+    def hold_out(self, share: float) -> tuple["Images", "Images"]:
+        """These images without a share of them, and that share: the same ones in every program, chosen at random.
+
+        Raises:
+            ValueError: no image would be left on one side.
+        """
+        count = round(share * len(self))
+        if not 0 < count < len(self):
+            raise ValueError(f"heldout {share:.4g} of {len(self)} images is {count} images; expected some, and not all")
+        chosen = seeding.permutation(0, 0, len(self))[:count].sort().values
+        rest = torch.ones(len(self), dtype=torch.bool)
+        rest[chosen] = False
+        text = f"{share:.4%}".rstrip("0%").rstrip(".") + "%"
+        return (
+            replace(
+                self,
+                dataset=self.dataset.select(rest.nonzero()[:, 0].tolist()),
+                description=f"{self.description} without {text}",
+            ),
+            replace(self, dataset=self.dataset.select(chosen.tolist()), description=f"{text} of {self.description}"),
+        )
+
     def sample(self, seed: int, count: int) -> Iterator[tuple[int, Image.Image]]:
         """(index, image) of at most this many images, see `spread`, without those that cannot be read."""
         return self._readable(self.spread(count, seed))

@@ -162,7 +162,7 @@ def load_data(accelerator: Accelerator, args: FinetuneDataArguments) -> tuple[Im
     with main_process_first(accelerator):  # the others find the main process' cache
         return load_labelled(
             args.dataset_name, args.dataset_config_name, args.train_split, args.test_split, args.image_column_name,
-            args.label_column_name, accelerator.print,
+            args.label_column_name, accelerator.print, args.heldout,
         )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from arguments_umae import (
 from umae import UMAEConfig, UMAEForPreTraining, files
 from umae.convert import load_exactly, read_model, resize_positions
 from umae.data.batches import Plan, TrainingImages, decode_all, training_loader
-from umae.data.classes import load_first_labelled
+from umae.data.classes import load_first_labelled, parse_share
 from umae.data.crops import Flips
 from umae.data.images import Images, held_out_splits, load_images
 from umae.data.inputs import evaluation_processor
@@ -89,7 +89,11 @@ def pretrain(**given: Any) -> Run:
 def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, args: PretrainTrainingArguments) -> Run:
     """Train as the arguments say, in the run folder that they name."""
     accelerator = begin(args, args.output_dir, args.seed)
-    images = load_data(accelerator, data_args, data_args.train_split)
+    images, held_out = load_data(accelerator, data_args, data_args.train_split), None
+    if data_args.heldout is not None:
+        if isinstance(images, Stream):
+            raise ValueError("heldout needs all images at hand; leave out streaming")
+        images, held_out = images.hold_out(parse_share(data_args.heldout))
     images.check_readable()
     model = make_model(accelerator, model_args)
     plan = make_plan(accelerator, images_of_a_run(accelerator, images, args), images.description, args, args.seed)
@@ -99,7 +103,7 @@ def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, ar
         accelerator=accelerator,
         folder=Path(args.output_dir),
         images=images,
-        probe_images=load_probe_images(accelerator, data_args, images) if args.eval_steps != 0 else None,
+        probe_images=(held_out or load_probe_images(accelerator, data_args, images)) if args.eval_steps != 0 else None,
         config=model.config,
         processor=evaluation_processor(model.config.image_height_width),
         plan=plan,

@@ -71,7 +71,7 @@ def run(args: ProbeArguments) -> dict[str, Any]:
     with main_process_first(accelerator):  # the others then read its cache
         train, test, names = load_labelled(
             args.dataset_name, args.dataset_config_name, args.train_split, args.test_split, args.image_column_name,
-            args.label_column_name, accelerator.print,
+            args.label_column_name, accelerator.print, args.heldout,
         )  # fmt: skip
 
     accelerator.print(f"labels: {train.label_summary}")

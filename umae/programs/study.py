@@ -75,7 +75,7 @@ def without_labels(study: Study) -> tuple[Study, list[str]]:
     tasks, left_out = [], dict[str, None]()
     for task in study.tasks:
         if task.kind != RUNS:
-            name, config_name, split, *columns = data = [task.arguments.get(argument) for argument in DATA]
+            name, config_name, split, *columns, _ = data = [task.arguments.get(argument) for argument in DATA]
             key = json.dumps(data)
             if key not in labelled:
                 labelled[key] = load_images(str(name), config_name, split or "train", *columns).has_labels

@@ -13,7 +13,7 @@ from umae.training.folder import RUN_FILE
 RUNS = "runs"  # the kind of the tasks that pre-train, and the folder of their runs
 REPORTS = {"probe": "linear_probe.json", "finetune": "finetune.json"}  # of the programs that evaluate, when finished
 KEYS = ("title", "output_dir", "pretrain", "grid", "evaluations")
-DATA = ("dataset_name", "dataset_config_name", "train_split", "image_column_name", "label_column_name")
+DATA = ("dataset_name", "dataset_config_name", "train_split", "image_column_name", "label_column_name", "heldout")
 
 
 @dataclass(frozen=True)
