@@ -139,6 +139,9 @@ class PretrainModelArguments:
 class PretrainTrainingArguments(TrainingArguments):
     output_dir: str = flag("runs/umae", "The run folder: weights, metrics, figures, card and checkpoints.")
     num_train_epochs: Count = flag(200, "Passes over the images.")
+    extend_to: OptionalCount = flag(
+        None, "Make a finished run longer: epochs in all, or steps if max_train_steps is given."
+    )
     exact_uniformity: bool = flag(False, "Regularizer of all accumulated passes together, for one more encoder pass.")
     base_learning_rate: Number = flag(1.5e-4, "Learning rate for 256 images a step; scaled by the effective batch.")
     warmup_epochs: OptionalNumber = flag(None, "Epochs of linear warm-up. [a tenth of the steps]")

@@ -421,3 +421,42 @@ def test_training_starts_from_a_file_of_the_original_code(tmp_path, capsys):
     after = umae.UMAEForPreTraining.from_pretrained(tmp_path / "run")
     assert torch.equal(after.vit.embeddings.cls_token, tensors["cls_token"])
     assert (after.config.uniformity_weight, after.config.mask_ratio) == (0.01, 0.6), "from the settings in the file"
+
+
+def test_a_finished_run_is_made_longer_by_a_new_curve_and_continues_to_the_same_bits(finished, tmp_path, capsys):
+    folders = tmp_path / "whole", tmp_path / "cut"
+    longer = [*SHORT, "--extend_to", "20"]
+    for folder in folders:
+        shutil.copytree(finished[0], folder)
+        run_pretrain.main(["--output_dir", str(folder), *longer])
+    assert "20, 12 of them done: the rest is a new warm-up of 1 steps and a new cosine" in capsys.readouterr().out
+    whole, cut = folders
+    lines = metrics(whole)
+    assert [line["step"] for line in lines] == [3, 6, 9, 12, 15, 18, 20]
+    rates = {line["step"]: line["learning_rate"] for line in lines}
+    assert rates[12] < 0.1 * rates[15], "a new curve"
+    record = json.loads((cut / "run.json").read_text())
+    assert record["finished"] and record["identity"]["extended_at"] == 12
+    shutil.rmtree(cut / "step-20")
+    (cut / "run.json").write_text(json.dumps(record | {"finished": False}))
+    run_pretrain.main(["--output_dir", str(cut), *longer])
+    assert f"continuing from {cut}/step-16" in capsys.readouterr().out
+    assert (cut / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert (cut / "model.safetensors").read_bytes() != (finished[0] / "model.safetensors").read_bytes()
+    run_pretrain.main(["--output_dir", str(cut), *longer])
+    assert "finished; nothing to do" in capsys.readouterr().out
+
+
+def test_what_cannot_be_made_longer_is_refused(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    for folder, steps, message in (
+        ("none", "20", "extend_to: .*none holds no run; leave it out to start one"),
+        ("run", "12", "has 12 steps, not fewer than 12"),
+        ("run", "5", "has 12 steps, not fewer than 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_pretrain.main(["--output_dir", str(tmp_path / folder), *SHORT, "--extend_to", steps])
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"finished": False}))
+    with pytest.raises(ValueError, match="is not finished; finish it first, by the same command alone"):
+        run_pretrain.main(["--output_dir", str(tmp_path / "run"), *SHORT, "--extend_to", "20"])

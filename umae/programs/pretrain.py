@@ -46,7 +46,7 @@ from umae.programs.shell import begin, carry_out, make_plan, make_settings, prin
 from umae.sharing import cards, gallery, notebook
 from umae.speed import training_flops
 from umae.training import checkpoints
-from umae.training.folder import USUAL_CROPS, Run, write_run
+from umae.training.folder import USUAL_CROPS, Run, length_before, write_run
 from umae.training.hardware import (
     fast_attention,
     main_process_first,
@@ -98,7 +98,7 @@ def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, ar
     model = make_model(accelerator, model_args)
     plan = make_plan(accelerator, images_of_a_run(accelerator, images, args), images.description, args, args.seed)
     set_threads(accelerator, os.environ, training_flops(model.config) * plan.batch_size)
-    total_steps = args.max_train_steps or args.num_train_epochs * plan.steps_per_epoch
+    total_steps, extended_at = length_of(args, plan)
     job = Job(
         accelerator=accelerator,
         folder=Path(args.output_dir),
@@ -113,7 +113,8 @@ def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, ar
             plan.images_per_step,
             args.base_learning_rate,
             args.warmup_epochs,
-            usual_warmup_steps=total_steps / USUAL_WARMUP,
+            usual_warmup_steps=(total_steps - extended_at) / USUAL_WARMUP,
+            extended_at=extended_at,
         ),
         workers=readers(accelerator, images, data_args.dataloader_num_workers),
         args=args,
@@ -140,6 +141,15 @@ def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, ar
         hub_repo=(args.hub_model_id, args.hub_private_repo) if args.push_to_hub else None,
         published=lambda step: published_checkpoint(job.folder, step),
     )
+
+
+def length_of(args: PretrainTrainingArguments, plan: Plan) -> tuple[int, int]:
+    """Optimiser steps of the run, and those that it had before it was made longer, else 0."""
+    total_steps = args.max_train_steps or args.num_train_epochs * plan.steps_per_epoch
+    if args.extend_to is None:
+        return total_steps, 0
+    total_steps = args.extend_to if args.max_train_steps else args.extend_to * plan.steps_per_epoch
+    return total_steps, length_before(Path(args.output_dir), total_steps)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -320,6 +330,11 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
         **regularizer_of(config, features, parts),
         "precision": f"{identity['mixed_precision']} on {record['hardware']}",
     }
+    if extended_at := identity["extended_at"]:
+        lines["steps"] = (
+            f"{identity['total_steps']:,}, {extended_at:,} of them done: the rest is a new warm-up of "
+            f"{identity['warmup_steps']:,.0f} steps and a new cosine, from these weights and this optimiser"
+        )
     crops = f"{job.args.min_crop_scale:.0%} to 100% of an image's area"
     mirrored = {"left and right": job.args.horizontal_flip, "upside down": job.args.vertical_flip}
     turns = [f"{share:.0%} mirrored {how}" for how, share in mirrored.items() if share]

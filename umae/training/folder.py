@@ -25,6 +25,8 @@ LOCK_FILE = "run.lock"
 METRICS_FILE = "metrics.jsonl"
 # Of `run.json`, by a run that is continued
 KEPT = ("seconds", "unreadable", "unreadable_test", "eval_steps", "untrained_ranks", "collapsed_at", "finished")
+# Of an identity, what changes when a finished run is made longer
+OF_LENGTH = ("total_steps", "warmup_steps", "extended_at")
 # Of pre-training; the identities of older runs do not name them
 USUAL_CROPS = {"min_crop_scale": 0.2, "horizontal_flip": 0.5, "vertical_flip": 0.0}
 
@@ -74,12 +76,34 @@ def open_run(accelerator: Accelerator, folder: Path, identity: dict[str, Any]) -
     }
     if (folder / RUN_FILE).exists():
         before = json.loads((folder / RUN_FILE).read_text())
-        _check_identity(folder, before["identity"], identity)
+        extends = before["finished"] and identity.get("extended_at") == before["identity"]["total_steps"]
+        lengths = {name: identity[name] for name in OF_LENGTH if extends}
+        _check_identity(folder, before["identity"] | lengths, identity)
         run |= {name: before[name] for name in KEPT if name in before}
+        run["finished"] = before["finished"] and not extends
     elif folder.exists() and (not folder.is_dir() or any(entry.name != LOCK_FILE for entry in folder.iterdir())):
         content = "is not empty and holds no run" if folder.is_dir() else "is a file"
         raise ValueError(f"{folder} {content}; give a new or empty folder as output_dir")
     return run
+
+
+def length_before(folder: Path, total_steps: int) -> int:
+    """The length of the run in a folder before it is, or was, made longer to `total_steps`.
+
+    Raises:
+        ValueError: there is no run, it is not finished, or it is longer already.
+    """
+    if not (folder / RUN_FILE).exists():
+        raise ValueError(f"extend_to: {folder} holds no run; leave it out to start one")
+    run = json.loads((folder / RUN_FILE).read_text())
+    length = run["identity"]["total_steps"]
+    if length == total_steps and run["identity"].get("extended_at"):
+        return run["identity"]["extended_at"]
+    if not run["finished"]:
+        raise ValueError(f"extend_to: the run in {folder} is not finished; finish it first, by the same command alone")
+    if length >= total_steps:
+        raise ValueError(f"extend_to: the run in {folder} has {length:,} steps, not fewer than {total_steps:,}")
+    return length
 
 
 @contextmanager
@@ -128,7 +152,7 @@ def newest_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
 
 
 def _check_identity(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    defaults = UMAEConfig().to_dict() | USUAL_CROPS  # of what is younger than a run
+    defaults = UMAEConfig().to_dict() | USUAL_CROPS | {"extended_at": 0}  # of what is younger than a run
     old, new = ({**defaults, **identity, **identity["config"], "config": None} for identity in (before, now))
     for name, value in new.items():
         if old.get(name) != value:

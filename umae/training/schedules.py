@@ -27,11 +27,24 @@ def learning_rate_at(step: float, total_steps: float, warmup_steps: float, peak:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Length and height of the learning-rate curve, in optimiser steps."""
+    """Length and height of the learning-rate curve, in optimiser steps.
+
+    Args:
+        total_steps: of the run.
+        learning_rate: at its peak.
+        extended_at: the length that the run had before it was made longer: there a new curve begins, with a warm-up of
+            its own. 0 for a run that was not.
+    """
 
     total_steps: int
     warmup_steps: float
     learning_rate: float
+    extended_at: int = 0
+
+    def rate(self, step: int, minimum: float = 0.0) -> float:
+        """The learning rate of a step, counted from 0."""
+        begun = self.extended_at
+        return learning_rate_at(step - begun, self.total_steps - begun, self.warmup_steps, self.learning_rate, minimum)
 
 
 def make_schedule(
@@ -41,10 +54,12 @@ def make_schedule(
     base_learning_rate: float,
     warmup_epochs: float | None,
     usual_warmup_steps: float,
+    extended_at: int = 0,
 ) -> Schedule:
     """The curve of a run.
 
     Args:
+        extended_at: see `Schedule`; the warm-up is that of the steps after it.
         base_learning_rate: for 256 images a step; scaled by their number.
         warmup_epochs: None for `usual_warmup_steps`.
 
@@ -52,17 +67,17 @@ def make_schedule(
         ValueError: the warm-up is longer than the run.
     """
     warmup = usual_warmup_steps if warmup_epochs is None else warmup_epochs * steps_per_epoch
-    if warmup > total_steps:
+    if warmup > (length := total_steps - extended_at):
         raise ValueError(
-            f"warmup_epochs {warmup_epochs:g} is {warmup:g} steps, longer than the whole run of {total_steps}; lower "
+            f"warmup_epochs {warmup_epochs:g} is {warmup:g} steps, longer than the whole run of {length}; lower "
             f"it, or leave it out for {usual_warmup_steps:g} steps"
         )
-    return Schedule(total_steps, warmup, base_learning_rate * images_per_step / 256)
+    return Schedule(total_steps, warmup, base_learning_rate * images_per_step / 256, extended_at)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, schedule: Schedule, step: int, minimum: float = 0.0) -> float:
     """Put the optimiser at the rate of a step, each group times its `lr_scale` if it has one; returns the rate."""
-    rate = learning_rate_at(step, schedule.total_steps, schedule.warmup_steps, schedule.learning_rate, minimum)
+    rate = schedule.rate(step, minimum)
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)
     return rate
