@@ -95,6 +95,7 @@ def test_a_line_of_metrics_says_how_fast_training_is_and_how_long_it_waits(tmp_p
     batches = log.waited_for(slow_batches())
     for step in log.progress(2):
         assert next(batches) == {"index": step}
+        assert log.bar.n == step, "also between its own lines"
         clock.now += 0.125
     with log.evaluating():
         clock.now += 0.5

@@ -56,14 +56,16 @@ class MetricsLog:
             kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
             write_text(self.path, "".join(line + "\n" for line in kept))
 
-    def progress(self, total: int) -> Iterable[int]:
+    def progress(self, total: int) -> Iterator[int]:
         """The steps still to do, under a bar that shows rate, time left and the newest numbers."""
         hidden = not self.accelerator.is_main_process
-        steps = range(self.last_step, total)
         self.bar = progress_bar(
-            steps, initial=self.last_step, total=total, unit="step", dynamic_ncols=True, smoothing=0.05, disable=hidden
+            initial=self.last_step, total=total, unit="step", dynamic_ncols=True, smoothing=0.05, disable=hidden
         )
-        return self.bar
+        with self.bar:
+            for step in range(self.last_step, total):
+                yield step
+                self.bar.update()  # a bar around the steps would not know, between its own lines, where it is
 
     def waited_for(self, batches: Iterable[T]) -> Iterator[T]:
         """The same batches; the time spent waiting for each is counted."""
