@@ -83,7 +83,7 @@ def server():
 def finished(tmp_path_factory):
     """A short run on the digits, undisturbed."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    result = processes.run("run_pretrain.py", "--output_dir", folder, *SHORT)
+    result = processes.run("run_pretrain.py", "--output_dir", folder, *SHORT, figures=True)
     return folder, result.stdout
 
 
