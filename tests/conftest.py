@@ -44,7 +44,6 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.enable()
-    gc.collect()
     gc.freeze()  # what is imported stays; to look for garbage among it takes half a second, and every program does
 
 
