@@ -4,13 +4,14 @@ Beside the package rather than in it, whose import takes seconds that `--help` a
 """
 
 import argparse
+import gc
 import importlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any, cast
+from typing import Any
 
 from arguments_umae import PROGRAMS, field_names, nearest
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if module is None:
             run_program(verb, rest, f"umae {verb}")
         else:
-            importlib.import_module(module).main(rest)
+            imported(module).main(rest)
 
 
 def run_program(name: str, argv: Sequence[str], title: str | None = None) -> Any:
@@ -57,7 +58,22 @@ def run_program(name: str, argv: Sequence[str], title: str | None = None) -> Any
     """
     types, arguments = PROGRAMS[name]
     instances = arguments(given_flags(types, argv, title))  # slips of the pen are answered before the long import
-    return importlib.import_module(f"umae.programs.{name}").run(*instances)
+    return imported(f"umae.programs.{name}").run(*instances)
+
+
+def imported(name: str) -> Any:
+    """The module. Python does not look for garbage among what is imported, which takes seconds: not meanwhile, and not
+    later, in this process and in those that load images, nor at the end."""
+    if name not in sys.modules:
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            importlib.import_module(name)
+        finally:
+            if was_enabled:
+                gc.enable()
+        gc.freeze()
+    return sys.modules[name]
 
 
 class _OneLine(argparse.HelpFormatter):
@@ -79,11 +95,10 @@ def given_flags(types: Sequence[type], argv: Sequence[str], title: str | None = 
         ValueError: an unknown flag; the nearest name is given.
         SystemExit: argparse's own refusals (status 2) and `--help` (status 0).
     """
-    from transformers.hf_argparser import HfArgumentParser  # takes a second or two
-
     alone = {arg.name: arg.metadata["metavar"] for kind in types for arg in fields(kind) if "metavar" in arg.metadata}
     usage = " ".join(["%(prog)s", *alone.values(), "[--flag value ...] (--help lists the flags)"])
-    parser = HfArgumentParser(cast(Any, types), prog=title, allow_abbrev=False, usage=usage, formatter_class=_OneLine)
+    HfArgumentParser = imported("transformers.hf_argparser").HfArgumentParser  # takes a second or two
+    parser = HfArgumentParser(types, prog=title, allow_abbrev=False, usage=usage, formatter_class=_OneLine)
     for action in parser._actions:
         action.required, action.default = False, argparse.SUPPRESS
     given, unknown = parser.parse_known_args(list(argv))

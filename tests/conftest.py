@@ -44,7 +44,6 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.enable()
-    gc.collect()
     gc.freeze()  # what is imported stays; to look for garbage among it takes half a second, and every program does
 
 
@@ -83,7 +82,7 @@ def server():
 def finished(tmp_path_factory):
     """A short run on the digits, undisturbed."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    result = processes.run("run_pretrain.py", "--output_dir", folder, *SHORT)
+    result = processes.run("run_pretrain.py", "--output_dir", folder, *SHORT, figures=True)
     return folder, result.stdout
 
 

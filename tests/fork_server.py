@@ -110,7 +110,6 @@ if __name__ == "__main__":
     for module in sys.argv[1:]:
         importlib.import_module(module)
     gc.enable()
-    gc.collect()
     gc.freeze()  # else every process that is forked would copy all of this the first time it collects
     try:
         become(serve())

@@ -39,6 +39,7 @@ PROGRAMS = (
     "umae.programs.pretrain", "umae.programs.finetune", "umae.programs.probe", "umae.sharing.report",
     "transformers.hf_argparser",
 )  # fmt: skip
+WITHOUT_FIGURES = ("short_runs",)
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -157,7 +158,7 @@ def end_servers() -> None:
     server.cache_clear()
 
 
-def server_for(environ: dict[str, str]) -> ForkServer | None:
+def server_for(environ: dict[str, str], figures: bool) -> ForkServer | None:
     """The one whose imports have read nothing that differs in `environ`; without ours if it has another PYTHONPATH."""
     if not hasattr(os, "pidfd_open"):
         return None  # the servers need Linux
@@ -166,13 +167,13 @@ def server_for(environ: dict[str, str]) -> ForkServer | None:
     of_hub = frozenset((name, environ[name]) for name in changed if name.startswith("HF_") and name in environ)
     if changed - {name for name, _ in of_hub} - {"PYTHONPATH"}:
         return None
-    ours = () if "PYTHONPATH" in changed else (PROGRAMS,)
+    ours = () if "PYTHONPATH" in changed else (PROGRAMS,) if figures else (PROGRAMS, WITHOUT_FIGURES)
     return server(LIBRARIES, TRANSFORMERS, *ours, changes=of_hub)
 
 
 def start(
     *command: str | Path, cwd: Path = ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, fresh: bool = False,
-    **env: str,
+    figures: bool = False, **env: str,
 ) -> subprocess.Popen | Forked:  # fmt: skip
     """Start `python *command` in a session of its own.
 
@@ -180,9 +181,11 @@ def start(
         stdout: an open file, if what it prints is to be kept.
         stderr: another one, if they are to be kept apart.
         fresh: in a process that is started rather than forked.
+        figures: a run of pre-training draws its figures, which take a third of a short one. Without, only one in a
+            fresh process does, see `short_runs`.
     """
     words, environ = [str(word) for word in command], environment(**env)
-    forking = None if fresh else server_for(environ)
+    forking = None if fresh else server_for(environ, figures)
     if forking is None:
         command = [sys.executable, *words]
         return subprocess.Popen(
@@ -205,11 +208,12 @@ def run(
     cwd: Path = ROOT,
     check: bool = True,
     fresh: bool = False,
+    figures: bool = False,
     timeout: float = TIMEOUT,
     **env: str,
 ) -> subprocess.CompletedProcess:
-    """Run `python *command`; with `check`, a failure shows what the process printed."""
-    (result,) = _results([(command, env)], cwd, check, fresh, timeout)
+    """Run `python *command`; with `check`, a failure shows what the process printed. The other arguments as `start`."""
+    (result,) = _results([(command, env)], cwd, check, fresh, timeout, figures)
     return result
 
 
@@ -232,13 +236,13 @@ def together(
     )
 
 
-def _results(commands, cwd, check, fresh, timeout) -> list[subprocess.CompletedProcess]:
+def _results(commands, cwd, check, fresh, timeout, figures=False) -> list[subprocess.CompletedProcess]:
     """Of (words, environment) each, at the same time; with `check`, when one fails the others are ended."""
     deadline = time.monotonic() + timeout
     with ExitStack() as stack:
         files = [[stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(2)] for _ in commands]
         processes = [
-            start(*command, cwd=cwd, stdout=out, stderr=error, fresh=fresh, **env)
+            start(*command, cwd=cwd, stdout=out, stderr=error, fresh=fresh, figures=figures, **env)
             for (command, env), (out, error) in zip(commands, files, strict=True)
         ]
         try:

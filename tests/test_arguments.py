@@ -280,3 +280,16 @@ def test_help_fits_two_screens_of_fifty_lines(script):
     lines = run(script, "--help").stdout.splitlines()
     assert 10 < len(lines) <= 100 and max(map(len, lines)) <= 120
     assert all(line.startswith("  -") or not line.startswith("  ") for line in lines), "a flag needs a second line"
+
+
+IMPORTED = """
+import gc, command_line_umae
+collections = []
+gc.callbacks.append(lambda phase, info: collections.append(phase))
+assert command_line_umae.imported("asyncio").run
+assert not collections and gc.isenabled() and gc.get_freeze_count() > 1000, (collections, gc.get_freeze_count())
+"""
+
+
+def test_a_program_looks_for_garbage_after_its_imports_and_not_among_them():
+    run("-c", IMPORTED, fresh=True)

@@ -47,7 +47,7 @@ with warnings.catch_warnings(record=True) as caught:
     accelerator = make_accelerator(os.environ, "no", 1, "none", Path(sys.argv[1]))
     model = UMAEForPreTraining(fresh_config())
     groups = [{"params": model.parameters()}]
-    state = State.begin(accelerator, model, groups, (0.9, 0.95), ["loss"], False, False)
+    state = State.begin(accelerator, model, groups, (0.9, 0.95), ["loss"], False, "no")
 assert isinstance(state.model, DistributedDataParallel) and not state.model.will_sync_module_buffers()
 assert not caught, [str(warning.message) for warning in caught]
 close(accelerator)

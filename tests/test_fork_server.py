@@ -46,7 +46,8 @@ def test_a_forked_program_is_as_a_freshly_started_one(tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         modules = " ".join(LIBRARIES + TRANSFORMERS + PROGRAMS)
-        result = run("../facts.py", "--output_dir", "run", *STEP, cwd=folder, fresh=fresh, MODULES=modules)
+        words = ("../facts.py", "--output_dir", "run", *STEP)
+        result = run(*words, cwd=folder, fresh=fresh, figures=True, MODULES=modules)
         found.append(json.loads(result.stdout.splitlines()[0].replace(str(folder), "")))
         found[-1]["warned"] = [line for line in result.stderr.splitlines() if "Warning" in line]
         bits.append({path.name: path.read_bytes() for path in (folder / "run").rglob("*") if path.is_file()})
@@ -119,7 +120,7 @@ def test_a_program_that_hangs_is_ended_with_all_it_has_started(tmp_path):
 
 LEAVING = """
 import os, signal, tempfile, time, processes
-processes.LIBRARIES = processes.TRANSFORMERS = processes.PROGRAMS = ()
+processes.LIBRARIES = processes.TRANSFORMERS = processes.PROGRAMS = processes.WITHOUT_FIGURES = ()
 def test_that_leaves_files_and_a_program(tmp_path):
     assert "umae-tests-" in tempfile.mkdtemp()
     code = "import os, tempfile, time; print(tempfile.mkdtemp()); open('there', 'w'); os.fork(); time.sleep(600)"

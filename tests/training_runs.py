@@ -2,7 +2,6 @@
 
 import json
 
-import datasets
 import pytest
 from PIL import Image
 
@@ -38,6 +37,8 @@ def folder_with_bad_images(folder, count: int, bad: int) -> str:
 
 def folder_of_parquet(folder, **labels_of_splits) -> str:
     """Small images of the classes a and b as the Hub stores them, each split in a file of its own."""
+    import datasets  # takes seconds, and the process that starts xdist's workers needs none of it
+
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     for split, labels in labels_of_splits.items():
         images = [Image.new("RGB", (9, 9), (i, 99, 199)) for i in range(len(labels))]

@@ -15,6 +15,8 @@ from umae.programs.pretrain import pretrain
 from umae.programs.probe import probe
 from umae.programs.shrink import shrink
 
+pytestmark = pytest.mark.usefixtures("no_figures")
+
 TWO_STEPS = {"max_train_steps": 2, "eval_steps": 0, "logging_steps": 1}
 
 

@@ -48,7 +48,7 @@ assert torch.equal(encoder_from_pretrained("tester/digits")(torch.ones(1, 3, 8, 
 def test_a_run_is_pushed_in_one_commit_and_loads_by_its_name(server, tmp_path):
     pushed = run(
         "run_pretrain.py", "--output_dir", tmp_path / "digits", "--max_train_steps", "2", "--push_to_hub",
-        "--hub_model_id", "tester/digits", **hub_user(),
+        "--hub_model_id", "tester/digits", figures=True, **hub_user(),
     )  # fmt: skip
     assert f"{server.url}/tester/digits" in pushed.stdout
     requests = [entry["request"].split("?")[0] for entry in server.log]
@@ -350,7 +350,7 @@ def test_every_checkpoint_is_a_revision_that_loads(server, tmp_path):
     assert torch.equal(torch.load(tmp_path / "features.pt", weights_only=True), expected)
 
 
-def test_a_run_that_keeps_one_checkpoint_and_a_slow_hub_make_whole_revisions(logged_in, tmp_path):
+def test_a_run_that_keeps_one_checkpoint_and_a_slow_hub_make_whole_revisions(logged_in, no_figures, tmp_path):
     flags = ["--max_train_steps", "5", "--checkpointing_steps", "1", "--logging_steps", "5", "--eval_steps", "0"]
     run_pretrain.main([*flags, "--output_dir", str(tmp_path / "kept"), "--checkpoints_total_limit", "9"])
     pushed = ["--checkpoints_total_limit", "1", "--push_to_hub", "--hub_model_id", "tester/digits"]

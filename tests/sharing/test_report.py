@@ -44,9 +44,9 @@ class Page(HTMLParser):
 def runs(tmp_path_factory):
     """With the uniformity term and without, the latter under a name that is HTML markup."""
     folder = tmp_path_factory.mktemp("runs")
-    run("run_pretrain.py", "--output_dir", folder / "umae", *FLAGS)
+    run("run_pretrain.py", "--output_dir", folder / "umae", *FLAGS, figures=True)
     others = ("--uniformity_weight", "0", "--model_name_or_path", folder / "umae")
-    run("run_pretrain.py", "--output_dir", folder / "<img src=x onerror=alert(1)>", *FLAGS, *others)
+    run("run_pretrain.py", "--output_dir", folder / "<img src=x onerror=alert(1)>", *FLAGS, *others, figures=True)
     numbers = {"top1": 50.0, "top5": None, "knn20_top1": 40.0, "effective_rank": 3.0}
     protocol = {"model": "umae", "test": {"data": "digits (test)"}, "linear_protocol": "cached"}
     (folder / "probe").mkdir()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student_t
+from scipy.special import stdtrit  # scipy.stats takes most of a second to import
 
 from umae.sharing.cards import read_metrics
 
@@ -154,7 +154,7 @@ def _group(results: Sequence[Result], baselines: Mapping[Any, Result]) -> Group:
 def _difference(values: Sequence[float]) -> Difference:
     interval = None
     if len(values) > 1:
-        quantile = float(student_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
+        quantile = float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2))  # of Student's t distribution
         interval = quantile * statistics.stdev(values) / math.sqrt(len(values))
     return Difference(statistics.mean(values), interval, len(values))
 
