@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 from typing import cast
 
-import psutil
 import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
@@ -74,7 +73,11 @@ def device_memory(device: torch.device) -> int | None:
     """Bytes of a GPU, or that a machine without one has free; None where torch does not say."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().available if device.type == "cpu" else None
+    if device.type != "cpu":
+        return None
+    import psutil  # only training needs it
+
+    return psutil.virtual_memory().available
 
 
 def needs(
