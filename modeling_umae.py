@@ -316,7 +316,8 @@ class UMAEEmbeddings(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         # A buffer: saved, never trained. (`from_pretrained` would make a frozen parameter trainable.)
         # In a classifier it is a parameter, see `train_positions`.
-        self.register_buffer("position_embeddings", sincos_position_table(config.hidden_size, config.grid))
+        table = sincos_position_table(config.hidden_size, config.grid)
+        self.register_buffer("position_embeddings", table.to(torch.get_default_dtype()))
         projection = nn.Conv2d(config.num_channels, config.hidden_size, kernel_size=patch, stride=patch)
         self.patch_embeddings = nn.ModuleDict({"projection": projection})
 
@@ -735,7 +736,8 @@ class UMAEDecoder(nn.Module):
         size, patch = config.decoder_hidden_size, config.patch_height_width
         self.decoder_embed = nn.Linear(config.hidden_size, size)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size))
-        self.register_buffer("decoder_pos_embed", sincos_position_table(size, config.grid))
+        table = sincos_position_table(size, config.grid)
+        self.register_buffer("decoder_pos_embed", table.to(torch.get_default_dtype()))
         sizes = (size, config.decoder_num_attention_heads, config.decoder_intermediate_size)
         self.decoder_layers = nn.ModuleList(
             [UMAELayer(config, *sizes) for _ in range(config.decoder_num_hidden_layers)]
@@ -1018,6 +1020,7 @@ __all__ = [
     "UMAEForPreTraining",
     "UMAEModel",
     "UMAEPreTrainedModel",
+    "coding_rate_loss",
     "feature_second_moment",
     "patchify",
     "reconstruction_loss",

@@ -766,3 +766,24 @@ def test_feature_maps_have_the_shape_of_larger_images():
     for layers in ((0,), (3,), ()):
         with pytest.raises(ValueError, match="expected one or more numbers from 1 to 2"):
             model.feature_maps(torch.randn(1, 3, 16, 16), layers)
+
+
+@pytest.mark.parametrize("kind", [UMAEModel, UMAEForPreTraining, UMAEForImageClassification])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_made_or_loaded_in_half_precision_is_in_it_as_a_whole_and_runs(kind, dtype, tmp_path):
+    config = fresh_config(num_labels=3)
+    torch.manual_seed(0)
+    whole = kind(config).eval()
+    whole.save_pretrained(tmp_path)
+    inputs = {"pixel_values": torch.rand(2, 3, 16, 16)}
+    if kind is UMAEForPreTraining:
+        inputs["noise"] = torch.arange(32).view(2, 16) / 32
+    halves = {name: tensor.to(dtype) for name, tensor in inputs.items()}
+    expected = whole(**inputs)[0]
+    for model in (kind.from_pretrained(tmp_path, dtype=dtype), kind._from_config(config, dtype=dtype).eval()):
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        assert {name: tensor.dtype for name, tensor in tensors.items()} == dict.fromkeys(tensors, dtype)
+        output = model(**halves)[0]
+        assert output.isfinite().all()
+        if model.config.name_or_path:
+            assert (output - expected).abs().max() < 0.05 * expected.abs().max() + 0.05
