@@ -15,22 +15,20 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import ViTImageProcessorPil
 
 from arguments_umae import (
     PretrainDataArguments,
     PretrainModelArguments,
     PretrainTrainingArguments,
-    parse_overrides,
     pretraining_arguments,
 )
-from umae import UMAEConfig, UMAEForPreTraining, files
-from umae.convert import load_exactly, read_model, resize_positions
+from umae import UMAEConfig, UMAEForPreTraining, UMAEImageProcessor, files
 from umae.data.batches import Plan, TrainingImages, decode_all, training_loader
 from umae.data.classes import load_first_labelled
 from umae.data.crops import Flips
 from umae.data.images import Images, held_out_splits, load_images
 from umae.data.inputs import evaluation_processor
+from umae.data.intensities import find_inputs, found_channels
 from umae.data.streaming import START, Cursor, Stream, load_stream, streaming_loader
 from umae.evaluation.monitor import (
     MOST_IMAGES,
@@ -41,14 +39,15 @@ from umae.evaluation.monitor import (
     measured_steps,
     prepare_probe_images,
 )
+from umae.programs.initial_model import make_model
 from umae.programs.keywords import keywords
 from umae.programs.shell import begin, carry_out, make_plan, make_settings
 from umae.sharing import cards, gallery, notebook
 from umae.speed import training_flops
 from umae.training import checkpoints
-from umae.training.folder import USUAL_CROPS, Run, write_run
+from umae.training.folder import USUAL_CROPS, USUAL_INPUTS, Run, write_run
 from umae.training.hardware import (
-    fast_attention,
+    by_main_process,
     main_process_first,
     num_workers,
     own_state,
@@ -88,8 +87,15 @@ def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, ar
     """Train as the arguments say, in the run folder that they name."""
     accelerator = begin(args, args.output_dir, args.seed)
     images = load_data(accelerator, data_args, data_args.train_split)
-    images.check_readable()
-    model = make_model(accelerator, model_args)
+    model = make_model(accelerator, model_args, by_main_process(accelerator, lambda: found_channels(images)))
+    inputs, warning = by_main_process(
+        accelerator,
+        lambda: find_inputs(
+            images, model.config.num_channels, data_args.intensity_range, data_args.image_mean, data_args.image_std,
+            args.seed,
+        ),
+    )  # fmt: skip
+    images = images.read_as(inputs.reading)
     plan = make_plan(accelerator, images_of_a_run(accelerator, images, args), images.description, args, args.seed)
     set_threads(accelerator, os.environ, training_flops(model.config) * plan.batch_size)
     total_steps = args.max_train_steps or args.num_train_epochs * plan.steps_per_epoch
@@ -99,7 +105,9 @@ def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, ar
         images=images,
         probe_images=load_probe_images(accelerator, data_args, images) if args.eval_steps != 0 else None,
         config=model.config,
-        processor=evaluation_processor(model.config.image_height_width),
+        processor=evaluation_processor(
+            model.config.image_height_width, inputs.reading, inputs.image_mean, inputs.image_std
+        ),
         plan=plan,
         schedule=make_schedule(
             total_steps,
@@ -128,7 +136,7 @@ def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, ar
         identity_of(job, model_args.model_name_or_path),
         initial_weights=model_args.model_name_or_path,
         make_task=lambda log, record: make_task(job, model, log, record),
-        announce=lambda record: announce(job, record, model),
+        announce=lambda record: announce(job, record, model, warning),
         finish=lambda record: finish(job, record),
         hub_repo=(args.hub_model_id, args.hub_private_repo) if args.push_to_hub else None,
         published=lambda step: published_checkpoint(job.folder, step),
@@ -153,7 +161,7 @@ class Job:
     images: Images | Stream
     probe_images: Images | Stream | None
     config: UMAEConfig
-    processor: ViTImageProcessorPil
+    processor: UMAEImageProcessor
     plan: Plan
     schedule: Schedule
     workers: int
@@ -178,61 +186,12 @@ def load_probe_images(
             splits = splits[:1]
         load = partial(load_data, accelerator, args)
         probe_images = load_first_labelled(load, splits, accelerator.print) if splits else images
+        probe_images = probe_images.read_as(images.reading)
         probe_images.check_readable()
         return probe_images
     except (ValueError, OSError) as error:  # no reason to refuse to train
         accelerator.print(f"held-out images cannot be loaded, so the training images are evaluated: {error}")
         return images
-
-
-def make_config(args: PretrainModelArguments) -> UMAEConfig:
-    """That of the weights, if the model starts from some, with what is given instead."""
-    names = ("image_size", "patch_size", "mask_ratio", "norm_pix_loss", "uniformity_weight", "regularizer", "pooling")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    fields = [field.name for field in dataclasses.fields(UMAEConfig)]
-    overrides = {**parse_overrides(args.config_overrides, fields, "config_overrides"), **given}
-    if args.model_name_or_path is None:
-        return UMAEConfig.sized(args.model_size, **overrides)
-    if args.model_size is not None:
-        raise ValueError(f"model_size {args.model_size}: weights have a size of their own; leave it out")
-    config, _ = read_model(args.model_name_or_path)
-    patch = config.patch_height_width
-    config.uniformity_weight = config.uniformity_weight or UMAEConfig().uniformity_weight  # plain MAE has none
-    for name, value in overrides.items():
-        setattr(config, name, value)
-    if config.patch_height_width != patch:
-        size = patch[0] if patch[0] == patch[1] else patch
-        raise ValueError(f"patch_size {config.patch_size} is not that of the weights, {size}; leave it out")
-    config.name_or_path = args.model_name_or_path
-    return config
-
-
-def make_model(accelerator: Accelerator, args: PretrainModelArguments) -> UMAEForPreTraining:
-    """A fresh model, or one that starts from weights; what is not given stays as the configuration has it."""
-    config, attention = make_config(args), fast_attention(accelerator)
-    if args.model_name_or_path is None:
-        model = UMAEForPreTraining._from_config(config, attn_implementation=attention)
-    else:
-        model = load_weights(accelerator, args.model_name_or_path, attention, config)
-    if model.config.num_hidden_patches == 0:
-        raise ValueError(f"mask_ratio {model.config.mask_ratio:g} hides no patch; raise it, 0.75 is usual")
-    return model
-
-
-def load_weights(accelerator: Accelerator, name_or_path: str, attention: str, config: UMAEConfig) -> UMAEForPreTraining:
-    """Start from a run folder or any published MAE; only a decoder may be missing, and that is said.
-
-    Images may have another size than the weights were made for; their position tables are then resized.
-    """
-    of_weights, tensors = read_model(name_or_path)
-    model = UMAEForPreTraining._from_config(config, attn_implementation=attention, dtype=torch.float32)
-    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("classifier.")}
-    tensors = resize_positions(tensors, of_weights.grid, config, accelerator.print)
-    fresh = [key for key in model.state_dict() if key not in tensors]
-    load_exactly(model, tensors, name_or_path, may_be_fresh=("decoder.", "vit.fc_norm."))
-    if fresh:
-        accelerator.print(f"{name_or_path} lacks {len(fresh)} tensors, such as {min(fresh)}; they start fresh")
-    return model
 
 
 def readers(accelerator: Accelerator, images: Images | Stream, asked: int | None) -> int:
@@ -279,6 +238,7 @@ def identity_of(job: Job, initial_weights: str | None) -> dict[str, Any]:
         "weight_decay": job.args.weight_decay,
         "max_grad_norm": job.args.max_grad_norm,
         **{name: getattr(job.args, name) for name in USUAL_CROPS},
+        **{name: getattr(job.processor, name) for name in USUAL_INPUTS},
         "mixed_precision": job.accelerator.mixed_precision,
     }
     if isinstance(job.images, Stream):  # there, what a process reads depends on how many readers there are
@@ -290,7 +250,7 @@ def identity_of(job: Job, initial_weights: str | None) -> dict[str, Any]:
     return identity
 
 
-def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> None:
+def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining, warning: str) -> None:
     """Print what is about to be done, before it is done."""
     identity, config, plan = record["identity"], job.config, job.plan
     (height, width), patches = config.image_height_width, config.grid[0] * config.grid[1]
@@ -303,6 +263,7 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
         + identity["dataset"]
         + (f", streamed from {identity['shards']} shards" if identity["streaming"] else ""),
         "input": f"{height} x {width} pixels, {patches} patches, {patches - config.num_hidden_patches} of them visible",
+        "channels": channels_of(job.processor),
         "model": f"{encoder:.3g} million parameters, from {config.name_or_path or 'scratch'}; "
         f"{decoder:.3g} in the decoder",
         "steps": f"{identity['total_steps']:,} ({identity['total_steps'] / plan.steps_per_epoch:.4g} epochs), "
@@ -326,11 +287,27 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
         lines["evaluated on"] = f"{job.probe_images.description}, every {eval_steps(job, record):,} steps"
     for name, text in lines.items():
         job.accelerator.print(f"  {name:<16} {text}")
+    if warning:
+        job.accelerator.print(f"warning: {warning}")
     if decoder > encoder:
         job.accelerator.print(
             "warning: the decoder, which only pre-training needs, is larger than the encoder; leave out its sizes, and "
             "they follow from the encoder's"
         )
+
+
+def channels_of(processor: UMAEImageProcessor) -> str:
+    """How images are read and normalised, on one line: `3, the full range, mean 0.485, ..., deviation 0.229, ...`"""
+    numbers = [
+        ", ".join(f"{number:.4g}" for number in values[:4]) + (", ..." if len(values) > 4 else "")
+        for values in (processor.image_mean, processor.image_std)
+    ]
+    intensities = processor.intensity_range
+    if isinstance(intensities, str):
+        intensities = "the full range" if intensities == "full" else "each image's own range"
+    else:
+        intensities = "values from {:.6g} to {:.6g}".format(*intensities)
+    return f"{processor.num_channels}, {intensities}, mean {numbers[0]}, deviation {numbers[1]}"
 
 
 def regularizer_of(config: UMAEConfig, features: int, parts: int) -> dict[str, str]:
