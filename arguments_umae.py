@@ -103,13 +103,11 @@ class TrainingArguments:
 class PretrainDataArguments(DataArguments):
     label_column_name: str | None = flag(None, "Column of the labels, which only evaluate; `none` if there are none.")
     max_unreadable_share: Share = flag(0.01, "Share of the images that may be unreadable, and are left out.")
-    intensity_range: Sequence | str = flag(
-        "full", "Values that become 0 and 1: full, set, percentiles, image, or `LOW,HIGH`."
+    intensity_range: Sequence | str | None = flag(
+        None, "Values that become 0 and 1: set, percentiles, image, `LOW,HIGH`. [full]"
     )
-    image_mean: Sequence | str | None = flag(
-        None, "Of each channel: `0.4,0.5`, imagenet or measure. [imagenet for photographs, else measure]"
-    )
-    image_std: Sequence | str | None = flag(None, "Of each channel, in the same ways.")
+    image_mean: Sequence | str | None = flag(None, "Numbers or measure. [imagenet for photographs, else measure]")
+    image_std: Sequence | str | None = flag(None, "Standard deviation, likewise.")
     streaming: bool = flag(False, "Read the shards of the data set as they come, instead of downloading it first.")
     dataloader_num_workers: Annotated[int | None, Between(0)] = flag(
         None, "Processes that read images, for each of training. [a core each beside a GPU]"
@@ -129,9 +127,7 @@ class PretrainModelArguments:
     )
     image_size: OptionalCount = flag(None, "Side of the square crops, in pixels. [the weights', or 224]")
     patch_size: OptionalCount = flag(None, "Side of a patch, in pixels; divides image_size. [the weights', or 16]")
-    num_channels: OptionalCount = flag(
-        None, "Channels of the images; 1 for grey. [that of the files if they say so, else the weights', or 3]"
-    )
+    num_channels: OptionalCount = flag(None, "Channels of the images; 1 for grey. [as the files say, or 3]")
     mask_ratio: Annotated[float | None, Between(0, 1)] = flag(None, "Share of the patches that is hidden. [0.75]")
     norm_pix_loss: bool | None = flag(None, "Reconstruct pixels normalised within each patch. [true]")
     uniformity_weight: OptionalNumber = flag(

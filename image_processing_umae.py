@@ -372,9 +372,7 @@ def _tiff_values(encoded: bytes) -> np.ndarray:
     try:
         import tifffile
     except ImportError as error:
-        raise ValueError(
-            "a TIFF that Pillow does not read; `pip install tifffile` does (umae's extra `tiff`)"
-        ) from error
+        raise ValueError("a TIFF that Pillow cannot read; install tifffile, or umae with its extra `tiff`") from error
     try:
         with tifffile.TiffFile(io.BytesIO(encoded)) as file:
             values = file.pages[0].asarray(squeeze=False)  # (planes, 1, height, width, samples of a plane)

@@ -91,8 +91,8 @@ def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, ar
     inputs, warning = by_main_process(
         accelerator,
         lambda: find_inputs(
-            images, model.config.num_channels, data_args.intensity_range, data_args.image_mean, data_args.image_std,
-            args.seed,
+            images, model.config.num_channels, data_args.intensity_range or "full", data_args.image_mean,
+            data_args.image_std, args.seed,
         ),
     )  # fmt: skip
     images = images.read_as(inputs.reading)
