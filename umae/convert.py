@@ -308,42 +308,6 @@ def resize_positions(
     return tensors | tables
 
 
-def adapt_channels(
-    tensors: dict[str, torch.Tensor], channels: int, config: UMAEConfig, log: Callable[[str], object]
-) -> dict[str, torch.Tensor]:
-    """The tensors of `read_model`, of a model for RGB, for images of another number of channels C.
-
-    Each channel gets the mean of the three: in the patch projection times 3 / C, so that C equal channels give the
-    embedding of a grey RGB image; in the decoder's prediction as it is. (timm's `adapt_input_conv` scales alike, but
-    repeats red, green and blue in turns.)
-
-    Args:
-        channels: of the weights.
-        config: of the model that the tensors are loaded into.
-        log: called with one line if there is another number of channels.
-
-    Raises:
-        ValueError: the weights are neither for RGB nor for the wanted number of channels.
-    """
-    wanted, projection = config.num_channels, "vit.embeddings.patch_embeddings.projection.weight"
-    if wanted == channels or projection not in tensors:  # an error in `load_exactly`
-        return tensors
-    if channels != 3:
-        raise ValueError(
-            f"the weights are for {channels} channels, not {wanted}; only those for RGB (3) can be adapted"
-        )
-    adapted = {projection: tensors[projection].mean(1, keepdim=True).repeat(1, wanted, 1, 1) * (3 / wanted)}
-    for name in ("decoder.decoder_pred.weight", "decoder.decoder_pred.bias"):
-        if name in tensors:  # (pixels * 3, ...), with the channels of a pixel side by side
-            means = tensors[name].unflatten(0, (-1, 3)).mean(1, keepdim=True)
-            adapted[name] = means.repeat_interleave(wanted, dim=1).flatten(0, 1)
-    log(
-        f"the weights are for RGB: each of the {wanted} channels starts from the mean of the three, in the patch "
-        f"projection times {3 / wanted:.3g}"
-    )
-    return tensors | adapted
-
-
 def _first_five(names: Collection[object]) -> str:
     first_names = ", ".join(sorted(f"{name!s:.80}" for name in names)[:5])
     return first_names + (f" and {len(names) - 5} more" if len(names) > 5 else "")

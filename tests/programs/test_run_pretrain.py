@@ -30,7 +30,7 @@ from umae.data.inputs import device_inputs
 from umae.data.streaming import START
 from umae.programs import pretrain
 from umae.sharing import report
-from umae.training.folder import USUAL_CROPS
+from umae.training.folder import USUAL_CROPS, USUAL_INPUTS
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -276,7 +276,7 @@ def test_real_images_in_a_folder_train_and_report_to_a_tracker(tmp_path):
 
 def test_a_run_from_before_a_setting_continues_with_what_it_was(finished, tmp_path, capsys):
     record = json.loads((finished[0] / "run.json").read_text())
-    for name in USUAL_CROPS:
+    for name in USUAL_CROPS | USUAL_INPUTS:
         del record["identity"][name]
     del record["identity"]["config"]["regularizer"]
     (tmp_path / "run.json").write_text(json.dumps(record))

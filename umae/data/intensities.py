@@ -161,8 +161,11 @@ def mean_and_std(images: Images | Stream, seed: int) -> tuple[tuple[float, ...],
 
 def _values(images: Images | Stream, seed: int, count: int) -> Iterator[tuple[int, np.ndarray]]:
     """(index, (channels, height, width)) of images until there are MOST_VALUES."""
-    done = 0
+    done, seen = 0, set()
     for index, image in images.sample(seed, count):
+        if index in seen:  # a stream begins again
+            return
+        seen.add(index)
         values = np.ascontiguousarray(to_tensor(image).numpy())
         yield index, values
         done += values.size
