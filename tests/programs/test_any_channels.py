@@ -203,7 +203,7 @@ def test_weights_of_other_channels_are_taken_as_they_are_and_never_guessed_at(tm
     model = pretrain.make_model(Accelerator(cpu=True), args)
     _, tensors = read_model(tmp_path / "four")
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
-    with pytest.raises(ValueError, match="the weights are for 4 channels, not 7; only those for RGB .* can be adapted"):
+    with pytest.raises(ValueError, match="the weights are for 4 channels, not 7; only those for RGB"):
         pretrain.make_model(Accelerator(cpu=True), args, 7)
 
 

@@ -1,12 +1,13 @@
 """What the images of a data set are like: their channels, the range of their values, their mean and deviation."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from image_processing_umae import UnreadableImage, check_intensity_range, declared_channels
+from image_processing_umae import UnreadableImage, check_intensity_range, declared_channels, read_image
 from umae.data.decoding import Reading, to_tensor
 from umae.data.images import Images
 from umae.data.inputs import IMAGENET_MEAN, IMAGENET_STD
@@ -29,24 +30,41 @@ class Inputs:
     image_std: tuple[float, ...]
 
 
-def found_channels(images: Images | Stream) -> int | None:
-    """The channels of the first image that can be read, if its file says so, see `declared_channels`.
+class FirstImage(NamedTuple):
+    """Of the first image of a data set: the channels if its file says how many, and whether it has 8 bits."""
+
+    channels: int | None
+    has_8_bits: bool
+
+
+def first_image(images: Images | Stream, num_channels: int | None = None) -> FirstImage:
+    """What the first file says, or the first after damaged arrays; see `declared_channels`.
+
+    Args:
+        num_channels: as given, which then is what an array has whose shape does not say.
 
     Raises:
-        ValueError: it is an array whose shape does not say.
+        ValueError: an array's shape does not say, and nor does `num_channels`.
     """
     for source in images.encoded():
         try:
-            return declared_channels(source)
+            channels = declared_channels(source)
         except (UnreadableImage, OSError):
             continue
         except ValueError as error:
-            raise ValueError(f"{images.description}: {error}") from error
-    return None
+            if num_channels is None:
+                raise ValueError(f"{images.description}: {error}") from error
+            channels = num_channels
+        for count in (3, 4) if channels is None else (channels,):
+            with contextlib.suppress(UnreadableImage):
+                return FirstImage(channels, np.asarray(read_image(source, "", count, None)).dtype == np.uint8)
+        return FirstImage(channels, True)  # a damaged one, or colours of 16 bits, of which 8 are read
+    return FirstImage(None, True)
 
 
 def find_inputs(
     images: Images | Stream,
+    first: FirstImage,
     num_channels: int,
     intensity_range: str | Sequence[float] = "full",
     image_mean: str | Sequence[float] | None = None,
@@ -56,6 +74,7 @@ def find_inputs(
     """How a run reads and normalises images, from what it was told; all that is measured is a function of the seed.
 
     Args:
+        first: of the images, see `first_image`.
         intensity_range: as of `read_image`, also as text (`0,4095`); or `set` for the minimum and maximum of at most
             MOST_IMAGES images, `percentiles` for 0.1 % and 99.9 %.
         image_mean, image_std: numbers, one for each channel, also as text (`0.4,0.5`); `imagenet`, or `measure` for
@@ -85,7 +104,7 @@ def find_inputs(
     reading = Reading(num_channels, asked if isinstance(asked, str) else (float(asked[0]), float(asked[1])))
     images = images.read_as(reading)
     images.check_readable()
-    usual = "imagenet" if reading.is_rgb and found_channels(images) is None else "measure"
+    usual = "imagenet" if reading.is_rgb and first.channels is None else "measure"
     given = {"image_mean": image_mean or usual, "image_std": image_std or usual}
     measured = dict(zip(given, mean_and_std(images, seed), strict=True)) if "measure" in given.values() else {}
     numbers = {}
@@ -103,7 +122,7 @@ def find_inputs(
             f"numbers above 0, such as 1 for a channel that is constant"
         )
     inputs = Inputs(reading, numbers["image_mean"], numbers["image_std"])
-    return inputs, _warning(images, seed) if asked == "full" else ""
+    return inputs, _warning(images, seed) if asked == "full" and not first.has_8_bits else ""
 
 
 def numbers_of(name: str, given: str | Sequence[float]) -> list[float]:
@@ -178,11 +197,7 @@ def _values(images: Images | Stream, seed: int, count: int) -> Iterator[tuple[in
 
 def _warning(images: Images | Stream, seed: int) -> str:
     """Says so if the values fill a small part of the full range: those of a camera with 12 bits in files of 16."""
-    as_stored = images.read_as(Reading(images.reading.num_channels, None))
-    _, first = next(iter(as_stored.sample(seed, 1)), (0, None))
-    if first is None or np.asarray(first).dtype == np.uint8:
-        return ""
-    spread = spread_of(as_stored, seed, WARNING_IMAGES)
+    spread = spread_of(images.read_as(Reading(images.reading.num_channels, None)), seed, WARNING_IMAGES)
     if spread.high >= SMALL_SHARE * spread.full:
         return ""
     return f"the values reach {spread.highest:,.6g} of {spread.full:,.6g}; with intensity_range set they fill the range"

@@ -28,7 +28,7 @@ from umae.data.classes import load_first_labelled
 from umae.data.crops import Flips
 from umae.data.images import Images, held_out_splits, load_images
 from umae.data.inputs import evaluation_processor
-from umae.data.intensities import find_inputs, found_channels
+from umae.data.intensities import find_inputs, first_image
 from umae.data.streaming import START, Cursor, Stream, load_stream, streaming_loader
 from umae.evaluation.monitor import (
     MOST_IMAGES,
@@ -87,11 +87,12 @@ def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, ar
     """Train as the arguments say, in the run folder that they name."""
     accelerator = begin(args, args.output_dir, args.seed)
     images = load_data(accelerator, data_args, data_args.train_split)
-    model = make_model(accelerator, model_args, by_main_process(accelerator, lambda: found_channels(images)))
+    first = by_main_process(accelerator, lambda: first_image(images, model_args.num_channels))
+    model = make_model(accelerator, model_args, first.channels)
     inputs, warning = by_main_process(
         accelerator,
         lambda: find_inputs(
-            images, model.config.num_channels, data_args.intensity_range or "full", data_args.image_mean,
+            images, first, model.config.num_channels, data_args.intensity_range or "full", data_args.image_mean,
             data_args.image_std, args.seed,
         ),
     )  # fmt: skip
