@@ -84,6 +84,10 @@ def check_all_ends_well(data, folder, channels: int, thorough: bool = False, **g
         found = umae.evaluate(str(classifier), str(data))
         assert found["images"] == 15 and found["unreadable"] == [] and np.isfinite(found["loss"])
     assert umae.diagnose(str(weights), str(data))["cls"]["effective_rank"] > 1
+    (data / "test" / "0" / "odd.npy").write_bytes(b"")
+    (reason,) = umae.evaluate(str(tuned.folder), str(data), batch_size=1)["unreadable"]
+    assert reason.startswith("test/0/odd.npy: ")
+    (data / "test" / "0" / "odd.npy").unlink()
 
 
 @pytest.mark.parametrize(
@@ -224,7 +228,8 @@ def test_figures_show_three_channels_as_colours_or_one_as_grey(channels, shown):
     mean, std = [0.1 * i for i in range(channels)], [1.0 + i for i in range(channels)]
     normalised = (values - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
     expected = (values[:, list(shown)] * 255).round().permute(0, 2, 3, 1)
-    assert np.abs(to_pixels(normalised, mean, std).astype(float) - expected.numpy()).max() <= 1
+    pixels = to_pixels(normalised, mean, std)
+    assert pixels.shape == (2, 4, 5, 3) and np.abs(pixels.astype(float) - expected.numpy()).max() <= 1
 
 
 @pytest.mark.parametrize("streaming", [False, True])
