@@ -105,6 +105,11 @@ class TrainingArguments:
 class PretrainDataArguments(DataArguments):
     label_column_name: str | None = flag(None, "Column of the labels, which only evaluate; `none` if there are none.")
     max_unreadable_share: Share = flag(0.01, "Share of the images that may be unreadable, and are left out.")
+    intensity_range: Sequence | str | None = flag(
+        None, "Values that become 0 and 1: set, percentiles, image, `LOW,HIGH`. [full]"
+    )
+    image_mean: Sequence | str | None = flag(None, "Numbers or measure. [imagenet for photographs, else measure]")
+    image_std: Sequence | str | None = flag(None, "Standard deviation, likewise.")
     streaming: bool = flag(False, "Read the shards of the data set as they come, instead of downloading it first.")
     dataloader_num_workers: Annotated[int | None, Between(0)] = flag(
         None, "Processes that read images, for each of training. [a core each beside a GPU]"
@@ -124,6 +129,7 @@ class PretrainModelArguments:
     )
     image_size: OptionalCount = flag(None, "Side of the square crops, in pixels. [the weights', or 224]")
     patch_size: OptionalCount = flag(None, "Side of a patch, in pixels; divides image_size. [the weights', or 16]")
+    num_channels: OptionalCount = flag(None, "Channels of the images; 1 for grey. [as the files say, or 3]")
     mask_ratio: Annotated[float | None, Between(0, 1)] = flag(None, "Share of the patches that is hidden. [0.75]")
     norm_pix_loss: bool | None = flag(None, "Reconstruct pixels normalised within each patch. [true]")
     uniformity_weight: OptionalNumber = flag(
@@ -448,7 +454,14 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
             return value
         elif kind is float and type(value) is int:
             return float(value)
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text (in quotes)", NoneType: "null"}
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text (in quotes)",
+        NoneType: "null",
+        Sequence: "numbers in a list",
+    }
     *others, last = (
         "one of " + ", ".join(get_args(kind)) if get_origin(kind) is Literal else words.get(kind, "names and values")
         for kind in kinds

@@ -15,8 +15,9 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, ViTImageProcessorPil, pipeline
 
 import umae
-from image_processing_umae import open_image
+from image_processing_umae import UnreadableImage, open_image
 from umae.convert import encoder_from_pretrained
+from umae.data.decoding import Reading
 from umae.data.images import load_images
 from umae.data.inputs import evaluation_processor, load_processor
 from umae.evaluation.features import extract_features
@@ -163,3 +164,85 @@ def test_a_copied_folder_keeps_its_processor(folder, tmp_path):
     shutil.copy(folder / "config.json", tmp_path / "copy")
     again = AutoImageProcessor.from_pretrained(tmp_path / "copy", trust_remote_code=True)
     assert type(again).__name__ == "UMAEImageProcessor"
+
+
+CELLS = NUMBERS.integers(0, 4096, (20, 28, 7)).astype(np.uint16)
+
+
+@pytest.fixture
+def seven(tmp_path):
+    """The image processor of a model for seven channels of 12 bits, saved in a folder."""
+    processor = evaluation_processor((16, 16), Reading(7, (0.0, 4095.0)), [0.5] * 7, [0.25] * 7)
+    processor.save_pretrained(tmp_path / "seven")
+    np.save(tmp_path / "image.npy", CELLS)
+    return tmp_path / "seven"
+
+
+def test_a_processor_of_other_channels_reads_files_arrays_and_tensors_alike_with_its_code_or_ours(seven, tmp_path):
+    remote = AutoImageProcessor.from_pretrained(seven, trust_remote_code=True)
+    images = load_images(str(tmp_path)).read_as(Reading(7, (0.0, 4095.0)))
+    expected = remote(images.read(0), return_tensors="pt").pixel_values
+    assert expected.shape == (1, 7, 16, 16) and expected.dtype == torch.float32
+    first, file = CELLS.transpose(2, 0, 1), str(tmp_path / "image.npy")
+    for processor in (remote, load_processor(str(seven))):
+        sources = (CELLS, first, torch.from_numpy(CELLS.astype(np.int32)), file, processor.open_image(file))
+        for source in (*sources, [CELLS], CELLS[None]):
+            assert torch.equal(processor(source, return_tensors="pt").pixel_values, expected)
+    wide = evaluation_processor((20, 28), Reading(7, (0.0, 4095.0)), [0.0] * 7, [1.0] * 7)
+    wide.size = {"height": 20, "width": 28}
+    shares = wide(CELLS, do_center_crop=False, return_tensors="pt").pixel_values[0]
+    assert np.array_equal(shares, (first / 4095).astype(np.float32)), "an image of this size keeps its values"
+
+
+def test_channels_are_resized_as_pillow_resizes_those_of_rgb(tmp_path):
+    pixels = NUMBERS.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    rgb = evaluation_processor((16, 16))(Image.fromarray(pixels), do_normalize=False, return_tensors="pt").pixel_values
+    for array in (pixels, pixels.astype(np.uint16) * 257):
+        reading = Reading(3, (0.0, 255.0 if array.dtype == np.uint8 else 65535.0))
+        processor = evaluation_processor((16, 16), reading)
+        floats = processor(array, do_normalize=False, return_tensors="pt").pixel_values
+        assert (floats - rgb).abs().max() < 2.1 / 255, "8 bits are rounded in between"
+        edges = processor((pixels > 127) * array.max(), do_normalize=False, size={"height": 99, "width": 99})
+        assert np.min(edges.pixel_values) == 0 and np.max(edges.pixel_values) == 1, "bicubic filters overshoot"
+
+
+def test_grey_arrays_of_two_sides_are_images_of_one_channel():
+    processor = evaluation_processor((16, 16), Reading(1), [0.5], [0.5])
+    expected = processor(CELLS[..., :1], return_tensors="pt").pixel_values
+    for source in (CELLS[..., 0], [CELLS[..., 0]], Image.fromarray(CELLS[..., 0])):
+        assert torch.equal(processor(source, return_tensors="pt").pixel_values, expected)
+
+
+def test_arrays_that_do_not_fit_are_refused_and_the_settings_hold_numbers(seven):
+    processor = load_processor(str(seven))
+    with pytest.raises(UnreadableImage, match=r"^image: .*; expected .* of 7 channels"):
+        processor(CELLS[..., :3])
+    with pytest.raises(ValueError, match=r"intensity_range 5,5 is empty"):
+        umae.UMAEImageProcessor(intensity_range=[5, 5])
+    settings = json.loads((seven / "preprocessor_config.json").read_text())
+    assert (settings["num_channels"], settings["intensity_range"]) == (7, [0.0, 4095.0])
+    assert settings["image_mean"] == [0.5] * 7 and settings["do_convert_rgb"] is False
+
+
+def test_the_settings_of_rgb_name_neither_channels_nor_range(folder):
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    assert {"num_channels", "intensity_range"}.isdisjoint(settings)
+
+
+@pytest.mark.parametrize("classifies", [False, True])
+def test_code_on_the_card_of_other_channels_reads_the_image_as_training_does(seven, tmp_path, monkeypatch, classifies):
+    torch.manual_seed(0)
+    kind = umae.UMAEForImageClassification if classifies else umae.UMAEModel
+    model = kind(fresh_config(num_channels=7, num_labels=5)).eval()
+    model.save_pretrained(seven)
+    monkeypatch.chdir(seven)
+    (seven / "image.npy").write_bytes((tmp_path / "image.npy").read_bytes())
+    text = cards._classify(seven) if classifies else cards._use(seven, 32)
+    assert "7 channels, values from 0 to 4095" in text
+    exec(python_block(text), found := {})
+    with torch.no_grad():
+        output = model(load_processor(str(seven))(CELLS, return_tensors="pt").pixel_values)
+    if classifies:
+        assert found["label"] == output.logits.argmax().item()
+    else:
+        assert torch.allclose(found["features"], output.pooler_output, atol=1e-5)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
 from configuration_umae import UMAEConfig
-from image_processing_umae import UMAEImageProcessor, open_image
+from image_processing_umae import UMAEImageProcessor, open_image, read_image
 from modeling_umae import (
     UMAEForImageClassification,
     UMAEForPreTraining,
@@ -77,6 +77,7 @@ __all__ = [
     "open_image",
     "pretrain",
     "probe",
+    "read_image",
     "reconstruction_loss",
     "report",
     "shrink",

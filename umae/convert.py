@@ -35,6 +35,7 @@ from modeling_umae import (
     resize_position_table,
     sincos_position_table,
 )
+from umae.data.decoding import Reading
 from umae.data.inputs import evaluation_processor
 from umae.files import write_folder
 
@@ -563,4 +564,9 @@ def _class_for(tensors: dict[str, torch.Tensor]) -> type[PreTrainedModel]:
 
 def _save(model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
-    evaluation_processor(model.config.image_height_width).save_pretrained(folder)
+    size, channels = model.config.image_height_width, model.config.num_channels
+    processor = evaluation_processor(size)
+    if channels != 3:  # of which no checkpoint says how it was normalised
+        processor = evaluation_processor(size, Reading(channels), (0.5,) * channels, (0.5,) * channels)
+        print(f"{channels} channels, without a mean and a deviation: preprocessor_config.json has 0.5; put in its own")
+    processor.save_pretrained(folder)

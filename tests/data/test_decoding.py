@@ -311,7 +311,7 @@ def test_a_refusal_by_size_does_not_warn_as_well():
         warnings.simplefilter("always")
         fresh = runpy.run_path(decoding.__file__)  # pytest has undone the filter that the first import set
         with pytest.raises(UnreadableImage, match="12000 x 10000 pixels"):
-            fresh["open_image"](png(12_000, 10_000, 1, 0, png_chunk(b"IDAT", b"")))
+            fresh["read_image"](png(12_000, 10_000, 1, 0, png_chunk(b"IDAT", b"")))
     assert caught == []
 
 

@@ -22,7 +22,7 @@ from umae.evaluation.diagnosis import VIEWS
 from umae.evaluation.features import frozen_features
 from umae.evaluation.monitor import SHARE, Monitor, ProbeImages, classes_of, estimated_steps, prepare_probe_images
 from umae.evaluation.online import MemoryBank
-from umae.programs import pretrain
+from umae.programs import evaluations
 from umae.speed import encoder_flops, training_flops
 
 
@@ -173,7 +173,7 @@ def test_the_memory_bank_holds_the_newest_micro_batches_and_is_restored_in_their
 def test_the_rank_is_printed_with_the_largest_one_that_this_many_images_can_have():
     values = {"effective_rank_cls": 300.0, "effective_rank_mean": 20.0}
     values |= {"grad_norm_reconstruction": None, "grad_norm_uniformity": None}
-    assert pretrain.in_words(values, 512) == "effective rank 300.0 (cls) and 20.0 (mean) of at most 512"
+    assert evaluations.in_words(values, 512) == "effective rank 300.0 (cls) and 20.0 (mean) of at most 512"
 
 
 def test_evaluation_takes_its_share_of_the_trainings_flops():
@@ -247,10 +247,10 @@ def test_a_run_is_evaluated_at_least_eight_times_and_first_within_its_first_eigh
         config=fresh_config(), plan=Plan(images=1438, batch_size=8, accumulation=1, processes=1, seed=0),
         schedule=SimpleNamespace(total_steps=total),
     )  # fmt: skip
-    every = pretrain.logging_steps(job)
+    every = evaluations.logging_steps(job)
     logged = [step for step in range(1, total + 1) if step == total or step % every == 0]
-    evaluated = [step for step in logged if pretrain.evaluates(job, record, step)]
+    evaluated = [step for step in logged if evaluations.evaluates(job, record, step)]
     assert len(evaluated) >= 8 and evaluated[0] <= total / 8 and evaluated[-1] == total
     job.args.eval_steps, job.args.logging_steps = 40, 30  # arguments take precedence
     steps = [step for step in (30, 60, 90, 120) if step <= total]
-    assert [step for step in steps if pretrain.evaluates(job, record, step)] == steps[1:]
+    assert [step for step in steps if evaluations.evaluates(job, record, step)] == steps[1:]

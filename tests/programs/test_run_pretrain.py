@@ -28,9 +28,9 @@ from umae.convert import read_weights
 from umae.data.batches import Plan
 from umae.data.inputs import device_inputs
 from umae.data.streaming import START
-from umae.programs import pretrain
+from umae.programs import evaluations, pretrain
 from umae.sharing import report
-from umae.training.folder import USUAL_CROPS
+from umae.training.folder import USUAL_CROPS, USUAL_INPUTS
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -134,7 +134,7 @@ def test_ranks_are_compared_with_those_of_an_untrained_encoder_once(finished):
 
 
 def test_features_that_collapse_are_named_once_in_a_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(pretrain, "COLLAPSE", 100)  # of an untrained encoder's rank: no features pass
+    monkeypatch.setattr(evaluations, "COLLAPSE", 100)  # of an untrained encoder's rank: no features pass
     flags = ["--output_dir", str(tmp_path / "run"), *SHORT[:-1], "1"]
     monkeypatch.setattr(pretrain, "finish", lambda *rest: None)
     run_pretrain.main(flags)
@@ -224,8 +224,8 @@ def test_evaluations_are_spaced_by_the_time_that_they_take_and_a_resumed_run_kee
     flags += ["--max_train_steps", "20", "--checkpointing_steps", "10"]
     evaluate = pretrain.evaluate_features
     monkeypatch.setattr(pretrain, "evaluate_features", lambda *arguments: time.sleep(0.2) or evaluate(*arguments))
-    monkeypatch.setattr(pretrain, "EVALUATIONS", 1)
-    monkeypatch.setattr(pretrain, "estimated_steps", lambda *_: 2)
+    monkeypatch.setattr(evaluations, "EVALUATIONS", 1)
+    monkeypatch.setattr(evaluations, "estimated_steps", lambda *_: 2)
     for resumed in (False, True):
         if resumed:
             record = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -311,7 +311,7 @@ def test_real_images_in_a_folder_train_and_report_to_a_tracker(tmp_path):
 
 def test_a_run_from_before_a_setting_continues_with_what_it_was(finished, tmp_path, capsys):
     record = json.loads((finished[0] / "run.json").read_text())
-    for name in USUAL_CROPS:
+    for name in USUAL_CROPS | USUAL_INPUTS:
         del record["identity"][name]
     del record["identity"]["config"]["regularizer"]
     (tmp_path / "run.json").write_text(json.dumps(record))
@@ -460,3 +460,19 @@ def test_what_cannot_be_made_longer_is_refused(finished, tmp_path):
     (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"finished": False}))
     with pytest.raises(ValueError, match="is not finished; finish it first, by the same command alone"):
         run_pretrain.main(["--output_dir", str(tmp_path / "run"), *SHORT, "--extend_to", "20"])
+
+
+def test_training_images_that_are_evaluated_do_not_find_themselves_among_their_neighbours(tmp_path, monkeypatch):
+    """A folder without a test split, however it is read; with one, or with a share held out, there is no such index."""
+    made, make_monitor = [], pretrain.make_monitor
+    monkeypatch.setattr(pretrain, "make_monitor", lambda job: made.append(make_monitor(job)) or made[-1])
+    monkeypatch.setattr(pretrain, "finish", lambda *rest: None)
+    for name in ("alone", "split"):
+        (tmp_path / name).mkdir()
+    alone = folder_of_parquet(tmp_path / "alone", train=[0, 1] * 4)
+    split = folder_of_parquet(tmp_path / "split", train=[0, 1] * 4, test=[0, 1])
+    for number, (name, flags) in enumerate(((alone, ()), (alone, ("--heldout", "25%")), (split, ()))):
+        words = [*small_model(name).split(), "--output_dir", str(tmp_path / str(number)), *flags, "--num_channels", "1"]
+        run_pretrain.main([*words, "--per_device_train_batch_size", "4", "--max_train_steps", "1"])
+    indices = [monitor.probe_images.trained_on for monitor in made]
+    assert sorted(indices[0].tolist()) == list(range(8)) and indices[1:] == [None, None]

@@ -65,6 +65,10 @@ AUGMENTATIONS: dict[str, Callable[[Image.Image, float, tuple[int, int, int]], Im
 }
 
 
+# Those that change colours rather than places
+OF_COLOURS = [name for name in AUGMENTATIONS if not name.startswith(("rotate", "shear", "translate"))]
+
+
 def _posterize(image: Image.Image, bits: int) -> Image.Image:
     """Keep only the highest `bits` bits of every level; 0 makes the image black."""
     kept = 0xFF & ~((1 << (8 - bits)) - 1)
@@ -81,7 +85,7 @@ def rand_augment(
     policy that MAE fine-tunes with, `rand-m9-mstd0.5-inc1` in timm's documentation.
 
     Args:
-        image: uint8 (3, height, width).
+        image: uint8 (3, height, width); its operations are those of Pillow on RGB.
         numbers: float (AUGMENT_NUMBERS,), uniform in [0, 1).
         magnitude: mean of the magnitudes, 0 (weakest) to 10.
         fill: colour of pixels from outside the image, 0..255.
@@ -99,6 +103,16 @@ def rand_augment(
             changed = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
         changed = AUGMENTATIONS[name](changed, strength, fill)
     return image if changed is None else _to_tensor(changed)
+
+
+def check_rand_augment(image: torch.Tensor) -> None:
+    """Raise `ValueError` unless RandAugment can change an image (channels, height, width)."""
+    if image.dtype != torch.uint8 or len(image) != 3:
+        kind = "8 bits" if image.dtype == torch.uint8 else "floats"
+        raise ValueError(
+            f"rand_augment changes colours of 8-bit RGB ({', '.join(OF_COLOURS)}), and the images are {kind} of "
+            f"{len(image)} channels; use rand_augment 0"
+        )
 
 
 def _to_tensor(image: Image.Image) -> torch.Tensor:
@@ -140,21 +154,24 @@ def random_erasing(
 ) -> torch.Tensor:
     """Fill a box with noise, drawn for every pixel and channel.
 
-    The normalised pixels are normally distributed, mean 0 and variance 1, but rounded to the levels of an image and
-    therefore clipped about two standard deviations from the mean.
+    The normalised pixels are normally distributed, mean 0 and variance 1, but clipped to the range of an image, about
+    two standard deviations from the mean, and with 8 bits rounded to its levels.
 
     Args:
-        image: uint8 (3, height, width); not changed.
+        image: (channels, height, width), uint8, or float32 in 0..1; not changed.
         box: (top, left, height, width), as returned by `erased_box`.
-        numbers: float (3 * box height * box width,), uniform in [0, 1).
+        numbers: float (channels * box height * box width,), uniform in [0, 1).
         mean, std: of the images' normalisation, of values in 0..1.
     """
     top, left, rows, columns = box
-    noise = math.sqrt(2) * torch.erfinv(2 * (numbers.double() + _HALF_STEP) - 1).view(3, rows, columns)
+    noise = math.sqrt(2) * torch.erfinv(2 * (numbers.double() + _HALF_STEP) - 1).view(-1, rows, columns)
     scale, offset = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (std, mean))
     image = image.clone()
-    levels = (255 * (noise * scale + offset)).round_().clamp_(0, 255)
-    image[:, top : top + rows, left : left + columns] = levels.to(torch.uint8)
+    if image.dtype == torch.uint8:
+        levels = (255 * (noise * scale + offset)).round_().clamp_(0, 255)
+    else:
+        levels = (noise * scale + offset).clamp_(0, 1)
+    image[:, top : top + rows, left : left + columns] = levels.to(image.dtype)
     return image
 
 
@@ -197,11 +214,14 @@ def augment(
     """Flip, RandAugment and random erasing, in this order, keyed by (seed, epoch, index).
 
     Args:
-        crops: uint8 (3, height, width) each.
+        crops: (channels, height, width) each, uint8, or float32 in 0..1; for RandAugment uint8 RGB.
         index: int64 (batch,), their positions in the data set.
         mean, std: of the images' normalisation, of values in 0..1; pixels from outside the image get the mean colour.
     """
-    red, green, blue = (round(255 * value) for value in mean)
+    if strengths.rand_augment > 0:
+        for image in crops:
+            check_rand_augment(image)
+    red, green, blue = (round(255 * value) for value in (*mean, 0, 0)[:3])
     flips = (seeding.uniform(seed, seeding.FLIP, epoch, index, 1)[:, 0] < strengths.horizontal_flip).tolist()
     chosen = seeding.uniform(seed, seeding.AUGMENT, epoch, index, AUGMENT_NUMBERS)
     erased = seeding.uniform(seed, seeding.ERASE, epoch, index, ERASE_NUMBERS)
@@ -213,7 +233,7 @@ def augment(
         height, width = image.shape[-2:]
         box = erased_box(erased[i], height, width, strengths.random_erasing)
         if box is not None:
-            count = ERASE_NUMBERS + 3 * box[2] * box[3]  # the first ERASE_NUMBERS have chosen the box
+            count = ERASE_NUMBERS + len(image) * box[2] * box[3]  # the first ERASE_NUMBERS have chosen the box
             (noise,) = seeding.uniform(seed, seeding.ERASE, epoch, index[i : i + 1], count)
             image = random_erasing(image, box, noise[ERASE_NUMBERS:], mean, std)
         changed.append(image)

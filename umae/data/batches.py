@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import BaseImageProcessor
@@ -25,6 +26,7 @@ from umae.data.crops import (
     random_flips,
     random_resized_crop,
 )
+from umae.data.decoding import reading_of, stacked
 from umae.data.images import Images
 from umae.data.inputs import flipped_and_normalized
 from umae.progress_bar import progress_bar
@@ -94,7 +96,7 @@ class Decoded:
     """Images of one size, in memory.
 
     Args:
-        pixels: uint8 (N, 3, height, width).
+        pixels: (N, channels, height, width), uint8, or float32 in 0..1.
         refusals: the errors of the images that cannot be read, by index.
     """
 
@@ -105,7 +107,7 @@ class Decoded:
 def decode_all(images: Images, show_progress: bool = True) -> Decoded | None:
     """A small data set (CIFAR, digits) decoded into memory, which makes cropping three times faster than from files.
 
-    Returns None if the images differ in size, or together exceed MEMORY_LIMIT.
+    Returns None if the images differ in size or in their type, or together exceed MEMORY_LIMIT.
     """
     pixels: torch.Tensor | None = None
     refusals: dict[int, UnreadableImage] = {}
@@ -118,10 +120,10 @@ def decode_all(images: Images, show_progress: bool = True) -> Decoded | None:
                 refusals[index] = image
                 continue
             if pixels is None:
-                if len(images) * image.numel() > MEMORY_LIMIT:
+                if len(images) * image.nbytes > MEMORY_LIMIT:
                     return None
-                pixels = torch.zeros(len(images), *image.shape, dtype=torch.uint8)
-            if image.shape != pixels.shape[1:]:
+                pixels = torch.zeros(len(images), *image.shape, dtype=image.dtype)
+            if image.shape != pixels.shape[1:] or image.dtype != pixels.dtype:
                 return None
             pixels[index] = image
     return None if pixels is None else Decoded(pixels, refusals)
@@ -130,17 +132,17 @@ def decode_all(images: Images, show_progress: bool = True) -> Decoded | None:
 class TrainingImages(torch.utils.data.Dataset):
     """Random crops of images, indexed by a whole micro-batch: (epoch, indices int64 (batch,)).
 
-    A batch is `{"pixel_values": uint8 (batch, 3, height, width), "flip": bool (batch, 2), "index": int64 (batch,),
-    "epoch": int, "refusals": {index: error message}}`; images are flipped and normalised later, on the device. An image
-    that cannot be read is replaced by the next readable one in the epoch's order, the same one in every process and
-    worker.
+    A batch is `{"pixel_values": (batch, channels, height, width), "flip": bool (batch, 2), "index": int64 (batch,),
+    "epoch": int, "refusals": {index: error message}}`. Pixels are uint8, or float32 in 0..1 where an image is not of 8
+    bits at the full range; they are flipped and normalised later, on the device. An image that cannot be read is
+    replaced by the next readable one in the epoch's order, the same one in every process and worker.
 
     Args:
         size: (height, width) of the crops, in pixels.
         decoded: the images in memory, if `decode_all` returned them.
         min_scale: smallest share of an image's area in a crop.
         flips: shares of the images that `flip` names.
-        augment: (crops, epoch, indices int64 (batch,)) -> crops, applied after cropping; uint8 before and after.
+        augment: (crops, epoch, indices int64 (batch,)) -> crops, applied after cropping; of the same type after.
     """
 
     def __init__(
@@ -173,7 +175,7 @@ class TrainingImages(torch.utils.data.Dataset):
                 crops.append(random_resized_crop(pixels, numbers[position], self.size, (self.min_scale, 1.0)))
         index = torch.tensor(used_indices)
         return {
-            "pixel_values": torch.stack(crops if self.augment is None else self.augment(crops, epoch, index)),
+            "pixel_values": stacked(crops if self.augment is None else self.augment(crops, epoch, index)),
             "flip": random_flips(self.seed, epoch, index, self.flips),
             "index": index,
             "epoch": epoch,
@@ -236,19 +238,24 @@ class EvaluationImages(torch.utils.data.Dataset):
     """
 
     def __init__(self, images: Images, processor: BaseImageProcessor):
-        self.images, self.processor = images, processor
+        self.images, self.processor = images.read_as(reading_of(processor)), processor
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, indices: Sequence[int]) -> dict:
-        images, readable, errors = [], [], []
+        images: list[Any] = []
+        readable, errors = [], []
         for row, index in enumerate(indices):
             try:
                 images.append(self.images.read(index))
                 readable.append(row)
             except UnreadableImage as error:
                 errors.append(str(error))
+        if not hasattr(self.processor, "intensity_range") and any(isinstance(image, np.ndarray) for image in images):
+            raise ValueError(
+                f"{type(self.processor).__name__} does not read arrays as training does; use load_processor"
+            )
         pixel_values = self.processor(images=images, return_tensors="pt")["pixel_values"] if images else None
         rows = torch.tensor(readable, dtype=torch.int64)
         return {"pixel_values": pixel_values, "index": torch.tensor(indices)[rows], "rows": rows, "errors": errors}
@@ -264,6 +271,7 @@ class AugmentedImages(torch.utils.data.Dataset):
     """
 
     def __init__(self, images: Images, processor: Any, view: int, size: tuple[int, int]):
+        images = images.read_as(reading_of(processor))
         self.crops = TrainingImages(images, size, seed=0, min_scale=CROP_SCALE)
         self.view, self.processor = view, processor
 

@@ -68,18 +68,23 @@ def random_resized_crop(
     """Crop the box of `crop_box` and resize it, bicubic with antialiasing.
 
     Args:
-        image: uint8 (channels, height, width), on the CPU.
+        image: (channels, height, width), uint8, or float32 in 0..1; on the CPU.
         numbers: float (CROP_NUMBERS,), uniform in [0, 1).
         size: (height, width) of the result, in pixels.
         scale: bounds of the box's share of the image's area.
 
     Returns:
-        uint8 (channels, *size), contiguous, in new memory; a box of this size already keeps its pixels.
+        (channels, *size), of the image's type and range, contiguous, in new memory; a box of this size already keeps
+        its pixels.
     """
     image_height, image_width = image.shape[-2:]
     top, left, height, width = crop_box(numbers, image_height, image_width, scale)
     box = image[None, :, top : top + height, left : left + width]
-    return interpolate(box, size, mode="bicubic", antialias=True)[0]
+    if image.dtype == torch.uint8:
+        return interpolate(box, size, mode="bicubic", antialias=True)[0]
+    if (height, width) == tuple(size):  # which rounding would change
+        return box[0].clone(memory_format=torch.contiguous_format)
+    return interpolate(box, size, mode="bicubic", antialias=True)[0].clamp_(0, 1)  # as 8 bits cannot overshoot either
 
 
 def least_side(size: tuple[int, int], min_scale: float = MIN_SCALE) -> int:
@@ -94,7 +99,7 @@ def least_side(size: tuple[int, int], min_scale: float = MIN_SCALE) -> int:
 def random_crop(
     pixels: torch.Tensor, seed: int, epoch: int, index: int, size: tuple[int, int], min_scale: float = MIN_SCALE
 ) -> torch.Tensor:
-    """The crop of one image, keyed by (seed, epoch, index): uint8 (3, height, width) -> (3, *size)."""
+    """The crop of one image, keyed by (seed, epoch, index): (channels, height, width) -> (channels, *size)."""
     (numbers,) = seeding.uniform(seed, seeding.CROP, epoch, torch.tensor([index]), CROP_NUMBERS)
     return random_resized_crop(pixels, numbers, size, (min_scale, 1.0))
 

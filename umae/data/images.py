@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from PIL import Image
 
-from image_processing_umae import UnreadableImage, open_image
+from image_processing_umae import UnreadableImage
 from umae import seeding
-from umae.data.decoding import read_pixels
+from umae.data.decoding import RGB, Reading, read_pixels
 
-# Endings of image files that Pillow opens without plugins.
+# Endings of image files: those that Pillow opens without plugins, and arrays.
 IMAGE_ENDINGS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".avif",
+    ".npy",
 )  # fmt: skip
 
 # Endings of other files in folders of images. Files with endings that are in neither list are reported.
@@ -55,6 +57,7 @@ class Images:
         description: its name in messages, without any local path: `uoft-cs/cifar10 (train)`.
         folder: the folder of the files, for a folder of images.
         not_read: number of its files with endings that are not read: `12 .heic, 3 .cr2`; empty if there are none.
+        reading: channels and range of intensities that images are read with.
     """
 
     dataset: datasets.Dataset
@@ -63,6 +66,7 @@ class Images:
     description: str
     folder: Path | None = None
     not_read: str = ""
+    reading: Reading = RGB
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -71,20 +75,25 @@ class Images:
     def num_images(self) -> int:
         return len(self)
 
-    def read(self, index: int) -> Image.Image:
-        """The image at `index`, RGB. Raises `UnreadableImage` with the name of the file."""
+    def read_as(self, reading: Reading) -> "Images":
+        """The same images, read with other channels or another range."""
+        return replace(self, reading=reading)
+
+    def read(self, index: int) -> Image.Image | np.ndarray:
+        """The image at `index`, see `read_image`; RGB by default. Raises `UnreadableImage` with the file's name."""
         ((source, name),) = self._sources([index])
-        return open_image(source, name)
+        return self.reading.read(source, name)
 
     def read_pixels(self, indices: list[int], min_side: int | None = None) -> Iterator[torch.Tensor | UnreadableImage]:
-        """The images at `indices`, uint8 (3, height, width), large JPEGs possibly smaller (see `umae.data.decoding`).
+        """The images at `indices`, (channels, height, width), uint8 or float32 as `read_image` says; large JPEGs
+        possibly smaller (see `umae.data.decoding`).
 
         Their bytes are fetched together, then decoded one by one. For an image that cannot be read, its
         `UnreadableImage` is yielded, and the next images follow.
         """
         for source, name in self._sources(indices):
             try:
-                yield read_pixels(source, name, min_side)
+                yield read_pixels(source, name, min_side, self.reading)
             except UnreadableImage as error:
                 yield error
 
@@ -110,7 +119,7 @@ class Images:
             replace(self, dataset=self.dataset.select(chosen.tolist()), description=f"{text} of {self.description}"),
         )
 
-    def sample(self, seed: int, count: int) -> Iterator[tuple[int, Image.Image]]:
+    def sample(self, seed: int, count: int) -> Iterator[tuple[int, Image.Image | np.ndarray]]:
         """(index, image) of at most this many images, see `spread`, without those that cannot be read."""
         return self._readable(self.spread(count, seed))
 
@@ -120,7 +129,11 @@ class Images:
         count = min(count, len(self))
         return [position * len(self) // count for position in seeding.permutation(seed, 0, count).tolist()]
 
-    def _readable(self, indices: Iterable[int]) -> Iterator[tuple[int, Image.Image]]:
+    def encoded(self) -> Iterator[bytes | str]:
+        """The bytes or the path of one image after the other."""
+        return (source for index in range(len(self)) for source, _ in self._sources([index]))
+
+    def _readable(self, indices: Iterable[int]) -> Iterator[tuple[int, Image.Image | np.ndarray]]:
         for index in indices:
             with contextlib.suppress(UnreadableImage):
                 yield index, self.read(index)

@@ -4,12 +4,16 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
+from transformers import BaseImageProcessor
 from transformers.image_utils import PILImageResampling
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from image_processing_umae import UMAEImageProcessor
 from umae import seeding
+from umae.data.decoding import RGB, Reading
 
 IMAGENET_MEAN, IMAGENET_STD = tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)  # of RGB in 0..1
 
@@ -28,10 +32,10 @@ def flipped(pixel_values: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
 
 
 def normalize(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """(x / 255 - mean) / std.
+    """(x - mean) / std, of 8 bits (x / 255 - mean) / std.
 
     Args:
-        pixel_values: uint8 (batch, channels, height, width), on any device.
+        pixel_values: (batch, channels, height, width), uint8, or float32 in 0..1; on any device.
         mean, std: one number per channel, of values in 0..1.
 
     Returns:
@@ -44,7 +48,8 @@ def normalize(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[f
     if not channels == len(mean) == len(std):
         raise ValueError(f"{channels} channels, but {len(mean)} means and {len(std)} deviations to normalise them by")
     shift, scale = (_of_channels(tuple(numbers), pixel_values.device) for numbers in (mean, std))
-    return pixel_values.float().div_(255).sub_(shift).div_(scale)
+    units = pixel_values.float().div_(255) if pixel_values.dtype == torch.uint8 else pixel_values.clone()
+    return units.sub_(shift).div_(scale)
 
 
 @lru_cache
@@ -53,7 +58,12 @@ def _of_channels(numbers: tuple[float, ...], device: torch.device) -> torch.Tens
     return torch.tensor(numbers, device=device)[:, None, None]
 
 
-def evaluation_processor(size: tuple[int, int]) -> UMAEImageProcessor:
+def evaluation_processor(
+    size: tuple[int, int],
+    reading: Reading = RGB,
+    image_mean: Sequence[float] = IMAGENET_MEAN,
+    image_std: Sequence[float] = IMAGENET_STD,
+) -> UMAEImageProcessor:
     """The image processor for evaluation: resize the shortest edge, crop the centre, normalise.
 
     MAE resizes to 256 and crops to 224; other sizes keep this ratio, but images under 96 pixels (CIFAR, digits) are
@@ -61,24 +71,36 @@ def evaluation_processor(size: tuple[int, int]) -> UMAEImageProcessor:
 
     Args:
         size: (height, width) of the result, in pixels.
+        reading: channels and range of intensities.
+        image_mean, image_std: one number per channel, of values in 0..1.
     """
     shortest = min(size)
     return UMAEImageProcessor(
-        do_convert_rgb=True,
+        num_channels=reading.num_channels,
+        intensity_range=reading.intensity_range or "full",
+        do_convert_rgb=reading.is_rgb,
         do_resize=True,
         size={"shortest_edge": round(shortest * 256 / 224) if shortest >= 96 else shortest},
         resample=PILImageResampling.BICUBIC,
         do_center_crop=True,
         crop_size={"height": size[0], "width": size[1]},
-        image_mean=list(IMAGENET_MEAN),
-        image_std=list(IMAGENET_STD),
+        image_mean=list(image_mean),
+        image_std=list(image_std),
     )
+
+
+def evaluation_pixels(processor: BaseImageProcessor, image: Image.Image | np.ndarray) -> torch.Tensor:
+    """One image resized and cropped, but not normalised: (channels, height, width), uint8, or float32 in 0..1."""
+    prepared = processor(images=image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"][0]
+    if isinstance(image, np.ndarray) and image.dtype != np.uint8:
+        return prepared
+    return prepared.round().clamp(0, 255).byte()
 
 
 def device_inputs(
     batch: dict, device: torch.device, num_patches: int, seed: int, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A micro-batch of uint8 crops -> flipped, normalised float32 images and masking noise (batch, num_patches)."""
+    """A micro-batch of crops -> flipped, normalised float32 images and masking noise (batch, num_patches)."""
     # Drawn on the CPU: on a GPU it takes some 70 tiny kernels, and Apple's lack fast 64-bit integers
     noise = seeding.uniform(seed, seeding.MASK, batch["epoch"], batch["index"], num_patches)
     return flipped_and_normalized(batch, device, mean, std), on_device(noise, device)
@@ -87,7 +109,7 @@ def device_inputs(
 def flipped_and_normalized(
     batch: dict, device: torch.device, mean: Sequence[float], std: Sequence[float]
 ) -> torch.Tensor:
-    """A micro-batch of uint8 crops -> float32 images, mirrored as the batch says."""
+    """A micro-batch of crops -> normalised float32 images, mirrored as the batch says."""
     pixel_values = flipped(on_device(batch["pixel_values"], device), batch["flip"])
     return normalize(pixel_values, mean, std)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from image_processing_umae import UnreadableImage, open_image
+from image_processing_umae import UnreadableImage, declared_channels, open_image
 from umae.files import copy_file, write_bytes
 
 QUALITY = 90  # of JPEG, with chroma at half the resolution (4:2:0)
@@ -32,6 +32,8 @@ def shrunk(image: Image.Image, shortest_side: int) -> bytes | None:
 class ShrunkFiles(torch.utils.data.Dataset):
     """Writes the smaller copies of image files, in the worker that is asked for an index; a small image is copied.
 
+    Arrays and TIFFs of other than 1, 3 or 4 channels are copied, too.
+
     An item is None, `UnreadableImage` if training would refuse the image too, which is then not written, or the
     `OSError` of a failed write.
 
@@ -51,7 +53,9 @@ class ShrunkFiles(torch.utils.data.Dataset):
         name = self.names[index]
         source, target, temporary = self.folder / name, self.output_dir / name, self.temporary / str(os.getpid())
         try:
-            encoded = shrunk(open_image(source, name), self.shortest_side)
+            ending = source.suffix.lower()
+            keeps = ending == ".npy" or (ending in (".tif", ".tiff") and declared_channels(source) is not None)
+            encoded = None if keeps else shrunk(open_image(source, name), self.shortest_side)
             target.parent.mkdir(parents=True, exist_ok=True)
             if encoded is None:
                 copy_file(source, target, temporary)

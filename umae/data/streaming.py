@@ -7,21 +7,22 @@ therefore four numbers, its cursor, from which a run continues with the next ima
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import NamedTuple
 
 import datasets
 import fsspec.asyn
+import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from image_processing_umae import UnreadableImage, open_image
+from image_processing_umae import UnreadableImage
 from umae import seeding
 from umae.data.batches import Plan, ignore_signals
 from umae.data.crops import FLIPS, MIN_SCALE, Flips, least_side, random_crop, random_flips
-from umae.data.decoding import read_pixels
+from umae.data.decoding import RGB, Reading, read_pixels, stacked
 from umae.data.images import comes_in_files, describe, find_image_column, load_split
 
 BLOCK = 1024  # rows that a reader holds, still encoded: about 100 MB of ImageNet
@@ -61,12 +62,18 @@ class Stream:
         image_column: name of the image's column.
         description: its name in messages: `org/set (train)`.
         num_images: None if the data set does not say.
+        reading: channels and range of intensities that images are read with.
     """
 
     dataset: datasets.IterableDataset
     image_column: str
     description: str
     num_images: int | None
+    reading: Reading = RGB
+
+    def read_as(self, reading: Reading) -> "Stream":
+        """The same images, read with other channels or another range."""
+        return replace(self, reading=reading)
 
     @property
     def num_shards(self) -> int:
@@ -125,10 +132,10 @@ class Stream:
         source = encoded["path"] if encoded["bytes"] is None else encoded["bytes"]
         return source, f"{self.description}, {self.index_name(index)}"
 
-    def _readable(self, rows: Iterable[Row], refusals: list[str]) -> Iterator[tuple[int, Image.Image]]:
+    def _readable(self, rows: Iterable[Row], refusals: list[str]) -> Iterator[tuple[int, Image.Image | np.ndarray]]:
         for row in rows:
             try:
-                yield row.index, open_image(row.source, row.name)
+                yield row.index, self.reading.read(row.source, row.name)
             except UnreadableImage as error:
                 refusals.append(str(error))
 
@@ -138,6 +145,10 @@ class Stream:
         images: list[dict] = next(rows, {self.image_column: []})[self.image_column]
         return [Row(index, 0, *self._source(encoded, index), START) for index, encoded in enumerate(images)]
 
+    def encoded(self) -> Iterator[bytes | str]:
+        """The bytes or the path of the first images, one after the other."""
+        return (row.source for row in self._head())
+
     def check_readable(self) -> None:
         """Raise `ValueError`, with the first three errors, if none of the first HEAD images can be read."""
         refusals: list[str] = []
@@ -146,7 +157,7 @@ class Stream:
                 f"none of the first {len(refusals)} images of {self.description} can be read: {'; '.join(refusals[:3])}"
             )
 
-    def sample(self, seed: int, count: int) -> Iterator[tuple[int, Image.Image]]:
+    def sample(self, seed: int, count: int) -> Iterator[tuple[int, Image.Image | np.ndarray]]:
         """(index, image) of `count` images that can be read; the same ones for the same seed."""
         return islice(self._readable(self.walk(seed), []), count)
 
@@ -221,7 +232,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
         while len(crops) < self.plan.batch_size:
             row = next(rows)
             try:
-                pixels = read_pixels(row.source, row.name, least_side(self.size, self.min_scale))
+                least = least_side(self.size, self.min_scale)
+                pixels = read_pixels(row.source, row.name, least, self.stream.reading)
             except UnreadableImage as error:
                 if row.index in refusals:  # an epoch later: this reader has no readable image
                     raise
@@ -231,7 +243,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
             positions.append((row.index, row.epoch))
         index, epoch = torch.tensor(positions).unbind(1)
         return {
-            "pixel_values": torch.stack(crops),
+            "pixel_values": stacked(crops),
             "flip": random_flips(self.plan.seed, epoch, index, self.flips),
             "index": index,
             "epoch": epoch,

@@ -101,7 +101,8 @@ def _over_images(
         errors |= set(batch["errors"])
         pixel_values, rows = batch["pixel_values"], batch["rows"].to(accelerator.device)
         if pixel_values is None:  # under FSDP2 the other processes would wait for one that does not call the model
-            pixel_values = torch.zeros(1, 3, *accelerator.unwrap_model(model).config.image_height_width)
+            config = accelerator.unwrap_model(model).config
+            pixel_values = torch.zeros(1, config.num_channels, *config.image_height_width)
         logits = model(pixel_values.to(accelerator.device, non_blocking=True)).logits.float()
         of_batch[rows] = measure(logits[: len(rows)], batch["index"].to(accelerator.device))
         measured.append(accelerator.gather(of_batch))  # in the order of the processes, as `positions`

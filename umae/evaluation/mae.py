@@ -17,6 +17,7 @@ from transformers import ViTImageProcessorPil
 
 from modeling_umae import UMAEModel
 from umae.data.batches import CROP_SCALE, Plan, TrainingImages, check_fills_a_step, decode_all, training_loader
+from umae.data.decoding import reading_of
 from umae.data.images import Images
 from umae.data.inputs import flipped_and_normalized, on_device
 from umae.evaluation.features import frozen_features, weights_hash
@@ -212,6 +213,7 @@ def encoded_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Per micro-batch: features of new crops, (images of all processes, 2, D), and the images' indices, int64."""
     config, device = encoder.config, accelerator.device
+    images = images.read_as(reading_of(processor))
     decoded = decode_all(images, show_progress=accelerator.is_main_process)
     crops = TrainingImages(images, config.image_height_width, plan.seed, decoded, CROP_SCALE)
     loader = training_loader(

@@ -19,8 +19,9 @@ from configuration_umae import UMAEConfig
 from image_processing_umae import UnreadableImage
 from umae import seeding
 from umae.data.batches import Plan
+from umae.data.decoding import reading_of, stacked
 from umae.data.images import Images
-from umae.data.inputs import device_inputs, normalize, on_device
+from umae.data.inputs import device_inputs, evaluation_pixels, normalize, on_device
 from umae.data.streaming import Stream
 from umae.evaluation.collapse import effective_rank
 from umae.evaluation.diagnosis import POOLINGS, VIEWS, Diagnosis, untrained_encoder
@@ -82,7 +83,7 @@ class ProbeImages:
 
     Args:
         count: number of probe images on all processes together.
-        pixel_values: uint8 (batches, batch, channels, height, width).
+        pixel_values: (batches, batch, channels, height, width), uint8, or float32 in 0..1.
         index: int64 (batches, batch), indices in their data set.
         readable: bool (batches, batch).
         labels: int64 (count,), None without labels.
@@ -113,6 +114,7 @@ def prepare_probe_images(
         with_labels: `images` is not a stream, and its labels are needed.
         trained_on: `images` are the training images.
     """
+    images = images.read_as(reading_of(processor))
     streamed = dict(images.sample(seed, MOST_IMAGES)) if isinstance(images, Stream) else {}  # read by every process
     indices = torch.tensor(list(streamed) if isinstance(images, Stream) else images.spread(MOST_IMAGES, seed))
     count, processes = len(indices), accelerator.num_processes
@@ -120,16 +122,16 @@ def prepare_probe_images(
     batches = math.ceil(count / (batch_size * processes))
     index = indices[torch.arange(batches * processes * batch_size) % count]
     index = index.view(batches, processes, batch_size)[:, accelerator.process_index]
-    pixel_values = torch.zeros(*index.shape, 3, *size, dtype=torch.uint8)
+    channels = images.reading.num_channels
+    prepared = [torch.zeros(channels, *size, dtype=torch.uint8)] * index.numel()
     readable = torch.zeros(index.shape, dtype=torch.bool)
-    for position in np.ndindex(*index.shape):
-        i = int(index[position])
+    for position, i in enumerate(index.flatten().tolist()):
         try:
             image = streamed[i] if isinstance(images, Stream) else images.read(i)
         except UnreadableImage:
             continue
-        prepared = processor(images=image, do_rescale=False, do_normalize=False, return_tensors="pt")["pixel_values"]
-        pixel_values[position], readable[position] = prepared[0].round().clamp(0, 255).byte(), True
+        prepared[position], readable.view(-1)[position] = evaluation_pixels(processor, image), True
+    pixel_values = stacked(prepared).view(*index.shape, channels, *size)
     labels = images.labels()[indices] if with_labels and isinstance(images, Images) else None
     return ProbeImages(count, pixel_values, index, readable, labels, indices if trained_on else None)
 

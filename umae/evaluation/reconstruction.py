@@ -18,7 +18,7 @@ def reconstructions(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> dict[str, np.ndarray]:
-    """Images and their reconstructions: uint8 (images, height, width, channels) each.
+    """Images and their reconstructions: uint8 (images, height, width, 3) each, see `to_pixels`.
 
     Args:
         output: of the model for these images, with logits.
@@ -45,6 +45,14 @@ def reconstructions(
 
 
 def to_pixels(pixel_values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Undo the normalisation: (images, channels, height, width) -> uint8 (images, height, width, channels)."""
-    shift, scale = (torch.tensor(values, device=pixel_values.device)[:, None, None] for values in (mean, std))
+    """Undo the normalisation: (images, channels, height, width) -> RGB, uint8 (images, height, width, 3).
+
+    The first three channels are shown as red, green and blue; of one or two channels, the first as grey.
+    """
+    shown = [0, 1, 2] if pixel_values.shape[1] >= 3 else [0, 0, 0]
+    pixel_values = pixel_values[:, shown]
+    shift, scale = (
+        torch.tensor([values[channel] for channel in shown], device=pixel_values.device)[:, None, None]
+        for values in (mean, std)
+    )
     return ((pixel_values * scale + shift).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()

@@ -25,9 +25,10 @@ from arguments_umae import (
 )
 from umae import UMAEConfig, UMAEForImageClassification, files
 from umae.convert import load_exactly, read_model, resize_positions
-from umae.data.augmentation import Strengths, augment
+from umae.data.augmentation import Strengths, augment, check_rand_augment
 from umae.data.batches import Plan, TrainingImages, decode_all, training_loader
 from umae.data.classes import load_labelled
+from umae.data.decoding import reading_of, to_tensor
 from umae.data.images import Images
 from umae.data.inputs import evaluation_processor, load_processor
 from umae.evaluation.accuracy import guess, percent, topk_accuracy
@@ -78,8 +79,12 @@ def run(
     """Fine-tune as the arguments say, in the run folder that they name."""
     accelerator = begin(args, args.output_dir, args.seed)
     train_images, test_images, names = load_data(accelerator, data_args)
-    train_images.check_readable()
     model = make_model(accelerator, model_args, names)
+    processor = make_processor(model_args, model.config.image_height_width)
+    train_images, test_images = (images.read_as(reading_of(processor)) for images in (train_images, test_images))
+    train_images.check_readable()
+    if augmentation_args.rand_augment > 0:
+        check_rand_augment(to_tensor(next(train_images.sample(0, len(train_images)))[1]))
     plan = make_plan(accelerator, len(train_images), train_images.description, args, args.seed)
     set_threads(accelerator, os.environ, flops_of(model.config) * plan.batch_size)
     total_steps = args.max_train_steps or args.num_train_epochs * plan.steps_per_epoch
@@ -90,7 +95,7 @@ def run(
         test=test_images,
         names=names,
         config=model.config,
-        processor=make_processor(model_args, model.config.image_height_width),
+        processor=processor,
         plan=plan,
         schedule=make_schedule(
             total_steps,
@@ -188,13 +193,12 @@ def make_model(accelerator: Accelerator, args: FinetuneModelArguments, names: li
 
 
 def make_processor(args: FinetuneModelArguments, size: tuple[int, int]) -> Any:
-    """The image processor of the weights; at another image size, one for that size with the same normalisation."""
+    """The image processor of the weights; at another image size, one for that size that reads and
+    normalises alike."""
     processor = load_processor(args.model_name_or_path, size)
     if args.image_size is None:
         return processor
-    resized = evaluation_processor(size)
-    resized.image_mean, resized.image_std = processor.image_mean, processor.image_std
-    return resized
+    return evaluation_processor(size, reading_of(processor), processor.image_mean, processor.image_std)
 
 
 def flops_of(config: UMAEConfig) -> int:

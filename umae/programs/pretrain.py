@@ -5,7 +5,6 @@ import os
 import statistics
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,58 +13,48 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
-from tqdm.auto import tqdm
-from transformers import ViTImageProcessorPil
 
 from arguments_umae import (
     PretrainDataArguments,
     PretrainModelArguments,
     PretrainTrainingArguments,
-    parse_overrides,
     pretraining_arguments,
 )
-from umae import UMAEConfig, UMAEForPreTraining, files
-from umae.convert import load_exactly, read_model, resize_positions
+from umae import UMAEConfig, UMAEForPreTraining, UMAEImageProcessor, files
 from umae.data.batches import Plan, TrainingImages, decode_all, training_loader
-from umae.data.classes import load_first_labelled, parse_share
+from umae.data.classes import parse_share
 from umae.data.crops import Flips
-from umae.data.images import Images, held_out_splits, load_images
 from umae.data.inputs import evaluation_processor
-from umae.data.streaming import START, Cursor, Stream, load_stream, streaming_loader
+from umae.data.intensities import find_inputs, first_image
+from umae.data.streaming import START, Cursor, Stream, streaming_loader
 from umae.evaluation.monitor import (
     MOST_IMAGES,
     OBSERVED_STEPS,
-    Monitor,
     classes_of,
-    estimated_steps,
     measured_steps,
-    prepare_probe_images,
 )
+from umae.programs.evaluations import eval_steps, evaluate_features, evaluates, logging_steps, make_monitor
+from umae.programs.initial_model import make_model
+from umae.programs.job import Job, images_of_a_run, load_data, load_probe_images, readers
 from umae.programs.keywords import keywords
 from umae.programs.shell import begin, carry_out, make_plan, make_settings, print_plan
 from umae.sharing import cards, gallery, notebook
 from umae.speed import training_flops
 from umae.training import checkpoints
-from umae.training.folder import USUAL_CROPS, Run, length_before, write_run
+from umae.training.folder import USUAL_CROPS, USUAL_INPUTS, Run, length_before, write_run
 from umae.training.hardware import (
-    fast_attention,
-    main_process_first,
-    num_workers,
+    by_main_process,
     own_state,
     set_threads,
-    usual_workers,
 )
-from umae.training.log import SPEED, MetricsLog, is_due, track_image
+from umae.training.log import SPEED, MetricsLog
 from umae.training.loop import Losses, Task
 from umae.training.needs import needs, too_few_images
 from umae.training.pretraining import pretraining_losses, values_of
-from umae.training.schedules import Schedule, decay_groups, make_schedule
+from umae.training.schedules import decay_groups, make_schedule
 from umae.training.state import State
 
 BETAS = (0.9, 0.95)  # of AdamW
-EVALUATIONS = 10  # at least, of a run
-COLLAPSE = 0.5  # of an untrained encoder's effective rank
-USUAL_LOGGING = 50  # steps
 USUAL_WARMUP = 10  # one in ten steps
 
 
@@ -94,8 +83,17 @@ def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, ar
         if isinstance(images, Stream):
             raise ValueError("heldout needs all images at hand; leave out streaming")
         images, held_out = images.hold_out(parse_share(data_args.heldout))
-    images.check_readable()
-    model = make_model(accelerator, model_args)
+    first = by_main_process(accelerator, lambda: first_image(images, model_args.num_channels))
+    model = make_model(accelerator, model_args, first.channels)
+    inputs, warning = by_main_process(
+        accelerator,
+        lambda: find_inputs(
+            images, first, model.config.num_channels, data_args.intensity_range or "full", data_args.image_mean,
+            data_args.image_std, args.seed,
+        ),
+    )  # fmt: skip
+    images = images.read_as(inputs.reading)
+    held_out = held_out and held_out.read_as(inputs.reading)
     plan = make_plan(accelerator, images_of_a_run(accelerator, images, args), images.description, args, args.seed)
     set_threads(accelerator, os.environ, training_flops(model.config) * plan.batch_size)
     total_steps, extended_at = length_of(args, plan)
@@ -105,7 +103,9 @@ def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, ar
         images=images,
         probe_images=(held_out or load_probe_images(accelerator, data_args, images)) if args.eval_steps != 0 else None,
         config=model.config,
-        processor=evaluation_processor(model.config.image_height_width),
+        processor=evaluation_processor(
+            model.config.image_height_width, inputs.reading, inputs.image_mean, inputs.image_std
+        ),
         plan=plan,
         schedule=make_schedule(
             total_steps,
@@ -135,7 +135,7 @@ def run(data_args: PretrainDataArguments, model_args: PretrainModelArguments, ar
         identity_of(job, model_args.model_name_or_path),
         initial_weights=model_args.model_name_or_path,
         make_task=lambda log, record: make_task(job, model, log, record),
-        announce=lambda record: announce(job, record, model),
+        announce=lambda record: announce(job, record, model, warning),
         finish=lambda record: finish(job, record),
         plan_only=args.plan,
         hub_repo=(args.hub_model_id, args.hub_private_repo) if args.push_to_hub else None,
@@ -154,126 +154,6 @@ def length_of(args: PretrainTrainingArguments, plan: Plan) -> tuple[int, int]:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What will be done
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is to be done, and with what; nothing of it changes.
-
-    Args:
-        probe_images: those that the features are evaluated on during training, None for no evaluation.
-        workers: loader processes beside each of training.
-    """
-
-    accelerator: Accelerator
-    folder: Path
-    images: Images | Stream
-    probe_images: Images | Stream | None
-    config: UMAEConfig
-    processor: ViTImageProcessorPil
-    plan: Plan
-    schedule: Schedule
-    workers: int
-    args: PretrainTrainingArguments
-
-
-def load_data(accelerator: Accelerator, args: PretrainDataArguments, split: str) -> Images | Stream:
-    columns = (args.image_column_name, args.label_column_name)
-    with main_process_first(accelerator):  # the others find the main process' cache
-        if args.streaming:
-            return load_stream(args.dataset_name, args.dataset_config_name, split, args.image_column_name)
-        return load_images(args.dataset_name, args.dataset_config_name, split, *columns)
-
-
-def load_probe_images(
-    accelerator: Accelerator, args: PretrainDataArguments, images: Images | Stream
-) -> Images | Stream:
-    """The images to evaluate on: held-out ones where there are any, if possible with labels, else those of training."""
-    try:
-        splits = held_out_splits(args.dataset_name, args.dataset_config_name, args.train_split)
-        if not images.has_labels:
-            splits = splits[:1]
-        load = partial(load_data, accelerator, args)
-        probe_images = load_first_labelled(load, splits, accelerator.print) if splits else images
-        probe_images.check_readable()
-        return probe_images
-    except (ValueError, OSError) as error:  # no reason to refuse to train
-        accelerator.print(f"held-out images cannot be loaded, so the training images are evaluated: {error}")
-        return images
-
-
-def make_config(args: PretrainModelArguments) -> UMAEConfig:
-    """That of the weights, if the model starts from some, with what is given instead."""
-    names = ("image_size", "patch_size", "mask_ratio", "norm_pix_loss", "uniformity_weight", "regularizer", "pooling")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    fields = [field.name for field in dataclasses.fields(UMAEConfig)]
-    overrides = {**parse_overrides(args.config_overrides, fields, "config_overrides"), **given}
-    if args.model_name_or_path is None:
-        return UMAEConfig.sized(args.model_size, **overrides)
-    if args.model_size is not None:
-        raise ValueError(f"model_size {args.model_size}: weights have a size of their own; leave it out")
-    config, _ = read_model(args.model_name_or_path)
-    patch = config.patch_height_width
-    config.uniformity_weight = config.uniformity_weight or UMAEConfig().uniformity_weight  # plain MAE has none
-    for name, value in overrides.items():
-        setattr(config, name, value)
-    if config.patch_height_width != patch:
-        size = patch[0] if patch[0] == patch[1] else patch
-        raise ValueError(f"patch_size {config.patch_size} is not that of the weights, {size}; leave it out")
-    config.name_or_path = args.model_name_or_path
-    return config
-
-
-def make_model(accelerator: Accelerator, args: PretrainModelArguments) -> UMAEForPreTraining:
-    """A fresh model, or one that starts from weights; what is not given stays as the configuration has it."""
-    config, attention = make_config(args), fast_attention(accelerator)
-    if args.model_name_or_path is None:
-        model = UMAEForPreTraining._from_config(config, attn_implementation=attention)
-    else:
-        model = load_weights(accelerator, args.model_name_or_path, attention, config)
-    if model.config.num_hidden_patches == 0:
-        raise ValueError(f"mask_ratio {model.config.mask_ratio:g} hides no patch; raise it, 0.75 is usual")
-    return model
-
-
-def load_weights(accelerator: Accelerator, name_or_path: str, attention: str, config: UMAEConfig) -> UMAEForPreTraining:
-    """Start from a run folder or any published MAE; only a decoder may be missing, and that is said.
-
-    Images may have another size than the weights were made for; their position tables are then resized.
-    """
-    of_weights, tensors = read_model(name_or_path)
-    model = UMAEForPreTraining._from_config(config, attn_implementation=attention, dtype=torch.float32)
-    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("classifier.")}
-    tensors = resize_positions(tensors, of_weights.grid, config, accelerator.print)
-    fresh = [key for key in model.state_dict() if key not in tensors]
-    load_exactly(model, tensors, name_or_path, may_be_fresh=("decoder.", "vit.fc_norm."))
-    if fresh:
-        accelerator.print(f"{name_or_path} lacks {len(fresh)} tensors, such as {min(fresh)}; they start fresh")
-    return model
-
-
-def readers(accelerator: Accelerator, images: Images | Stream, asked: int | None) -> int:
-    """Loader processes beside each of training; a stream must have a shard for each of them."""
-    if not isinstance(images, Stream):
-        return num_workers(accelerator.device, asked)
-    processes, shards = accelerator.num_processes, images.num_shards
-    workers = min(usual_workers(accelerator.device), shards // processes) if asked is None else asked
-    if shards < processes * max(1, workers):
-        raise ValueError(
-            f"{images.description} comes in {shards} shards, fewer than {processes} processes x {max(1, workers)} "
-            f"readers; lower dataloader_num_workers or the number of processes, or leave out streaming"
-        )
-    return workers
-
-
-def images_of_a_run(accelerator: Accelerator, images: Images | Stream, args: PretrainTrainingArguments) -> int:
-    """How many images there are; for a stream that does not say, as many as the run uses, which is then one epoch."""
-    if images.num_images is not None:
-        return images.num_images
-    if args.max_train_steps is None:
-        raise ValueError(f"{images.description} does not say how many images it holds; give max_train_steps")
-    per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    return args.max_train_steps * per_step
 
 
 def identity_of(job: Job, initial_weights: str | None) -> dict[str, Any]:
@@ -296,6 +176,7 @@ def identity_of(job: Job, initial_weights: str | None) -> dict[str, Any]:
         "weight_decay": job.args.weight_decay,
         "max_grad_norm": job.args.max_grad_norm,
         **{name: getattr(job.args, name) for name in USUAL_CROPS},
+        **{name: getattr(job.processor, name) for name in USUAL_INPUTS},
         "mixed_precision": job.accelerator.mixed_precision,
     }
     if isinstance(job.images, Stream):  # there, what a process reads depends on how many readers there are
@@ -307,7 +188,7 @@ def identity_of(job: Job, initial_weights: str | None) -> dict[str, Any]:
     return identity
 
 
-def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> None:
+def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining, warning: str) -> None:
     """Print what is about to be done, before it is done."""
     identity, config, plan = record["identity"], job.config, job.plan
     (height, width), patches = config.image_height_width, config.grid[0] * config.grid[1]
@@ -320,6 +201,7 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
         + identity["dataset"]
         + (f", streamed from {identity['shards']} shards" if identity["streaming"] else ""),
         "input": f"{height} x {width} pixels, {patches} patches, {patches - config.num_hidden_patches} of them visible",
+        "channels": channels_of(job.processor),
         "model": f"{encoder:.3g} million parameters, from {config.name_or_path or 'scratch'}; "
         f"{decoder:.3g} in the decoder",
         "steps": f"{identity['total_steps']:,} ({identity['total_steps'] / plan.steps_per_epoch:.4g} epochs), "
@@ -350,6 +232,7 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
         job.accelerator, model, job.folder, plan.batch_size, job.args.checkpoints_total_limit,
         job.args.gradient_checkpointing, reconstructs=True,
     )  # fmt: skip
+    warnings = [warning, *warnings] if warning else warnings
     if decoder > encoder:
         warnings.append(
             "the decoder, which only pre-training needs, is larger than the encoder; leave out its sizes, and they "
@@ -358,6 +241,20 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining) -> Non
     if not identity["initial_weights"]:
         warnings += too_few_images(identity["pictures"], round(1e6 * encoder))
     print_plan(job.accelerator, lines | needed, warnings)
+
+
+def channels_of(processor: UMAEImageProcessor) -> str:
+    """How images are read and normalised, on one line: `3, the full range, mean 0.485, ..., deviation 0.229, ...`"""
+    numbers = [
+        ", ".join(f"{number:.4g}" for number in values[:4]) + (", ..." if len(values) > 4 else "")
+        for values in (processor.image_mean, processor.image_std)
+    ]
+    intensities = processor.intensity_range
+    if isinstance(intensities, str):
+        intensities = "the full range" if intensities == "full" else "each image's own range"
+    else:
+        intensities = "values from {:.6g} to {:.6g}".format(*intensities)
+    return f"{processor.num_channels}, {intensities}, mean {numbers[0]}, deviation {numbers[1]}"
 
 
 def regularizer_of(config: UMAEConfig, features: int, parts: int) -> dict[str, str]:
@@ -426,99 +323,6 @@ def make_task(job: Job, model: UMAEForPreTraining, log: MetricsLog, record: dict
         index_name=job.images.index_name,
         description=job.images.description,
     )
-
-
-def make_monitor(job: Job) -> Monitor | None:
-    if job.probe_images is None:
-        return None
-    classes, size = classes_of(job.images, job.probe_images), job.config.image_height_width
-    probe_images = prepare_probe_images(
-        job.accelerator, job.probe_images, job.processor, size, job.plan.batch_size, classes is not None, job.args.seed,
-        trained_on=job.probe_images is job.images,
-    )  # fmt: skip
-    labels = None if classes is None or isinstance(job.images, Stream) else job.images.labels()
-    return Monitor(job.accelerator, job.config, probe_images, labels, classes, job.processor, job.args.seed)
-
-
-def eval_steps(job: Job, record: dict[str, Any]) -> int:
-    """Steps between evaluations: as asked for, or so that they take 1 % of the time, but ten in a short run.
-
-    Args:
-        record: what `run.json` holds; also the number of steps, once it has been measured.
-    """
-    count = job.probe_images.num_images if job.probe_images is not None else None
-    images = min(MOST_IMAGES, count or MOST_IMAGES)
-    usual = record.get("eval_steps") or estimated_steps(job.config, job.plan, images)
-    return job.args.eval_steps or min(usual, max(1, job.schedule.total_steps // EVALUATIONS))
-
-
-def logging_steps(job: Job) -> int:
-    """Steps between lines of `metrics.jsonl`: as asked for, or 50, but in a short run one for each evaluation.
-
-    The same for the whole run, so by the estimate.
-    """
-    if job.args.logging_steps is not None or job.probe_images is None:
-        return job.args.logging_steps or USUAL_LOGGING
-    return min(USUAL_LOGGING, eval_steps(job, {}))
-
-
-def evaluates(job: Job, record: dict[str, Any], step: int) -> bool:
-    """Whether the line of `metrics.jsonl` at a step comes with an evaluation; the first one does by default."""
-    is_first = job.args.eval_steps is None and step <= logging_steps(job)
-    return is_first or is_due(step, job.schedule.total_steps, logging_steps(job), eval_steps(job, record))
-
-
-def evaluate_features(
-    job: Job, monitor: Monitor, state: State, batch: dict, record: dict[str, Any]
-) -> dict[str, float | None]:
-    """Measure the features; show it by a line on the terminal, and by figures in the run folder and in the trackers."""
-    values, reconstructed = monitor.evaluate(state.model, batch, state.step)
-    if "untrained_ranks" not in record:
-        record["untrained_ranks"] = monitor.untrained_ranks()
-        if job.accelerator.is_main_process and record["untrained_ranks"]:
-            tqdm.write(f"on the probe images {compared(record['untrained_ranks'])}")
-    if job.accelerator.is_main_process:
-        most = min(monitor.probe_images.count, job.config.hidden_size)
-        tqdm.write(f"step {state.step:,}: {in_words(values, most)}")
-        warn_of_collapse(job, record, values, state.step)
-        tile = gallery.save_tile(job.folder, state.step, reconstructed)
-        track_image(job.accelerator, "reconstructions", tile, state.step)
-    return values
-
-
-def compared(untrained: dict[str, float]) -> str:
-    """What effective ranks mean: those of an untrained encoder, and of collapsed features."""
-    ranks = " and ".join(f"{rank:.1f} ({pooling})" for pooling, rank in untrained.items())
-    return f"an untrained encoder has effective rank {ranks}, features that have collapsed have 1"
-
-
-def warn_of_collapse(job: Job, record: dict[str, Any], values: dict[str, float | None], step: int) -> None:
-    """Say once in a run that the training feature's effective rank is below COLLAPSE of an untrained encoder's.
-
-    Not in the first quarter: at the start the rank falls in every run, and rises again.
-    """
-    pooling, weight = job.config.pooling, job.config.uniformity_weight
-    rank, before = values.get(f"effective_rank_{pooling}"), record["untrained_ranks"].get(pooling)
-    if rank is None or before is None or rank >= COLLAPSE * before:
-        return
-    if step >= job.schedule.total_steps / 4 and "collapsed_at" not in record:
-        record["collapsed_at"] = step
-        tqdm.write(
-            f"warning: the {pooling} features collapse: their effective rank, {rank:.1f}, is less than {COLLAPSE:.0%} "
-            f"of an untrained encoder's, {before:.1f}; raise uniformity_weight, which is {weight:g}"
-        )
-
-
-def in_words(values: dict[str, float | None], most: int) -> str:
-    """Diagnostics on one line; `most` is what the rank of the probe images' features can be."""
-    if "effective_rank_cls" not in values:
-        return "nothing can be measured: no probe image can be read, or no feature is finite"
-    ranks = " and ".join(f"{values[f'effective_rank_{pooling}']:.1f} ({pooling})" for pooling in ("cls", "mean"))
-    text = f"effective rank {ranks} of at most {most}"
-    for name, title in {"online_top1": "linear classifier", "online_knn_top1": "nearest neighbours"}.items():
-        text += f", {title} {values[name]:.1%}" if name in values else ""
-    norms = [value for name, value in values.items() if name.startswith("grad_norm_")]  # reconstruction, regularizer
-    return text + (f", gradient of the terms {norms[0]:.3g} and {norms[1]:.2g}" if None not in norms else "")
 
 
 def make_loader(job: Job, steps: range, cursors: list[Cursor]) -> Iterable[dict]:

@@ -10,7 +10,7 @@ import torch
 from arguments_umae import pretraining_arguments
 from umae.data.images import load_images
 from umae.files import write_text
-from umae.programs.pretrain import make_config
+from umae.programs.initial_model import make_config
 from umae.programs.study_file import RUNS, Study, Task
 from umae.sharing.cards import duration, read_metrics
 from umae.speed import matmul_rate, training_flops

@@ -64,6 +64,53 @@ print(classify(image))
 ```
 
 {_READING}"""
+_CLASSIFY_ARRAY = """\
+```python
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+name = "."  # this folder, or its name on the Hub
+processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=True)
+model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=True)
+
+pixel_values = processor(processor.open_image("image.npy"), return_tensors="pt").pixel_values
+with torch.no_grad():
+    label = model(pixel_values).logits.argmax().item()
+print(model.config.id2label[label])
+```
+
+"""
+
+
+def _inputs(folder: Path) -> str | None:
+    """How the folder's image processor reads images, in words: `7 channels, the full range`; None for 8-bit RGB."""
+    file = folder / "preprocessor_config.json"
+    settings = json.loads(file.read_text()) if file.exists() else {}
+    if "num_channels" not in settings:
+        return None
+    bounds, channels = settings["intensity_range"], settings["num_channels"]
+    words = {"full": "the full range", "image": "each image's own range"}
+    intensities = words[bounds] if isinstance(bounds, str) else f"values from {bounds[0]:.6g} to {bounds[1]:.6g}"
+    return f"{channels} channel{'s' if channels > 1 else ''}, {intensities}"
+
+
+def _reading(inputs: str) -> str:
+    return (
+        f"`open_image` reads a file as training did, an image or `.npy`: {inputs}. The processor does the same to an\n"
+        "array or tensor. A processor that is loaded without `trust_remote_code=True` does not."
+    )
+
+
+def _use(folder: Path, hidden_size: int) -> str:
+    """The code on the card of a model, and how it reads images."""
+    text, inputs = _USE.replace("{hidden_size}", str(hidden_size)), _inputs(folder)
+    return text if inputs is None else text.replace("image.jpg", "image.npy").replace(_READING, _reading(inputs))
+
+
+def _classify(folder: Path) -> str:
+    """The code on the card of a classifier; pipelines take no arrays."""
+    inputs = _inputs(folder)
+    return _CLASSIFY if inputs is None else _CLASSIFY_ARRAY + _reading(inputs)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -119,12 +166,15 @@ def model_card(folder: Path, checkpoint: Path | None = None) -> str:
         lines = [line for line in lines if line["step"] <= int(checkpoint.name.removeprefix("step-"))]
     identity = run["identity"]
     by_coding_rate = config.get("regularizer") == "coding_rate"  # folders from before the field do not have it
+    inputs = _inputs(checkpoint or folder)
+    shown = "the first three as red, green and blue" if config["num_channels"] >= 3 else "the first as grey"
     fresh, base = identity.get("initial_weights") is None, run.get("base_model", [])
     facts = {
         "Data": f"{identity['dataset']}, "
         + (f"{identity['pictures']:,} images" if identity["pictures"] else "streamed")
         + ", no labels used",
         **({} if fresh else {"Started from": ", ".join(base) or Path(identity["initial_weights"]).name}),
+        **({} if inputs is None else {"Channels": f"{inputs}; figures show {shown}"}),
         "Image and patch": f"{config['image_size']} and {config['patch_size']} pixels",
         "Encoder": f"{config['num_hidden_layers']} layers of width {config['hidden_size']}",
         "Decoder": f"{config['decoder_num_hidden_layers']} layers of width {config['decoder_hidden_size']}",
@@ -172,7 +222,7 @@ collapsing into a few dimensions.
 
 ## Use
 
-{_USE.replace("{hidden_size}", str(config["hidden_size"]))}
+{_use(checkpoint or folder, config["hidden_size"])}
 
 ## Training
 
@@ -227,7 +277,7 @@ def probe_card(folder: Path) -> str:
 
 ## Use
 
-{_CLASSIFY}
+{_classify(folder)}
 
 ## Results
 
@@ -268,7 +318,7 @@ def finetune_card(folder: Path) -> str:
 
 ## Use
 
-{_CLASSIFY}
+{_classify(folder)}
 
 ## Results
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import ViTImageProcessorPil
 
 from modeling_umae import UMAEForPreTraining
 from umae import seeding
 from umae.convert import set_pooling
+from umae.data.inputs import load_processor
 from umae.evaluation.collapse import singular_values
 from umae.evaluation.features import frozen_features
 from umae.evaluation.reconstruction import FIGURE_IMAGES, reconstructions, to_pixels
@@ -40,7 +40,9 @@ def read_tile(path: Path, height: int, width: int) -> dict[str, np.ndarray]:
 
 
 @torch.inference_mode()
-def draw(folder: Path, images: Sequence[tuple[int, Image.Image]], description: str, device: torch.device) -> None:
+def draw(
+    folder: Path, images: Sequence[tuple[int, Image.Image | np.ndarray]], description: str, device: torch.device
+) -> None:
     """Write all figures of a finished run into its folder.
 
     Args:
@@ -49,7 +51,7 @@ def draw(folder: Path, images: Sequence[tuple[int, Image.Image]], description: s
     """
     model = UMAEForPreTraining.from_pretrained(folder, attn_implementation="eager")
     model.to(device).eval()  # type: ignore[arg-type]  # transformers annotates the wrapped `to` without `self`
-    processor = ViTImageProcessorPil.from_pretrained(folder)
+    processor = load_processor(str(folder))
     mean, std, config = processor.image_mean, processor.image_std, model.config
     pixel_values = torch.cat([processor(images=image, return_tensors="pt")["pixel_values"] for _, image in images])
 

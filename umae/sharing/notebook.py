@@ -72,4 +72,5 @@ hidden = output.mask[..., None].bool()
 rows = torch.cat([true, true.masked_fill(hidden, 0.0), torch.where(hidden, predicted, true)])
 mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
 pixels = (code.unpatchify(rows, patch, grid) * std + mean).clamp(0, 1).permute(0, 2, 3, 1)
+pixels = pixels[..., [0, 1, 2] if pixels.shape[-1] > 2 else [0, 0, 0]]  # three channels as RGB, or one as grey
 Image.fromarray((np.concatenate(pixels.numpy(), axis=1) * 255).round().astype(np.uint8))"""

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 import modeling_umae
 from configuration_umae import UMAEConfig
+from umae.data.inputs import IMAGENET_MEAN, IMAGENET_STD
 from umae.files import write_text
 from umae.training.checkpoints import clear_leftovers, newest_whole
 
@@ -29,6 +30,7 @@ KEPT = ("seconds", "unreadable", "unreadable_test", "eval_steps", "untrained_ran
 OF_LENGTH = ("total_steps", "warmup_steps", "extended_at")
 # Of pre-training; the identities of older runs do not name them
 USUAL_CROPS = {"min_crop_scale": 0.2, "horizontal_flip": 0.5, "vertical_flip": 0.0}
+USUAL_INPUTS = {"intensity_range": "full", "image_mean": [*IMAGENET_MEAN], "image_std": [*IMAGENET_STD]}
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,8 @@ def newest_checkpoint(accelerator: Accelerator, folder: Path) -> Path | None:
 
 
 def _check_identity(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    defaults = UMAEConfig().to_dict() | USUAL_CROPS | {"extended_at": 0}  # of what is younger than a run
+    # Of what is younger than a run
+    defaults = UMAEConfig().to_dict() | USUAL_CROPS | USUAL_INPUTS | {"extended_at": 0}
     old, new = ({**defaults, **identity, **identity["config"], "config": None} for identity in (before, now))
     for name, value in new.items():
         if old.get(name) != value:

@@ -1,17 +1,23 @@
 """What a run is started on: device, processes, precision, trackers, loader processes."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, str_to_bool
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+    broadcast_object_list,
+    str_to_bool,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from umae.speed import has_fast_bf16
@@ -20,6 +26,9 @@ FLOPS_TO_COMPILE = 1e18  # of a run; by arithmetic 40 minutes on an H100 at 40 %
 FLOPS_FOR_THREADS = 5e9  # a step of fewer is not faster on two threads: the digits' recipe has 0.9e9, CIFAR-10's 42e9
 DOWNLOAD = timedelta(days=7)  # at most, of a data set
 PATIENCE = timedelta(minutes=30)  # with a process that does not answer; one that has died is noticed at once
+
+
+T = TypeVar("T")
 
 
 def make_accelerator(
@@ -106,6 +115,20 @@ def set_threads(accelerator: Accelerator, environ: Mapping[str, str], flops_per_
 def usable_cores() -> int:
     """The processor cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def by_main_process(accelerator: Accelerator, compute: Callable[[], T]) -> T:
+    """What the main process computes, on every process; its `ValueError` is raised on all of them."""
+    result: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            result[0] = compute()
+        except ValueError as error:
+            result[1] = error
+    value, refusal = broadcast_object_list(result)
+    if refusal is not None:
+        raise refusal
+    return value
 
 
 @contextmanager
