@@ -163,7 +163,7 @@ def read_image(
     try:
         if isinstance(source, str | os.PathLike):
             source = Path(source).read_bytes()
-        is_array = isinstance(source, bytes) and source.startswith(NPY)
+        is_array = isinstance(source, bytes) and (source.startswith(NPY) or _is_beyond_pillow(source))
         if num_channels == 3 and intensity_range == "full" and not is_array:
             return open_image(source, name, min_side)
         values = _stored_values(source, num_channels, None if intensity_range == "image" else min_side)
@@ -254,7 +254,8 @@ def _stored_values(source: Any, num_channels: int, min_side: int | None = None) 
         flat = np.frombuffer(source, dtype, count=math.prod(shape), offset=offset)
         return values_of(flat.reshape(shape, order="F" if fortran_order else "C"), num_channels)
     header = _tiff_header(source) if isinstance(source, bytes) else None
-    if header and header.samples > 1 and (header.bits != 8 or header.samples > 4 or num_channels not in (1, 3)):
+    plain = header and (header.samples == 1 or (header.bits == 8 and header.samples <= 4 and num_channels in (1, 3)))
+    if header and (not plain or _is_beyond_pillow(source)):
         if header.samples != num_channels and {header.samples, num_channels} != {1, 3}:
             raise ValueError(f"a TIFF with {header.samples} channels of {header.bits} bits")
         _check_size((header.samples, header.height, header.width))
@@ -365,6 +366,20 @@ def _tiff_header(encoded: bytes) -> _TiffHeader | None:
         return _TiffHeader(int(directory.get(277, 1)), int(bits), int(directory[256]), int(directory[257]), alpha)
     except ERRORS:
         return None
+
+
+def _is_beyond_pillow(encoded: bytes) -> bool:
+    """Whether this is a TIFF of 1 or 3 channels, such as floats, that Pillow does not know."""
+    header = _tiff_header(encoded)
+    if header is None or header.samples not in (1, 3):
+        return False
+    try:
+        Image.open(io.BytesIO(encoded), formats=("TIFF",))
+    except UnidentifiedImageError:
+        return True
+    except ERRORS:  # which reading raises again
+        return False
+    return False
 
 
 def _tiff_values(encoded: bytes) -> np.ndarray:

@@ -262,3 +262,13 @@ def test_arrays_of_other_channels_in_the_same_folder_are_left_out_by_name(tmp_pa
     first, second, third = images.read_as(Reading(7)).read_pixels([0, 1, 2])
     assert isinstance(second, UnreadableImage) and str(second).startswith("1.npy: an array of shape (9, 11, 3)")
     assert first.shape == third.shape == (7, HEIGHT, HEIGHT)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_tiffs_and_those_of_three_channels_that_pillow_does_not_know_keep_their_values(channels, kind):
+    array = values_of(channels, kind)
+    encoded = tiff(array, planarconfig="contig") if channels > 1 else tiff(array[..., 0])
+    pixels = read_image(encoded, "x", channels)
+    expected = array.transpose(2, 0, 1).astype(np.float32) / np.float32(TYPES[kind])
+    assert np.array_equal(pixels if kind != "uint8" else pixels.astype(np.float32) / np.float32(255), expected)

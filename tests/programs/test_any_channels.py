@@ -41,7 +41,8 @@ def digits_of(folder, channels: int, kind: str, count: int = 60, ending: str = "
         elif ending == ".png":
             Image.fromarray(array[..., 0] if channels == 1 else array).save(path)
         else:
-            pytest.importorskip("tifffile").imwrite(path, array, photometric="minisblack", planarconfig="contig")
+            planes = {"planarconfig": "contig"} if channels > 1 else {}
+            pytest.importorskip("tifffile").imwrite(path, array.squeeze(), photometric="minisblack", **planes)
     return folder
 
 
