@@ -315,10 +315,11 @@ def test_a_run_from_before_a_setting_continues_with_what_it_was(finished, tmp_pa
         del record["identity"][name]
     del record["identity"]["config"]["regularizer"]
     (tmp_path / "run.json").write_text(json.dumps(record))
-    run_pretrain.main(["--output_dir", str(tmp_path), *SHORT])
+    then = ["--output_dir", str(tmp_path), *SHORT, "--horizontal_flip", "0.5"]  # for all images, also the digits
+    run_pretrain.main(then)
     assert "finished; nothing to do" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"holds a run with vertical_flip 0\.0, not 0\.5"):
-        run_pretrain.main(["--output_dir", str(tmp_path), *SHORT, "--vertical_flip", "0.5"])
+        run_pretrain.main([*then, "--vertical_flip", "0.5"])
 
 
 @pytest.mark.parametrize("streaming", [False, True])
