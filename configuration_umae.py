@@ -1,6 +1,7 @@
 """The configuration of a U-MAE model: typed fields and their validation, nothing else."""
 
 from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
 
 POOLINGS = ("cls", "mean")
 REGULARIZERS = ("uniformity", "coding_rate")
@@ -41,7 +42,7 @@ def _is_finite(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-class UMAEConfig(PreTrainedConfig):
+class UMAEConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""Sizes and training objective of a U-MAE (Zhang, Wang & Wang, "How Mask Matters", NeurIPS 2022).
 
     The defaults give ViT-B/16 with MAE's decoder. Field names are those of transformers' `ViTMAEConfig`; the last five
@@ -77,6 +78,7 @@ class UMAEConfig(PreTrainedConfig):
             fine-tunes without, and normalises their mean alone.
         drop_path_rate (float, defaults to 0.0): share of the images that skip a branch (attention or feed-forward)
             of the encoder's last layer in training, in [0, 1); it grows linearly from 0 at the first layer.
+        out_features, out_indices (lists of str or int): which maps a `UMAEBackbone` returns, by name or number.
 
     Raises:
         ValueError: a field is invalid, or fields do not fit together. The message names the field, what was found
@@ -112,9 +114,26 @@ class UMAEConfig(PreTrainedConfig):
     final_layernorm: bool = True
     drop_path_rate: float = 0.0
 
+    # Of a backbone; without annotations, as they are no fields
+    _out_features = None
+    _out_indices = None
+
     def __post_init__(self, **kwargs):
+        features, indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         super().__post_init__(**kwargs)
         self.check_combinations()
+        if features is not None or indices is not None:
+            self.set_output_features_output_indices(features, indices)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of a backbone's maps: `stem`, the embeddings, then `stage1` and so on, what each layer returns."""
+        return ["stem", *(f"stage{layer}" for layer in range(1, self.num_hidden_layers + 1))]
+
+    def to_dict(self):
+        """As transformers; `out_features` and `out_indices` only where they were set."""
+        fields = super().to_dict()
+        return {name: fields[name] for name in fields if not (name.startswith("out_") and fields[name] is None)}
 
     @classmethod
     def sized(cls, size: str | None = None, **fields) -> "UMAEConfig":
@@ -266,6 +285,8 @@ def _check_field(name: str, value) -> None:
         raise ValueError(f"{name} must be a finite number of at least 0, got {value!r:.80}")
     if name in _FLAGS and not isinstance(value, bool):
         raise ValueError(f"{name} must be true or false, got {value!r:.80}")
+    if name == "hidden_act" and not isinstance(value, str):
+        raise ValueError(f"hidden_act must be the name of an activation such as gelu, got {value!r:.80}")
     if name == "pooling" and value not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {value!r:.80}")
     if name == "regularizer" and value not in REGULARIZERS:

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.modeling_outputs import BackboneOutput, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
@@ -528,7 +529,7 @@ class UMAEForPreTrainingOutput(ModelOutput):
 
 
 class UMAEPreTrainedModel(PreTrainedModel):
-    """Initialisation, loading and saving, shared by the three models."""
+    """Initialisation, loading and saving, shared by all models."""
 
     config: UMAEConfig
     config_class = UMAEConfig
@@ -584,6 +585,7 @@ class UMAEPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As `PreTrainedModel.save_pretrained`; also saves the code, for all its Auto classes."""
         self.config.auto_map = {
+            "AutoBackbone": "modeling_umae.UMAEBackbone",
             "AutoConfig": "configuration_umae.UMAEConfig",
             "AutoModel": "modeling_umae.UMAEModel",
             "AutoModelForPreTraining": "modeling_umae.UMAEForPreTraining",
@@ -956,6 +958,46 @@ class _Problem(NamedTuple):
     problem_type: str
 
 
+class UMAEBackbone(BackboneMixin, UMAEModel):
+    """The encoder under transformers' heads for detection and segmentation: it returns feature maps.
+
+    `config.out_features`, `["stage3", "stage6"]`, or `config.out_indices`, `[3, 6]`, choose them, by default the last:
+    see `UMAEConfig.stage_names`. All are normalised by the encoder's last norm, as in `UMAEModel.feature_maps`.
+    """
+
+    _auto_class = "AutoBackbone"
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^classifier\.", r"\bfc_norm\."]
+
+    def __init__(self, config: UMAEConfig):
+        super().__init__(config)
+        if config.pooling == "mean":
+            del self.fc_norm  # which would be a parameter without a gradient
+        config.set_output_features_output_indices(config._out_features, config._out_indices)
+        self.num_features = [config.hidden_size] * len(config.stage_names)
+
+    @can_return_tuple
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
+        """Encode images of any size that the patch divides; positions are interpolated.
+
+        Args:
+            pixel_values: (batch, channels, height, width), normalised as the image processor does.
+
+        Returns:
+            `feature_maps`, each (batch, hidden_size, rows, columns).
+
+        Raises:
+            ValueError: the images do not have the expected shape.
+        """
+        grid = self.grid_of(pixel_values, any_size=True)
+        hidden_states = [self.embeddings(pixel_values, None, grid)]
+        layers: nn.ModuleList = self.encoder["layer"]  # type: ignore[assignment]  # torch: any Module
+        for layer, scales in zip(layers, self.branch_scales(hidden_states[0], len(layers)), strict=True):
+            hidden_states.append(layer(hidden_states[-1], branch_scales=scales, **kwargs))
+        tokens = [self.layernorm(hidden_states[index])[:, 1:] for index in self.out_indices]
+        return BackboneOutput(feature_maps=tuple(of_layer.transpose(1, 2).unflatten(2, grid) for of_layer in tokens))
+
+
 class UMAEHead(nn.Linear):
     """A classifier's last layer; a class of its own because it starts near zero."""
 
@@ -1016,6 +1058,7 @@ class UMAEForImageClassification(UMAEPreTrainedModel):
 
 
 __all__ = [
+    "UMAEBackbone",
     "UMAEForImageClassification",
     "UMAEForPreTraining",
     "UMAEModel",

@@ -91,12 +91,13 @@ def test_the_package_is_light_and_all_of_it_works_without_what_only_linux_has(fo
 
 
 @pytest.mark.parametrize("saved_class", [UMAEModel, UMAEForPreTraining, UMAEForImageClassification])
-def test_every_saved_folder_names_all_four_auto_classes_and_holds_the_code(tmp_path, saved_class):
+def test_every_saved_folder_names_all_five_auto_classes_and_holds_the_code(tmp_path, saved_class):
     model = saved_class(fresh_config())
     model.save_pretrained(tmp_path)
     files = {file.name for file in tmp_path.iterdir()}
     assert files == {"config.json", "model.safetensors", "modeling_umae.py", "configuration_umae.py"}
     assert set(model.config.auto_map) == {
+        "AutoBackbone",
         "AutoConfig", "AutoModel", "AutoModelForPreTraining", "AutoModelForImageClassification",
     }  # fmt: skip
 

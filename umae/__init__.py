@@ -6,11 +6,12 @@ What trains and evaluates is imported when it is first used.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
+from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining
 
 from configuration_umae import UMAEConfig
 from image_processing_umae import UMAEImageProcessor, open_image, read_image
 from modeling_umae import (
+    UMAEBackbone,
     UMAEForImageClassification,
     UMAEForPreTraining,
     UMAEModel,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 AutoConfig.register("umae", UMAEConfig, exist_ok=True)
+AutoBackbone.register(UMAEConfig, UMAEBackbone, exist_ok=True)
 AutoModel.register(UMAEConfig, UMAEModel, exist_ok=True)
 AutoModelForPreTraining.register(UMAEConfig, UMAEForPreTraining, exist_ok=True)
 AutoModelForImageClassification.register(UMAEConfig, UMAEForImageClassification, exist_ok=True)
@@ -61,6 +63,7 @@ _LAZY = {
 __all__ = [
     "Images",
     "Run",
+    "UMAEBackbone",
     "UMAEConfig",
     "UMAEForImageClassification",
     "UMAEForPreTraining",
