@@ -130,6 +130,24 @@ class UMAEConfig(BackboneConfigMixin, PreTrainedConfig):
         """Names of a backbone's maps: `stem`, the embeddings, then `stage1` and so on, what each layer returns."""
         return ["stem", *(f"stage{layer}" for layer in range(1, self.num_hidden_layers + 1))]
 
+    @property
+    def out_features(self) -> list[str]:
+        """Names of the maps that a backbone returns."""
+        return self._out_features or [self.stage_names[-1]]
+
+    @out_features.setter
+    def out_features(self, names: list[str] | None) -> None:
+        self.set_output_features_output_indices(names, None)
+
+    @property
+    def out_indices(self) -> list[int]:
+        """Their numbers in `stage_names`."""
+        return self._out_indices or [self.num_hidden_layers]
+
+    @out_indices.setter
+    def out_indices(self, indices: list[int] | tuple[int, ...] | None) -> None:
+        self.set_output_features_output_indices(None, None if indices is None else list(indices))
+
     def to_dict(self):
         """As transformers; `out_features` and `out_indices` only where they were set."""
         fields = super().to_dict()

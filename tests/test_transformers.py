@@ -19,11 +19,16 @@ import torch
 import transformers
 from golden_models import fresh_config
 
-from modeling_umae import UMAEForImageClassification, UMAEForPreTraining, UMAEModel
+from modeling_umae import UMAEBackbone, UMAEForImageClassification, UMAEForPreTraining, UMAEModel
 from umae import UMAEConfig
 
 pytestmark = pytest.mark.slow
-LEAST = {UMAEModel: 96, UMAEForPreTraining: 97, UMAEForImageClassification: 97}  # tests that pass, of 5.23
+LEAST = {
+    UMAEModel: 96,
+    UMAEForPreTraining: 97,
+    UMAEForImageClassification: 97,
+    UMAEBackbone: 8,
+}  # tests that pass, of 5.23
 
 
 def source() -> Path:
@@ -41,8 +46,8 @@ def source() -> Path:
     return folder
 
 
-def theirs() -> tuple[types.ModuleType, types.ModuleType]:
-    """Their common tests of models and of configurations. What the source distribution lacks is there, and empty."""
+def theirs() -> tuple[types.ModuleType, ...]:
+    """Their common tests of models, configurations and backbones. What the source distribution lacks is empty here."""
     package = types.ModuleType("tests")
     package.__path__ = [str(source() / "tests")]
     modules = {"tests": package}
@@ -59,9 +64,8 @@ def theirs() -> tuple[types.ModuleType, types.ModuleType]:
         patch("transformers.utils.direct_transformers_import", lambda path: transformers),  # of their own checkout
         patch.object(pytest.mark, "_config", None),  # which would refuse their marks
     ):
-        return tuple(
-            importlib.import_module(f"tests.{name}") for name in ("test_modeling_common", "test_configuration_common")
-        )
+        names = ("test_modeling_common", "test_configuration_common", "test_backbone_common")
+        return tuple(importlib.import_module(f"tests.{name}") for name in names)
 
 
 class Tester:
@@ -113,13 +117,28 @@ def suite(kind: type, common: types.ModuleType, configuration: types.ModuleType)
     return Theirs
 
 
-@pytest.mark.parametrize("kind", [UMAEModel, UMAEForPreTraining, UMAEForImageClassification])
+def backbone_suite(backbone: types.ModuleType) -> type[unittest.TestCase]:
+    """Their tests of what makes a model a backbone."""
+
+    class Theirs(backbone.BackboneTesterMixin, unittest.TestCase):
+        all_model_classes = (UMAEBackbone,)
+        config_class = UMAEConfig
+        has_attentions = False  # fused attention returns none
+
+        def setUp(self):
+            self.model_tester = Tester(masks=False)
+
+    return Theirs
+
+
+@pytest.mark.parametrize("kind", [UMAEModel, UMAEForPreTraining, UMAEForImageClassification, UMAEBackbone])
 def test_their_tests_pass(kind):
-    common, configuration = theirs()
+    common, configuration, backbone = theirs()
     names = common.MODEL_MAPPING_NAMES if hasattr(common, "MODEL_MAPPING_NAMES") else {}
     result = unittest.TestResult()
     with patch.dict(names, {"umae": "UMAEModel"}):  # a base model, which has no loss
-        unittest.defaultTestLoader.loadTestsFromTestCase(suite(kind, common, configuration)).run(result)
+        tests = backbone_suite(backbone) if kind is UMAEBackbone else suite(kind, common, configuration)
+        unittest.defaultTestLoader.loadTestsFromTestCase(tests).run(result)
     failed = {str(test).split()[0]: text.strip().splitlines()[-1] for test, text in result.failures + result.errors}
     passed = result.testsRun - len(failed) - len(result.skipped)
     print(f"{kind.__name__}: {passed} passed, {len(result.skipped)} skipped, {len(failed)} failed")
