@@ -75,6 +75,23 @@ def test_every_shipped_study_compares_the_term_with_none(path):
     assert {task.kind for task in shipped.tasks} > {"runs"}
 
 
+def test_runs_from_weights_and_from_scratch_are_told_apart_by_names_and_command_lines(tmp_path):
+    text = """
+    pretrain: {dataset_name: digits, recipe: digits}
+    grid: [{model_name_or_path: [null, some/where/weights]}]
+    baseline: {model_name_or_path: null}
+    """
+    read = read_study(arguments(tmp_path, text))
+    scratch, weights = read.tasks
+    assert list(read.runs) == ["model_name_or_path=none,seed=0", "model_name_or_path=weights,seed=0"]
+    assert "--model_name_or_path" not in scratch.command_line and "some/where/weights" in weights.command_line
+    assert read.baseline == {"model_name_or_path": None}
+    with pytest.raises(ValueError, match=r"two runs are named .*the last parts of paths must differ"):
+        read_study(arguments(tmp_path, text.replace("null, some", "other/weights, some")))
+    with pytest.raises(ValueError, match="baseline names seeds; every run of the grid must say what it has"):
+        read_study(arguments(tmp_path, text.replace("baseline: {model_name_or_path: null}", "baseline: {seeds: 1}")))
+
+
 def test_an_evaluation_has_the_images_of_its_run_unless_it_names_others(tmp_path):
     text = """
     pretrain: {dataset_name: some/images, train_split: "train[:50%]", image_column_name: img, recipe: digits}

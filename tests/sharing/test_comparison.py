@@ -62,6 +62,17 @@ def test_a_run_is_compared_with_the_one_that_differs_in_the_term_alone():
     ]
 
 
+def test_another_question_has_another_baseline():
+    rows = [
+        result(0, 50.0, model_name_or_path=None, dataset_name="cells"),
+        result(0, 58.0, model_name_or_path="runs/a", dataset_name="cells"),
+        result(0, 30.0, model_name_or_path=None, dataset_name="roads"),
+        result(0, 31.0, model_name_or_path="runs/a", dataset_name="roads"),
+    ]
+    differences = [group.differences for group in compare(rows, {"model_name_or_path": None})]
+    assert [difference and difference["linear/top1/cls"].mean for difference in differences] == [{}, 8.0, {}, 1.0]
+
+
 def test_what_only_some_seeds_have_is_the_mean_of_those():
     rows = [result(0, 50.0, uniformity_weight=0), result(1, 9.0, "mae/top1/cls", uniformity_weight=0)]
     (group,) = compare(rows)

@@ -140,7 +140,7 @@ def _last_line(log: Path) -> str:
 def write_results(args: StudyArguments, study: Study, notes: Sequence[str]) -> dict[str, Any]:
     """Write `study.json`, the table and the page, as far as there are results."""
     content = results(args, study, notes)
-    groups = compare(results_of_runs(study))
+    groups = compare(results_of_runs(study), study.baseline)
     write_text(study.output_dir / RESULTS, json.dumps(content, indent=2) + "\n")
     write_text(study.output_dir / TABLE, markdown(groups))
     write_text(study.output_dir / PAGE, study_page(content, groups))
@@ -201,7 +201,8 @@ def results(args: StudyArguments, study: Study, notes: Sequence[str]) -> dict[st
         "command": f"umae study {Path(args.study).name}",
         "state": state,
         "notes": list(notes),
-        "groups": [summary(group) for group in compare(list(found.values()))],
+        "baseline": dict(study.baseline),
+        "groups": [summary(group) for group in compare(list(found.values()), study.baseline)],
         "runs": runs,
         "protocols": protocols,
     }

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from arguments_umae import PRETRAIN, PROGRAMS, STUDIES, StudyArguments, field_names, nearest, read_shipped
+from umae.sharing.comparison import WITHOUT_TERM
 from umae.training.folder import RUN_FILE
 
 RUNS = "runs"  # the kind of the tasks that pre-train, and the folder of their runs
 REPORTS = {"probe": "linear_probe.json", "finetune": "finetune.json"}  # of the programs that evaluate, when finished
-KEYS = ("title", "output_dir", "pretrain", "grid", "evaluations")
+KEYS = ("title", "output_dir", "pretrain", "grid", "baseline", "evaluations")
 DATA = ("dataset_name", "dataset_config_name", "train_split", "image_column_name", "label_column_name", "heldout")
 
 
@@ -50,7 +51,7 @@ class Task:
         """The words after `umae`."""
         words = [self.program]
         for name, value in {**self.arguments, "output_dir": str(self.folder)}.items():
-            words += [f"--{name}", _as_word(value)]
+            words += [] if value is None else [f"--{name}", _as_word(value)]
         return words
 
 
@@ -62,12 +63,14 @@ class Study:
         title: what is studied, in a line.
         runs: by name, the settings that differ among the runs, `seed` among them.
         tasks: every run, and after each its evaluations.
+        baseline: the settings of the runs that the others are compared with.
     """
 
     title: str
     output_dir: Path
     runs: Mapping[str, Mapping[str, Any]]
     tasks: Sequence[Task]
+    baseline: Mapping[str, Any]
 
     @property
     def kinds(self) -> list[str]:
@@ -91,14 +94,16 @@ def read_study(args: StudyArguments) -> Study:
     if args.dataset_name is not None:
         base |= {"dataset_name": args.dataset_name}
     evaluations = _mapping(path, "evaluations", content.get("evaluations"))
-    runs, tasks = {}, []
+    runs, tasks = dict[str, Mapping[str, Any]](), list[Task]()
     for settings in _expand(path, content.get("grid")):
         arguments = _local_data({**base, **settings}, args.data_dir)
         data, _, training = _checked(f"{path}: pretrain", "pretrain", arguments)
         settings = _in_order({**settings, "seed": training.seed})
-        run = ",".join(f"{name}={_as_word(value)}" for name, value in settings.items())
-        if run in runs:
+        run = ",".join(f"{name}={_in_a_name(value)}" for name, value in settings.items())
+        if runs.get(run) == settings:
             continue
+        if run in runs:
+            raise ValueError(f"{path}: two runs are named {run!r}; the last parts of paths must differ")
         if not set(run) <= _OF_NAMES:
             raise ValueError(f"{path}: a run named {run!r}; values in grid must be numbers, true, false or short words")
         runs[run] = settings
@@ -111,7 +116,10 @@ def read_study(args: StudyArguments) -> Study:
                 of_program |= {"model_name_or_path": str(folder)}
                 _checked(f"{path}: {kind}", program, of_program)
                 tasks.append(Task(kind, run, program, of_program, output_dir / kind / run))
-    return Study(str(content.get("title", path.stem)), output_dir, runs, tasks)
+    baseline = _mapping(path, "baseline", content.get("baseline")) or WITHOUT_TERM
+    if not all(baseline.keys() <= settings.keys() for settings in runs.values()) and baseline is not WITHOUT_TERM:
+        raise ValueError(f"{path}: baseline names {', '.join(baseline)}; every run of the grid must say what it has")
+    return Study(str(content.get("title", path.stem)), output_dir, runs, tasks, baseline)
 
 
 _OF_NAMES = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_=,.+-")
@@ -174,6 +182,11 @@ def _local_data(arguments: Mapping[str, Any], data_dir: str | None) -> dict[str,
     name = arguments.get("dataset_name")
     local = Path(data_dir) / str(name).rsplit("/", 1)[-1] if data_dir is not None and name is not None else None
     return {**arguments, "dataset_name": str(local)} if local is not None and local.exists() else dict(arguments)
+
+
+def _in_a_name(value: Any) -> str:
+    """As in the name of a run, which is a folder: of a path the last part."""
+    return "none" if value is None else Path(value).name if isinstance(value, str) else _as_word(value)
 
 
 def _as_word(value: Any) -> str:

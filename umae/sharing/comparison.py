@@ -20,7 +20,8 @@ PRETRAINING = (
 ACCURACIES = ("top1", "top5")
 OF_FEATURES = ("knn20_top1", "effective_rank")  # the same whatever heads are trained
 CONFIDENCE = 0.95
-# What a run without the term, weight 0, is the baseline of whatever they are
+WITHOUT_TERM = {"uniformity_weight": 0}  # the usual baseline
+# What a run without the term is the baseline of whatever they are
 OF_THE_TERM = ("uniformity_weight", "pooling", "regularizer", "exact_uniformity")
 
 
@@ -42,7 +43,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a metric, with the term minus without, the mean over pairs of runs that agree in all else and in the seed.
+    """Of a metric, the mean over pairs of a run and its baseline, which agree in all else and in the seed.
 
     Args:
         interval: half the width of the 95 % confidence interval by Student's t; None for one pair, which has none.
@@ -59,7 +60,7 @@ class Group:
 
     Args:
         values: by metric, of every seed that has it.
-        differences: to the runs without the term, by metric; empty for those themselves, and where there are none.
+        differences: to the baselines, by metric; empty for those themselves, and where there are none.
     """
 
     settings: Mapping[str, Any]
@@ -120,8 +121,12 @@ def _with_slash(name: str) -> str:
     return f"{stem}/{feature}" if feature in ("cls", "mean") else name
 
 
-def compare(results: Sequence[Result]) -> list[Group]:
-    """The results by settings, in the order of their first runs."""
+def compare(results: Sequence[Result], baseline: Mapping[str, Any] = WITHOUT_TERM) -> list[Group]:
+    """The results by settings, in the order of their first runs.
+
+    Args:
+        baseline: the settings of the runs that the others are compared with.
+    """
     groups: list[list[Result]] = []
     for result in results:
         for group in groups:
@@ -130,20 +135,20 @@ def compare(results: Sequence[Result]) -> list[Group]:
                 break
         else:
             groups.append([result])
-    baselines = {(_without_term(result), result.seed): result for result in results if _is_baseline(result)}
-    return [_group(sorted(group, key=lambda result: result.seed), baselines) for group in groups]
+    pairs = {_rest(result, baseline): result for result in results if _is_baseline(result, baseline)}
+    return [_group(sorted(group, key=lambda result: result.seed), baseline, pairs) for group in groups]
 
 
-def _group(results: Sequence[Result], baselines: Mapping[Any, Result]) -> Group:
+def _group(results: Sequence[Result], baseline: Mapping[str, Any], baselines: Mapping[Any, Result]) -> Group:
     metrics = dict.fromkeys(metric for result in results for metric in result.values)
     differences = {}
-    if not _is_baseline(results[0]):
-        pairs = [(result, baselines.get((_without_term(result), result.seed))) for result in results]
+    if not _is_baseline(results[0], baseline):
+        pairs = [(result, baselines.get(_rest(result, baseline))) for result in results]
         for metric in metrics:
             of_pairs = [
-                result.values[metric] - baseline.values[metric]
-                for result, baseline in pairs
-                if baseline is not None and metric in result.values and metric in baseline.values
+                result.values[metric] - other.values[metric]
+                for result, other in pairs
+                if other is not None and metric in result.values and metric in other.values
             ]
             if of_pairs:
                 differences[metric] = _difference(of_pairs)
@@ -159,15 +164,15 @@ def _difference(values: Sequence[float]) -> Difference:
     return Difference(statistics.mean(values), interval, len(values))
 
 
-def _is_baseline(result: Result) -> bool:
-    return result.settings.get("uniformity_weight") == 0
+def _is_baseline(result: Result, baseline: Mapping[str, Any]) -> bool:
+    return all(name in result.settings and result.settings[name] == value for name, value in baseline.items())
 
 
-def _without_term(result: Result) -> str:
-    """The settings that a run shares with its baseline, as a key."""
-    return json.dumps(
-        {name: value for name, value in result.settings.items() if name not in OF_THE_TERM}, sort_keys=True
-    )
+def _rest(result: Result, baseline: Mapping[str, Any]) -> tuple[str, int]:
+    """What a run shares with its baseline, as a key: the other settings and the seed."""
+    own = {*baseline, *(OF_THE_TERM if "uniformity_weight" in baseline else ())}
+    rest = {name: value for name, value in result.settings.items() if name not in own}
+    return json.dumps(rest, sort_keys=True), result.seed
 
 
 def summary(group: Group) -> dict[str, Any]:

@@ -38,7 +38,7 @@ PAGE = Template(
 {% endfor %}
 </table></div>
 <p>Accuracies in percent, on test images. &plusmn; is the standard deviation over the seeds. Below each value stands its
-difference to the runs without the term (weight 0) that have the same seed and settings otherwise, in brackets its 95 %
+difference to the runs with {{ baseline }} that have the same seed and settings otherwise, in brackets its 95 %
 confidence interval; with one pair there is none. {{ unmasked }}</p>
 {% if figure %}<img alt="Metrics over the weight of the term" src="{{ figure }}">{% endif %}
 <h2>Protocols</h2>
@@ -67,6 +67,7 @@ def study_page(content: Mapping[str, Any], groups: Sequence[Group]) -> str:
         command=content["command"],
         state=content["state"],
         notes=content["notes"],
+        baseline=", ".join(f"{name} {_number(value)}" for name, value in content["baseline"].items()),
         columns=[_title(group) for group in groups],
         rows={title_of(metric): [_cell(group, metric) for group in groups] for metric in metrics},
         unmasked=UNMASKED,
