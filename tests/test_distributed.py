@@ -107,12 +107,12 @@ PATIENT = """
 import datetime, os, sys, time
 from pathlib import Path
 from umae.training import hardware
-hardware.PATIENCE = datetime.timedelta(seconds=2)  # of an ordinary barrier
+hardware.PATIENCE = datetime.timedelta(seconds=1)  # of an ordinary barrier
 accelerator = hardware.make_accelerator(os.environ, "no", 1, "none", Path("."))
 cache = Path(sys.argv[1])
 with hardware.main_process_first(accelerator):
     if accelerator.is_main_process:
-        time.sleep(6)
+        time.sleep(3)
         cache.write_text("downloaded")
     print(cache.read_text())
 hardware.close(accelerator)

@@ -135,16 +135,17 @@ def test_ranks_are_compared_with_those_of_an_untrained_encoder_once(finished):
 
 def test_features_that_collapse_are_named_once_in_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluations, "COLLAPSE", 100)  # of an untrained encoder's rank: no features pass
-    flags = ["--output_dir", str(tmp_path / "run"), *SHORT[:-1], "1"]
+    flags = ["--output_dir", str(tmp_path / "run"), "--max_train_steps", "4", "--checkpointing_steps", "2"]
+    flags += ["--logging_steps", "2", "--eval_steps", "2"]
     monkeypatch.setattr(pretrain, "finish", lambda *rest: None)
     run_pretrain.main(flags)
     printed = capsys.readouterr().out
     assert printed.count("warning: the cls features collapse") == 1
     assert (
-        printed.index("step 3: ") < printed.index("collapse: their") and "uniformity_weight, which is 0.01" in printed
+        printed.index("step 2: ") < printed.index("collapse: their") and "uniformity_weight, which is 0.01" in printed
     )
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["collapsed_at"] == 3, "after a quarter of 12 steps"
-    shutil.rmtree(tmp_path / "run" / "step-12")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["collapsed_at"] == 2, "after a quarter of 4 steps"
+    shutil.rmtree(tmp_path / "run" / "step-4")
     run_pretrain.main(flags)
     assert "warning" not in capsys.readouterr().out
 
@@ -425,13 +426,12 @@ def test_training_starts_from_a_file_of_the_original_code(tmp_path, capsys):
 
 
 def test_a_finished_run_is_made_longer_by_a_new_curve_and_continues_to_the_same_bits(finished, tmp_path, capsys):
-    folders = tmp_path / "whole", tmp_path / "cut"
-    longer = [*SHORT, "--extend_to", "20"]
-    for folder in folders:
-        shutil.copytree(finished[0], folder)
-        run_pretrain.main(["--output_dir", str(folder), *longer])
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    longer = [*SHORT[:-1], "0", "--extend_to", "20"]
+    shutil.copytree(finished[0], whole)
+    run_pretrain.main(["--output_dir", str(whole), *longer])
+    shutil.copytree(whole, cut)
     assert "20, 12 of them done: the rest is a new warm-up of 1 steps and a new cosine" in capsys.readouterr().out
-    whole, cut = folders
     lines = metrics(whole)
     assert [line["step"] for line in lines] == [3, 6, 9, 12, 15, 18, 20]
     rates = {line["step"]: line["learning_rate"] for line in lines}
@@ -439,6 +439,7 @@ def test_a_finished_run_is_made_longer_by_a_new_curve_and_continues_to_the_same_
     record = json.loads((cut / "run.json").read_text())
     assert record["finished"] and record["identity"]["extended_at"] == 12
     shutil.rmtree(cut / "step-20")
+    (cut / "model.safetensors").unlink()
     (cut / "run.json").write_text(json.dumps(record | {"finished": False}))
     run_pretrain.main(["--output_dir", str(cut), *longer])
     assert f"continuing from {cut}/step-16" in capsys.readouterr().out

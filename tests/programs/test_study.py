@@ -150,7 +150,7 @@ def test_data_sets_are_taken_from_data_dir_by_the_last_part_of_their_names(tmp_p
         ("pretrain: {recipe: digits}", "grid must be a list"),
         ("grid: [{mask_ration: 0.5}]", "pretrain: unknown argument mask_ration; did you mean mask_ratio"),
         ("grid: [{uniformity_weight: [0, high]}]", "uniformity_weight is 'high', expected a number"),
-        ("grid: [{dataset_name: some/images}]", "a run named 'dataset_name=some/images"),
+        ("grid: [{dataset_name: some images}]", "a run named 'dataset_name=some images"),
         ("grid: [{seed: 0}]\nevaluations: {linear: {protocoll: mae}}", "linear: unknown argument protocoll"),
         ("grid: [{seed: 0}]\nevaluations: {linear: {program: train}}", "linear: program 'train', expected one of"),
         ("grid: [{seed: 0}]\nevaluations: {runs: {}}", "an evaluation named 'runs'"),
