@@ -68,10 +68,11 @@ def test_the_grid_is_every_combination_and_equal_runs_are_one(tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((processes.ROOT / "studies").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_study_compares_the_term_with_none(path):
+def test_every_shipped_study_has_runs_to_compare_with_its_baseline(path):
     shipped = read_study(StudyArguments(study=path.stem, dataset_name="digits"))
-    weights = [settings["uniformity_weight"] for settings in shipped.runs.values()]
-    assert 0 in weights and len(set(weights)) > 1
+    ((name, value),) = shipped.baseline.items()
+    values = [settings[name] for settings in shipped.runs.values()]
+    assert value in values and len(set(values)) > 1
     assert {task.kind for task in shipped.tasks} > {"runs"}
 
 

@@ -108,7 +108,7 @@ def read_study(args: StudyArguments) -> Study:
             raise ValueError(f"{path}: a run named {run!r}; values in grid must be numbers, true, false or short words")
         runs[run] = settings
         folder = output_dir / RUNS / run
-        tasks.append(Task(RUNS, run, "pretrain", arguments | settings, folder))
+        tasks.append(Task(RUNS, run, "pretrain", settings | arguments, folder))
         inherited = {name: getattr(data, name) for name in DATA if getattr(data, name) is not None}
         for kind, evaluation in evaluations.items():
             if (task := _evaluation(path, kind, evaluation, settings, inherited, args.data_dir)) is not None:
