@@ -7,38 +7,14 @@ import pyarrow.parquet
 import pytest
 import torch
 from datasets import load_dataset
-from golden_models import fresh_config
-from PIL import Image
 from safetensors import safe_open
 
-from modeling_umae import UMAEForPreTraining
 from umae.convert import encoder_from_pretrained
 from umae.data.images import load_images
-from umae.data.inputs import evaluation_processor, load_processor
+from umae.data.inputs import load_processor
 from umae.evaluation import feature_files
 from umae.evaluation.feature_files import main
 from umae.evaluation.features import extract_features
-
-COUNT = 37
-
-
-@pytest.fixture
-def run(tmp_path):
-    torch.manual_seed(0)
-    UMAEForPreTraining(fresh_config()).save_pretrained(tmp_path / "run")
-    evaluation_processor((16, 16)).save_pretrained(tmp_path / "run")
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """37 unlabelled images of different sizes, in two sub-folders."""
-    numbers = np.random.default_rng(0)
-    for i in range(COUNT):
-        file = tmp_path / "images" / ("a" if i % 2 else "b") / f"{i:02}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(numbers.integers(0, 256, (16 + i % 3, 20, 3), dtype=np.uint8)).save(file)
-    return tmp_path / "images"
 
 
 def extract(run, folder, **options):

@@ -2,44 +2,21 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from golden_models import fresh_config
 from PIL import Image
 from processes import together
 
 from image_processing_umae import UnreadableImage
-from modeling_umae import UMAEForPreTraining
 from umae.convert import encoder_from_pretrained
 from umae.data.images import load_images
-from umae.data.inputs import evaluation_processor, load_processor
+from umae.data.inputs import load_processor
 from umae.evaluation import feature_files
 from umae.evaluation.feature_files import write_features
 from umae.evaluation.features import extract_features
 
 COUNT = 37
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A run folder: weights and the evaluation transform."""
-    torch.manual_seed(0)
-    UMAEForPreTraining(fresh_config()).save_pretrained(tmp_path / "run")
-    evaluation_processor((16, 16)).save_pretrained(tmp_path / "run")
-    return tmp_path / "run"
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """37 unlabelled images of different sizes, in two sub-folders of one class each."""
-    numbers = np.random.default_rng(0)
-    for i in range(COUNT):
-        file = tmp_path / "images" / ("a" if i % 2 else "b") / f"{i:02}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(numbers.integers(0, 256, (16 + i % 3, 20, 3), dtype=np.uint8)).save(file)
-    return tmp_path / "images"
 
 
 def extract(run, folder, batch_size=8, **options):

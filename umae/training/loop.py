@@ -140,13 +140,7 @@ def train(
         for batch in batches:
             unreadable |= batch["refusals"]
         used[step + 1] = [index for batch in batches for index in batch["index"].tolist()]
-        with explained_out_of_memory(plan.batch_size):
-            losses = task.losses(state.model, batches, step)
-            values = optimizer_step(
-                accelerator, state.model, state.optimizer, losses, plan.accumulation, failed, step,
-                settings.max_grad_norm,
-            )  # fmt: skip
-        state.count(values)
+        state.count(_step(task, settings, state, batches, failed, step))
 
         done, last = step + 1, step + 1 == total
         logs = last or done % settings.logging_steps == 0
@@ -184,6 +178,18 @@ def train(
             return
 
 
+def _step(
+    task: Task, settings: Settings, state: State, batches: Sequence[dict], failed: torch.Tensor, step: int
+) -> torch.Tensor:
+    """One step of the task on its micro-batches; what `optimizer_step` returns."""
+    with explained_out_of_memory(settings.plan.batch_size):
+        losses = task.losses(state.model, batches, step)
+        return optimizer_step(
+            state.accelerator, state.model, state.optimizer, losses, settings.plan.accumulation, failed, step,
+            settings.max_grad_norm,
+        )  # fmt: skip
+
+
 def seconds_per_step(task: Task, settings: Settings, accelerator: Accelerator) -> float:
     """The median of MEASURED_STEPS steps, after one that is slower; nothing is logged or saved."""
     state = State.begin(
@@ -198,13 +204,7 @@ def seconds_per_step(task: Task, settings: Settings, accelerator: Accelerator) -
     for step in range(steps):
         start = time.perf_counter()
         batches = [next(micro_batches) for _ in range(settings.plan.accumulation)]
-        with explained_out_of_memory(settings.plan.batch_size):
-            losses = task.losses(state.model, batches, step)
-            values = optimizer_step(
-                accelerator, state.model, state.optimizer, losses, settings.plan.accumulation, failed, step,
-                settings.max_grad_norm,
-            )  # fmt: skip
-            values.tolist()  # waits for the device
+        _step(task, settings, state, batches, failed, step).tolist()  # waits for the device
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:] or seconds)
 
