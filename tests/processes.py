@@ -37,9 +37,9 @@ TRANSFORMERS = (
 )  # fmt: skip
 PROGRAMS = (
     "umae.programs.pretrain", "umae.programs.finetune", "umae.programs.probe", "umae.sharing.report",
-    "transformers.hf_argparser",
+    "transformers.hf_argparser", "short_programs",
 )  # fmt: skip
-WITHOUT_FIGURES = ("short_runs",)
+WITHOUT_FIGURES = ("no_figures",)
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -182,7 +182,7 @@ def start(
         stderr: another one, if they are to be kept apart.
         fresh: in a process that is started rather than forked.
         figures: a run of pre-training draws its figures, which take a third of a short one. Without, only one in a
-            fresh process does, see `short_runs`.
+            fresh process does, see `no_figures`.
     """
     words, environ = [str(word) for word in command], environment(**env)
     forking = None if fresh else server_for(environ, figures)

@@ -66,6 +66,7 @@ ENDS = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_it_ends_as_a_freshly_started_one_and_the_server_goes_on():
     results = {}
     for fresh in (True, False):
@@ -78,6 +79,7 @@ def test_it_ends_as_a_freshly_started_one_and_the_server_goes_on():
     assert len(parents) == 1 and psutil.Process(int(parents.pop())).is_running()
 
 
+@pytest.mark.slow
 def test_modules_scripts_and_lines_of_code_are_found_where_python_finds_them(tmp_path):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__main__.py").write_text("import sys; print(sys.argv, sys.path, __name__, __package__)")
@@ -107,6 +109,7 @@ def test_what_the_environment_says_is_seen_whenever_it_is_read():
         assert process.wait(60) == 0 and isinstance(process, Forked) == forked
 
 
+@pytest.mark.slow
 def test_a_program_that_hangs_is_ended_with_all_it_has_started(tmp_path):
     code = "import os, time; open(str(os.getpid()), 'w'), os.fork(), open(str(os.getpid()), 'w'), time.sleep(600)"
     with pytest.raises(subprocess.TimeoutExpired):

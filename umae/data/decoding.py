@@ -1,5 +1,6 @@
 """An image file as a tensor, with the same pixels as `read_image` in `image_processing_umae.py`."""
 
+import contextlib
 import io
 import os
 import warnings
@@ -18,6 +19,8 @@ try:
     import simplejpeg  # decodes the same pixels faster; comes with umae where it has wheels, see pyproject.toml
 except ImportError:
     simplejpeg = None
+
+JPEG = b"\xff\xd8\xff"  # how all of them begin
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,11 @@ def read_pixels(
     reading: Reading = RGB,
 ) -> torch.Tensor:
     """`to_tensor(reading.read(...))`, with the same pixels and errors, but RGB faster where simplejpeg is installed."""
+    if isinstance(source, str | os.PathLike):
+        with contextlib.suppress(OSError):  # the reader names the file
+            source = Path(source).read_bytes()
     pixels = None
-    if reading.is_rgb and simplejpeg is not None and not isinstance(source, Image.Image):
+    if reading.is_rgb and simplejpeg is not None and isinstance(source, bytes) and source.startswith(JPEG):
         pixels = _plain_jpeg(source, min_side)
     return to_tensor(reading.read(source, name, min_side)) if pixels is None else pixels
 
@@ -83,10 +89,9 @@ def stacked(images: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(list(images))
 
 
-def _plain_jpeg(source: bytes | str | os.PathLike, min_side: int | None) -> torch.Tensor | None:
+def _plain_jpeg(encoded: bytes, min_side: int | None) -> torch.Tensor | None:
     """The pixels of a valid, upright JPEG in colour or grey; None for any other file, which Pillow then reads."""
     try:
-        encoded = source if isinstance(source, bytes) else Path(source).read_bytes()
         image = Image.open(io.BytesIO(encoded), formats=("JPEG",))
         upright = image.getexif().get(ExifTags.Base.Orientation, 1) == 1
         if not upright or image.mode not in ("RGB", "L") or image.width * image.height > MAX_PIXELS:
