@@ -69,7 +69,7 @@ def study_page(content: Mapping[str, Any], groups: Sequence[Group]) -> str:
         notes=content["notes"],
         baseline=", ".join(f"{name} {_number(value)}" for name, value in content["baseline"].items()),
         columns=[_title(group) for group in groups],
-        rows={title_of(metric): [_cell(group, metric) for group in groups] for metric in metrics},
+        rows={title_of(metric): [cell(group, metric) for group in groups] for metric in metrics},
         unmasked=UNMASKED,
         figure=_figure(groups, metrics),
         protocols={name: json.dumps(protocol, indent=2) for name, protocol in content["protocols"].items()},
@@ -80,7 +80,7 @@ def markdown(groups: Sequence[Group]) -> str:
     """The table as Markdown, one column for each group."""
     lines = [["", *(_title(group) for group in groups)], ["---", *("---:" for _ in groups)]]
     for metric in _metrics(groups):
-        cells = [" ".join(filter(None, _cell(group, metric))) for group in groups]
+        cells = [" ".join(filter(None, cell(group, metric))) for group in groups]
         lines.append([title_of(metric), *cells])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -100,7 +100,7 @@ def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _cell(group: Group, metric: str) -> tuple[str, str]:
+def cell(group: Group, metric: str) -> tuple[str, str]:
     """A value with its deviation, and the difference to the baseline with its confidence interval."""
     if metric not in group.values:
         return "", ""

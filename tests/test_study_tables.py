@@ -1,0 +1,80 @@
+"""Tables of a study's results on the pages are those of its file in studies/results/.
+
+A table follows a comment that says where its numbers come from:
+
+    <!-- studies/results/NAME.json
+    columns: {20-NN: probe/knn20_top1/cls}
+    rows: {without the term: {uniformity_weight: 0}}
+    -->
+
+A row is the only group of runs with these settings. Its cells are the mean over the seeds with the standard deviation,
+and the mean difference to the baseline with the 95 % confidence interval.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from umae.sharing.comparison import Group, Result, compare, summary
+from umae.sharing.study_page import cell
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = sorted((ROOT / "studies" / "results").glob("*.json"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCE = re.compile(r"<!-- (studies/results/\w+\.json)\n(.*?)-->\n+((?:\|.*\n)+)", re.DOTALL)
+
+
+def groups_of(content: dict) -> list[Group]:
+    runs = [Result(run["run"], run["settings"], run["seed"], run["values"]) for run in content["runs"]]
+    return compare(runs, content["baseline"])
+
+
+def table(content: dict, columns: dict[str, str], rows: dict[str, dict]) -> str:
+    groups = groups_of(content)
+    lines = [["", *columns], ["---", *("---:" for _ in columns)]]
+    for name, settings in rows.items():
+        (group,) = [group for group in groups if settings.items() <= group.settings.items()]
+        lines.append([name, *(" ".join(filter(None, cell(group, metric))) for metric in columns.values())])
+    return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
+
+
+def wrong_tables(text: str) -> list[str]:
+    """What should stand there instead."""
+    expected = []
+    for file, words, found in SOURCE.findall(text):
+        right = table(json.loads((ROOT / file).read_text()), **yaml.safe_load(words))
+        if found != right:
+            expected.append(right)
+    return expected
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_results(page):
+    wrong = wrong_tables(page.read_text())
+    assert not wrong, "\n".join(["expected:", *wrong])
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+def test_results_are_whole_and_agree_with_themselves(file):
+    content = json.loads(file.read_text())
+    assert content["groups"] == json.loads(json.dumps([summary(group) for group in groups_of(content)]))
+    assert all(run["commands"] and run["versions"] for run in content["runs"])
+    study = yaml.safe_load((ROOT / "studies" / file.name).with_suffix(".yaml").read_text())
+    assert content["title"] == study["title"]
+
+
+def test_a_wrong_digit_is_found(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "studies/results").mkdir(parents=True)
+    values = {"probe/top1/cls": 51.24}
+    run = {"run": "a", "settings": {"uniformity_weight": 0}, "seed": 0, "values": values}
+    content = {"baseline": {"uniformity_weight": 0}, "runs": [run]}
+    (tmp_path / "studies/results/few.json").write_text(json.dumps(content))
+    source = "<!-- studies/results/few.json\ncolumns: {linear: probe/top1/cls}\n"
+    source += "rows: {without: {uniformity_weight: 0}}\n-->\n"
+    for value, right in (("51.2", True), ("51.3", False)):
+        text = f"{source}\n| | linear |\n| --- | ---: |\n| without | {value} |\n"
+        assert (wrong_tables(text) == []) == right
