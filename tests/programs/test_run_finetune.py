@@ -352,8 +352,8 @@ def test_data_that_cannot_be_learned_from_is_refused_with_what_to_do(encoder, tm
 
 
 NO_AUGMENTATION = (
-    *["--layer_decay", "1", "--horizontal_flip", "0", "--rand_augment", "0", "--random_erasing", "0", "--drop_path_rate", "0"],
-    "--min_crop_scale", "0.8",
+    "--layer_decay", "1", "--horizontal_flip", "0", "--rand_augment", "0", "--random_erasing", "0",
+    "--drop_path_rate", "0", "--min_crop_scale", "0.8",
 )  # fmt: skip
 
 
