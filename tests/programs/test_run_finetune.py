@@ -27,9 +27,9 @@ from umae.convert import read_model
 from umae.data.classes import multi_hot
 from umae.data.images import load_images
 from umae.data.inputs import evaluation_processor, load_processor
-from umae.evaluation.accuracy import class_probabilities, guess, multi_label_scores
+from umae.evaluation.accuracy import class_logits, guess, multi_label_scores
+from umae.evaluation.problem import MULTI_LABEL
 from umae.programs import finetune
-from umae.programs.problem import MULTI_LABEL
 from umae.training import finetuning, loop
 
 SHORT = (
@@ -407,11 +407,9 @@ def test_two_processes_train_and_evaluate_several_classes_as_one_does(encoder, l
             assert mine[name] == pytest.approx(expected[name], rel=1e-4), (mine["step"], name)
     model = UMAEForImageClassification.from_pretrained(tmp_path / "two")
     test = load_images(str(lists), split="test")
-    probabilities, errors = class_probabilities(
-        model, test, load_processor(tmp_path / "two"), 100, 0, 2, Accelerator(cpu=True)
-    )
-    assert probabilities.shape == (359, 2) and errors == []
-    scores = multi_label_scores(probabilities, multi_hot(test, ["large", "odd"]))
+    logits, errors = class_logits(model, test, load_processor(tmp_path / "two"), 100, 0, 2, Accelerator(cpu=True))
+    assert logits.shape == (359, 2) and errors == []
+    scores = multi_label_scores(logits.sigmoid(), multi_hot(test, ["large", "odd"]))
     last = metrics(tmp_path / "two")[-1]
     assert {name: last[f"test_{name}"] for name in scores} == pytest.approx(scores, abs=1e-6)
 

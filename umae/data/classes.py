@@ -108,10 +108,11 @@ def class_names(train: Images, test: Images) -> list[str]:
             f"{_listed(test.label_names)}; give both splits the same sub-folders or class names"
         )
     if train.multi_label:
+        if names is None:
+            return _names_in_lists(train, test)
         for images in (train, test):
-            if not images.has_labels:
-                raise ValueError(f"{images.description} has empty lists of classes only; expected a class in some")
-        return names or _names_in_lists(train, test)
+            images.label_lists()  # raises where it is not as it should be
+        return names
     train_labels, highest_test = train.labels().unique().tolist(), int(test.labels().max())
     highest = train_labels[-1]
     names = names or [str(label) for label in range(highest + 1)]

@@ -234,7 +234,7 @@ class Images:
         """The classes of every image, all numbers or all names; an empty list for an image without any.
 
         Raises:
-            ValueError: there are no labels, or a row is no list of different classes.
+            ValueError: there are no labels, no image has any, or a row is no list of different classes.
         """
         labels = self._labels()
         kind = str if "string" in getattr(self._classes, "dtype", "") else int
@@ -251,6 +251,8 @@ class Images:
                 f"the image in a list, each once, all names or all numbers of at least 0 (not a vector of zeros and "
                 f"ones), and an empty list for an image without any"
             )
+        if not any(labels):
+            raise ValueError(f"{self.description} has empty lists of classes only; expected a class in some")
         return labels
 
     def _labels(self) -> list:

@@ -90,7 +90,7 @@ def guess(
     return measured[:, :best].nan_to_num(-1).long(), measured[:, best].double(), errors
 
 
-def class_probabilities(
+def class_logits(
     model: nn.Module,
     images: Images,
     processor: BaseImageProcessor,
@@ -99,16 +99,15 @@ def class_probabilities(
     num_classes: int,
     accelerator: Accelerator,
 ) -> tuple[torch.Tensor, list[str]]:
-    """The probability of each class in every image, of classes that do not exclude each other; otherwise as `guess`.
+    """The logits of every image; otherwise as `guess`.
 
     Returns:
-        On every process: float32 (N, num_classes), the sigmoid of the logits, NaN for an image that cannot be read; and
-        the error messages of those images.
+        On every process: float32 (N, num_classes), NaN for an image that cannot be read; and the error messages of
+        those images.
     """
     return _over_images(
-        model, images, processor, batch_size, num_workers, accelerator, lambda logits, index: logits.sigmoid(),
-        num_classes,
-    )  # fmt: skip
+        model, images, processor, batch_size, num_workers, accelerator, lambda logits, index: logits, num_classes
+    )
 
 
 @torch.no_grad()

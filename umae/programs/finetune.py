@@ -32,8 +32,8 @@ from umae.data.decoding import reading_of, to_tensor
 from umae.data.images import Images
 from umae.data.inputs import evaluation_processor, load_processor
 from umae.evaluation.accuracy import percent
+from umae.evaluation.problem import MULTI_LABEL, SINGLE_LABEL, Problem
 from umae.programs.keywords import keywords
-from umae.programs.problem import MULTI_LABEL, SINGLE_LABEL, Problem
 from umae.programs.shell import begin, carry_out, make_plan, make_settings, print_plan
 from umae.sharing import cards
 from umae.speed import encoder_flops
@@ -341,9 +341,10 @@ def make_loader(job: Job, steps: range) -> DataLoader:
 def evaluate(job: Job, state: State, record: dict[str, Any]) -> dict[str, float]:
     """Accuracies on the test images, in 0..1; every process calls it. Those that cannot be read count as wrong, and
     `record` gets their names."""
-    accuracy, record["unreadable_test"] = job.problem.evaluate(
-        job.problem.labels(job.test, job.names), state.model, job.test, job.processor,
-        job.args.per_device_eval_batch_size, job.workers, len(job.names), job.accelerator,
+    accuracy, _, record["unreadable_test"] = job.problem.evaluate(
+        job.problem.labels(job.test, job.names), model=state.model, images=job.test, processor=job.processor,
+        batch_size=job.args.per_device_eval_batch_size, num_workers=job.workers, num_classes=len(job.names),
+        accelerator=job.accelerator,
     )  # fmt: skip
     log_on(job.accelerator.is_main_process)(f"step {state.step:,}: {in_words(job.problem, accuracy)}")
     return {f"test_{name}": value for name, value in accuracy.items()}

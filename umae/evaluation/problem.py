@@ -1,8 +1,8 @@
-"""All that fine-tuning differs in between images of one class each and images of any number of classes."""
+"""All that images of one class each and images of any number of classes differ in, to a classifier."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
@@ -10,7 +10,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from umae.data.augmentation import soft_multi_hot, soft_targets
 from umae.data.classes import multi_hot
 from umae.data.images import Images
-from umae.evaluation.accuracy import class_probabilities, guess, multi_label_scores, topk_accuracy
+from umae.evaluation.accuracy import class_logits, guess, multi_label_scores, topk_accuracy
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Problem:
         labels: (images, names of the classes) -> the label of every image, (N,) or (N, C).
         targets: (labels of a batch, number of classes, label smoothing) -> float (batch, C).
         loss: (logits, targets) -> scalar.
-        evaluate: (labels, and what `guess` takes) -> the metrics in 0..1, and the errors of images that cannot be read.
+        evaluate: (labels, and as keywords what `guess` takes) -> the metrics in 0..1, the mean loss of images that can
+            be read, and the errors of the others.
     """
 
     problem_type: Literal["multi_label_classification"] | None
@@ -31,17 +32,19 @@ class Problem:
     labels: Callable[[Images, list[str]], torch.Tensor]
     targets: Callable[[torch.Tensor, int, float], torch.Tensor]
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    evaluate: Callable[..., tuple[dict[str, float], list[str]]]
+    evaluate: Callable[..., tuple[dict[str, float], float, list[str]]]
 
 
-def _top_classes(labels: torch.Tensor, *arguments) -> tuple[dict[str, float], list[str]]:
-    guesses, _, errors = guess(*arguments)
-    return topk_accuracy(guesses, labels), errors
+def _top_classes(labels: torch.Tensor, **arguments: Any) -> tuple[dict[str, float], float, list[str]]:
+    guesses, losses, errors = guess(**arguments, labels=labels)
+    return topk_accuracy(guesses, labels), losses.nanmean().item(), errors
 
 
-def _every_class(labels: torch.Tensor, *arguments) -> tuple[dict[str, float], list[str]]:
-    probabilities, errors = class_probabilities(*arguments)
-    return multi_label_scores(probabilities, labels), errors
+def _every_class(labels: torch.Tensor, **arguments: Any) -> tuple[dict[str, float], float, list[str]]:
+    logits, errors = class_logits(**arguments)
+    readable = ~logits[:, 0].isnan()
+    loss = binary_cross_entropy_with_logits(logits[readable], labels[readable].float())
+    return multi_label_scores(logits.sigmoid(), labels), loss.item(), errors
 
 
 SINGLE_LABEL = Problem(
