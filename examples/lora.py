@@ -3,7 +3,7 @@
     pip install peft
     python examples/lora.py runs/mine labelled_images runs/mine_lora
 
-The folder holds the adapter and the head only. `load` puts them on the encoder again.
+Only the adapter and the head are saved. `load` puts them on the encoder again.
 """
 
 import sys
