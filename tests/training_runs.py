@@ -53,3 +53,18 @@ def small_model(dataset_name) -> str:
         "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,decoder_hidden_size=16,decoder_num_hidden_layers=1"
     )
     return f"--dataset_name {dataset_name} --image_size 8 --patch_size 2 --config_overrides {sizes} --logging_steps 2"
+
+
+def digits_with_lists(folder):
+    """The digits as the Hub stores them, with lists of classes: "odd" and "large" (5 to 9), each where it applies."""
+    import datasets
+
+    from umae.data.images import load_images
+
+    folder.mkdir()
+    for split in ("train", "test"):
+        digits = load_images("digits", split=split)
+        lists = [[name for name, has in (("odd", n % 2), ("large", n > 4)) if has] for n in digits.labels().tolist()]
+        rows = digits.dataset.remove_columns("label").add_column("labels", lists)
+        rows.cast_column("image", datasets.Image()).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder

@@ -20,6 +20,7 @@ from umae.data.augmentation import (
     mix_pairs,
     rand_augment,
     random_erasing,
+    soft_multi_hot,
     soft_targets,
 )
 
@@ -214,3 +215,16 @@ def test_smoothed_targets_are_distributions_with_the_label_on_top():
     targets = soft_targets(torch.tensor([2, 0]), 4, 0.1)
     assert torch.allclose(targets[0], torch.tensor([0.025, 0.025, 0.925, 0.025]))
     assert math.isclose(targets[1].sum(), 1.0, rel_tol=1e-6)
+
+
+def test_the_targets_of_several_classes_are_smoothed_each_for_itself_and_mixed():
+    labels = torch.tensor([[True, True, False], [False, False, False]])
+    targets = soft_multi_hot(labels, 3, 0.1)
+    assert torch.allclose(targets, torch.tensor([[0.95, 0.95, 0.05], [0.05, 0.05, 0.05]]))
+    assert torch.equal(soft_multi_hot(labels, 3, 0.0), labels.float())
+    pixel_values = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
+    numbers = torch.rand(1, MIX_NUMBERS, generator=torch.Generator().manual_seed(0))
+    mixed, mixed_targets = mix_pairs(pixel_values, targets, numbers, 0.8, 0.0)
+    share = 1 - mixed[0].mean()  # of the first image in the first
+    assert 0.01 < share < 0.99
+    assert torch.allclose(mixed_targets[0], share * targets[0] + (1 - share) * targets[1])

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from golden_models import fresh_config
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from training_runs import digits_with_lists
 
 import umae
 from command_line_umae import main
 from umae.data.images import load_images
 from umae.data.inputs import evaluation_processor
+from umae.evaluation.accuracy import multi_label_scores
 
 NAMES = [str(digit) for digit in range(10)]  # those of the digits
 
@@ -70,3 +72,31 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path):
         config = fresh_config(num_labels=5)
         umae.UMAEForImageClassification(config).save_pretrained(tmp_path / "five")
         umae.evaluate(str(tmp_path / "five"), "digits")
+
+
+def test_a_classifier_of_several_classes_is_evaluated_on_lists_of_them(tmp_path, capsys):
+    """Told by their names, and the model knows one class more than the images have."""
+    lists = str(digits_with_lists(tmp_path / "lists"))
+    names, problem = ["odd", "cat", "large"], "multi_label_classification"
+    model = classifier(tmp_path / "model", names, problem_type=problem)
+    images, processor = load_images("digits", split="test"), evaluation_processor(model.config.image_height_width)
+    pixels = processor([images.read(index) for index in range(len(images))], return_tensors="pt").pixel_values
+    digit = images.labels()
+    labels = torch.stack([digit % 2 == 1, torch.zeros_like(digit).bool(), digit > 4], dim=1)
+    with torch.no_grad():
+        logits = model(pixels).logits
+    results = umae.evaluate(str(tmp_path / "model"), lists, batch_size=50)
+    expected = {name: 100 * value for name, value in multi_label_scores(logits.sigmoid(), labels).items()}
+    assert {name: results.pop(name) for name in expected} == pytest.approx(expected, abs=0.01)
+    loss = binary_cross_entropy_with_logits(logits, labels.float()).item()
+    assert results == {"loss": pytest.approx(loss, rel=1e-5), "images": 359, "unreadable": []}
+    main(["evaluate", str(tmp_path / "model"), lists])
+    assert capsys.readouterr().out.startswith(f"mAP {expected['mAP']:.2f}%, micro F1 ")
+    with pytest.raises(ValueError, match="has one class for each image, and the model has learned a list of classes"):
+        umae.evaluate(str(tmp_path / "model"), "digits")
+    classifier(tmp_path / "one", names)
+    with pytest.raises(ValueError, match="has a list of classes for each image, and the model has learned one class"):
+        umae.evaluate(str(tmp_path / "one"), lists)
+    classifier(tmp_path / "other", ["odd", "cat"], problem_type=problem)
+    with pytest.raises(ValueError, match="has classes that the model does not have, such as large"):
+        umae.evaluate(str(tmp_path / "other"), lists)

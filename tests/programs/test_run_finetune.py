@@ -1,6 +1,7 @@
 """Fine-tuning as people start it: real images, real kills, several processes."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -11,10 +12,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from golden_models import SETUP_OF_768, fresh_config, original_file
+from huggingface_hub import ModelCard
 from PIL import Image
 from processes import ROOT, run, together
 from safetensors.torch import load_file
-from training_runs import metrics
+from training_runs import digits_with_lists, metrics
 from transformers import pipeline
 
 import arguments_umae
@@ -22,9 +24,11 @@ import run_finetune
 from command_line_umae import given_flags
 from modeling_umae import UMAEForImageClassification, UMAEForPreTraining
 from umae.convert import read_model
+from umae.data.classes import multi_hot
 from umae.data.images import load_images
 from umae.data.inputs import evaluation_processor, load_processor
-from umae.evaluation.accuracy import guess
+from umae.evaluation.accuracy import class_logits, guess, multi_label_scores
+from umae.evaluation.problem import MULTI_LABEL
 from umae.programs import finetune
 from umae.training import finetuning, loop
 
@@ -342,6 +346,93 @@ def test_data_that_cannot_be_learned_from_is_refused_with_what_to_do(encoder, tm
         with pytest.raises(ValueError, match=message):
             run_finetune.main(command(encoder, tmp_path / "run", "--dataset_name", tmp_path / "alone", *words))
     assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------ any number of classes
+
+
+NO_AUGMENTATION = (
+    "--layer_decay", "1", "--horizontal_flip", "0", "--rand_augment", "0", "--random_erasing", "0",
+    "--drop_path_rate", "0", "--min_crop_scale", "0.8",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lists(tmp_path_factory):
+    return digits_with_lists(tmp_path_factory.mktemp("lists") / "digits")
+
+
+@pytest.fixture(scope="module")
+def tagged(encoder, lists, tmp_path_factory):
+    """A run of a few seconds on the digits, each of them odd, large, both or neither."""
+    folder = tmp_path_factory.mktemp("tagged") / "run"
+    words = ("--dataset_name", lists, "--max_train_steps", "150", "--base_learning_rate", "0.04", "--mixup", "0")
+    words += ("--cutmix", "0", "--logging_steps", "50", "--eval_steps", "50", "--checkpointing_steps", "150")
+    run_finetune.main(command(encoder, folder, *words, *NO_AUGMENTATION))
+    return folder
+
+
+def test_images_of_several_classes_are_learned_and_every_file_says_how_well(tagged):
+    lines, report = metrics(tagged), json.loads((tagged / "finetune.json").read_text())
+    names = ("mAP", "f1_micro", "f1_macro")
+    for name in names:
+        assert report[name] == round(100 * lines[-1][f"test_{name}"], 2)
+    assert report["mAP"] > 80 and report["f1_macro"] > 70 and "top1" not in report
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    card = ModelCard((tagged / "README.md").read_text())
+    results = {(result.metric_name, result.metric_type): result.metric_value for result in card.data.eval_results}
+    types = (("mAP", "mean_average_precision"), ("micro F1", "f1"), ("macro F1", "f1"))
+    assert results == {key: report[name] for key, name in zip(types, names, strict=True)}
+    assert "a probability of its own" in card.text and "macro F1 are means over the classes" in card.text
+
+
+def test_the_pipeline_gives_each_class_a_probability_of_its_own(tagged, lists):
+    classify = pipeline("image-classification", model=str(tagged), trust_remote_code=True)
+    test = load_images(str(lists), split="test")
+    answers = [{one["label"]: one["score"] for one in classify(test.read(index))} for index in range(40)]
+    assert set(answers[0]) == {"large", "odd"}
+    assert any(abs(sum(answer.values()) - 1) > 0.2 for answer in answers)
+    right = [
+        (answer[name] > 0.5) == (name in test.label_lists()[i]) for i, answer in enumerate(answers) for name in answer
+    ]
+    assert sum(right) / len(right) > 0.7
+
+
+def test_two_processes_train_and_evaluate_several_classes_as_one_does(encoder, lists, tmp_path):
+    few = (*EVERY, "--max_train_steps", "4", "--dataset_name", lists)
+    run_finetune.main(command(encoder, tmp_path / "one", *few))
+    together(2, "run_finetune.py", *command(encoder, tmp_path / "two", *few), "--per_device_train_batch_size", "16")
+    for mine, expected in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        for name in ("loss", "grad_norm"):
+            assert mine[name] == pytest.approx(expected[name], rel=1e-4), (mine["step"], name)
+    model = UMAEForImageClassification.from_pretrained(tmp_path / "two")
+    test = load_images(str(lists), split="test")
+    logits, errors = class_logits(model, test, load_processor(tmp_path / "two"), 100, 0, 2, Accelerator(cpu=True))
+    assert logits.shape == (359, 2) and errors == []
+    scores = multi_label_scores(logits.sigmoid(), multi_hot(test, ["large", "odd"]))
+    last = metrics(tmp_path / "two")[-1]
+    assert {name: last[f"test_{name}"] for name in scores} == pytest.approx(scores, abs=1e-6)
+
+
+def test_the_loss_of_several_classes_is_the_models_own(encoder, lists, tmp_path, monkeypatch):
+    """transformers' binary cross entropy, of targets that neither mixing nor smoothing has changed."""
+    losses = []
+
+    def compared(logits, targets, loss=MULTI_LABEL.loss):
+        losses.append((loss(logits, targets), model.loss_of(logits, targets)))
+        assert {*targets.flatten().tolist()} == {0.0, 1.0} and (targets.sum(dim=1) == 2).any()
+        return losses[-1][0]
+
+    model = UMAEForImageClassification(fresh_config(num_labels=2, problem_type="multi_label_classification"))
+    monkeypatch.setattr(finetune, "MULTI_LABEL", dataclasses.replace(MULTI_LABEL, loss=compared))
+    words = ("--dataset_name", lists, "--mixup", "0", "--cutmix", "0", "--label_smoothing", "0", "--eval_steps", "0")
+    run_finetune.main(command(encoder, tmp_path / "run", "--max_train_steps", "2", *words))
+    assert len(losses) == 2 and all(torch.equal(*pair) for pair in losses)
+
+
+def test_one_class_an_image_is_trained_from_a_classifier_of_several(tagged, tmp_path):
+    run_finetune.main(command(tagged, tmp_path / "run", "--max_train_steps", "1"))
+    assert UMAEForImageClassification.from_pretrained(tmp_path / "run").config.problem_type is None
 
 
 def test_a_file_of_the_original_code_is_fine_tuned(tmp_path):

@@ -17,7 +17,7 @@ from golden_models import SETUP_OF_768, fresh_config, original_file
 from PIL import Image
 from processes import ROOT, SHARED, run, together
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_runs import SHORT, folder_of_parquet, folder_with_bad_images, metrics, small_model
+from training_runs import SHORT, digits_with_lists, folder_of_parquet, folder_with_bad_images, metrics, small_model
 from transformers import AutoImageProcessor
 
 import arguments_umae
@@ -216,6 +216,15 @@ def test_without_labels_there_are_no_online_accuracies_and_that_is_said(
     assert f"  labels           {announced}\n" in capsys.readouterr().out
     (line,) = metrics(tmp_path / "run")
     assert "effective_rank_cls" in line and "online_top1" not in line and "online_knn_top1" not in line
+
+
+def test_lists_of_classes_are_left_aside_and_that_is_said(tmp_path, capsys, no_figures):
+    name = digits_with_lists(tmp_path / "lists")
+    command = f"{small_model(name)} --output_dir {tmp_path / 'run'} --max_train_steps 1"
+    run_pretrain.main([*command.split(), "--per_device_train_batch_size", "8"])
+    said = "lists of string values from column 'labels'; without online accuracies: they need one class\n"
+    assert said in capsys.readouterr().out
+    assert "online_top1" not in metrics(tmp_path / "run")[-1]
 
 
 def test_evaluations_are_spaced_by_the_time_that_they_take_and_a_resumed_run_keeps_to_it(tmp_path, monkeypatch):

@@ -319,3 +319,12 @@ def soft_targets(labels: torch.Tensor, num_classes: int, smoothing: float) -> to
     """Smoothed one-hot targets (label smoothing, Szegedy et al. 2016): int64 (batch,) -> (batch, C)."""
     targets = torch.full((len(labels), num_classes), smoothing / num_classes, device=labels.device)
     return targets.scatter_add_(1, labels[:, None], torch.full_like(targets[:, :1], 1 - smoothing))
+
+
+def soft_multi_hot(labels: torch.Tensor, num_classes: int, smoothing: float) -> torch.Tensor:
+    """Smoothed multi-hot targets: bool (batch, C) -> float (batch, C).
+
+    Every class is a question with two answers, of which label smoothing gives each the same share: 0.1 makes 0 and 1
+    into 0.05 and 0.95.
+    """
+    return labels.float() * (1 - smoothing) + smoothing / 2

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import torch
+
 from umae.data.images import NO_LABELS, Images, held_out_splits, load_images, split_names
 from umae.data.streaming import Stream
 
@@ -19,6 +21,7 @@ def load_labelled(
     label_column: str | None = None,
     log: Callable[[str], None] = print,
     heldout: str | None = None,
+    multi_label: bool = False,
 ) -> tuple[Images, Images, list[str]]:
     """The images for training, the images for evaluation, and the names of the classes, see `load_images`.
 
@@ -26,6 +29,7 @@ def load_labelled(
         test_split: by default `test` or `validation`, the first of them that has labels.
         log: called with one line if `test` has no labels.
         heldout: the share of the training images to evaluate on instead of another split, see `parse_share`.
+        multi_label: accept images with lists of classes, too.
 
     Raises:
         ValueError: a split is missing, both are the same, or their labels are missing or differ.
@@ -41,12 +45,13 @@ def load_labelled(
         return load_images(name, config_name, split, image_column, label_column)
 
     train = load(train_split)
+    # An error about labels comes before one about a missing split
+    train.label_lists() if multi_label and train.multi_label else train.labels()
     if heldout is not None:
         if test_split is not None:
             raise ValueError(f"heldout {heldout} and test_split {test_split}: evaluate on one of them")
         train, test = train.hold_out(parse_share(heldout))
         return train, test, class_names(train, test)
-    train.labels()  # an error about missing labels comes before one about a missing split
     if test_split == train_split:
         raise ValueError(f"train_split and test_split are both {test_split}; use another split for evaluation")
     splits = [test_split] if test_split else held_out_splits(name, config_name, train_split)
@@ -90,13 +95,26 @@ def load_first_labelled(
 
 def class_names(train: Images, test: Images) -> list[str]:
     """The names of the classes, by default their numbers. Raises `ValueError` if the classes of the splits differ."""
-    train_labels, highest_test = train.labels().unique().tolist(), int(test.labels().max())
-    highest, names = train_labels[-1], train.label_names
+    names = train.label_names
+    if train.multi_label != test.multi_label:
+        lists, others = (train, test) if train.multi_label else (test, train)
+        raise ValueError(
+            f"{lists.description} has lists of classes and {others.description} one class in every row; give both "
+            f"splits the same kind of labels"
+        )
     if names != test.label_names:
         raise ValueError(
             f"{train.description} and {test.description} do not have the same classes: {_listed(names)} and "
             f"{_listed(test.label_names)}; give both splits the same sub-folders or class names"
         )
+    if train.multi_label:
+        if names is None:
+            return _names_in_lists(train, test)
+        for images in (train, test):
+            images.label_lists()  # raises where it is not as it should be
+        return names
+    train_labels, highest_test = train.labels().unique().tolist(), int(test.labels().max())
+    highest = train_labels[-1]
     names = names or [str(label) for label in range(highest + 1)]
     if max(highest, highest_test) >= len(names):
         raise ValueError(
@@ -106,6 +124,36 @@ def class_names(train: Images, test: Images) -> list[str]:
     if len(train_labels) < 2:
         raise ValueError(f"{train.description} has the class {names[highest]} only; expected at least 2 classes")
     return names
+
+
+def _names_in_lists(train: Images, test: Images) -> list[str]:
+    """The classes in lists, sorted; numbers from 0 on. Raises `ValueError` for one that is in the test split only."""
+    trained, tested = ({label for row in images.label_lists() for label in row} for images in (train, test))
+    if len({type(label) for label in trained | tested}) == 2:
+        raise ValueError(
+            f"{train.description} and {test.description} name classes differently, such as {min(trained)!r} and "
+            f"{min(tested)!r}; give both splits names, or both numbers"
+        )
+    known = set(range(max(trained) + 1)) if isinstance(min(trained), int) else trained
+    if unknown := sorted(tested - known):
+        raise ValueError(
+            f"{test.description} has classes that {train.description} does not have, such as "
+            f"{', '.join(map(repr, unknown[:3]))}; every class of the test split must be in the training split"
+        )
+    return [str(name) for name in sorted(known)]
+
+
+def multi_hot(images: Images, names: list[str]) -> torch.Tensor:
+    """Lists of classes as bool (N, C), true where the image has the class.
+
+    Args:
+        names: of the classes, as `class_names` returns them.
+    """
+    position = {name: label for label, name in enumerate(names)}
+    labels = torch.zeros(len(images), len(names), dtype=torch.bool)
+    for row, classes in zip(labels, images.label_lists(), strict=True):
+        row[[position[label] if isinstance(label, str) else label for label in classes]] = True
+    return labels
 
 
 def _listed(names: list[str] | None) -> str:

@@ -37,6 +37,7 @@ DATA = (*IMAGE_ENDINGS, ".parquet", ".arrow", ".tar", ".zip", ".gz", ".tgz", ".c
 KNOWN_ENDINGS = {*IMAGE_ENDINGS, *OTHER_ENDINGS}
 SHOWN_ENDINGS = 5
 NO_LABELS = "none"  # as label_column: ignore all labels
+LISTS = (datasets.List, datasets.LargeList)  # features of columns whose rows are lists
 SHOWN_CLASSES = 6
 
 # Names of sub-folders that are splits, not classes, and their splits.
@@ -53,7 +54,7 @@ class Images:
     Args:
         dataset: rows with the undecoded image (`{"bytes", "path"}`) and possibly a label.
         image_column: name of the image's column.
-        label_column: name of the label's column, None if there is none.
+        label_column: name of the column of labels, each a class or a list of classes; None if there is none.
         description: its name in messages, without any local path: `uoft-cs/cifar10 (train)`.
         folder: the folder of the files, for a folder of images.
         not_read: number of its files with endings that are not read: `12 .heic, 3 .cr2`; empty if there are none.
@@ -180,15 +181,25 @@ class Images:
     @property
     def label_names(self) -> list[str] | None:
         """The names of the classes, None if the labels are plain numbers or missing."""
+        return list(self._classes.names) if isinstance(self._classes, datasets.ClassLabel) else None
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether the label of an image is a list of classes, possibly none or several, rather than one class."""
+        return isinstance(self.dataset.features.get(self.label_column), LISTS)
+
+    @property
+    def _classes(self) -> Any:
+        """The feature of the label's column, of a class in it if it holds lists."""
         feature = self.dataset.features.get(self.label_column)
-        return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+        return feature.feature if isinstance(feature, LISTS) else feature
 
     @property
     def has_labels(self) -> bool:
         """Whether any image has a label: many test splits on the Hub have -1 in every row instead."""
         if self.label_column is None:
             return False
-        return any(label not in (None, -1) for label in self.dataset[self.label_column][:])
+        return any(label not in (None, -1, []) for label in self.dataset[self.label_column][:])
 
     @property
     def label_summary(self) -> str:
@@ -196,21 +207,20 @@ class Images:
         if self.label_column is None:
             return "none"
         source = "sub-folders" if self.folder is not None else f"column {self.label_column!r}"
-        names = self.label_names
+        names, lists = self.label_names, "lists of " if self.multi_label else ""
         if names is None:
-            feature = self.dataset.features[self.label_column]
-            return f"{getattr(feature, 'dtype', 'nested')} values from {source}"
+            return f"{lists}{getattr(self._classes, 'dtype', 'nested')} values from {source}"
         first_names = ", ".join(names[:SHOWN_CLASSES]) + (", ..." if len(names) > SHOWN_CLASSES else "")
-        return f"{len(names)} classes from {source}: {first_names}"
+        return f"{lists}{len(names)} classes from {source}: {first_names}"
 
     def labels(self) -> torch.Tensor:
-        """int64 (N,). Raises `ValueError` if there are no labels, or any is missing, negative or text."""
-        if self.label_column is None:
+        """int64 (N,). Raises `ValueError` if there are no labels, or any is missing, negative, text or a list."""
+        labels = self._labels()
+        if self.multi_label:
             raise ValueError(
-                f"{self.description} has no labels: its columns are {', '.join(self.dataset.column_names)}; "
-                f"name one with label_column_name, or give a folder with one sub-folder for each class"
+                f"{self.description}: column {self.label_column!r} holds lists of classes, which only fine-tuning "
+                f"learns; expected one class in every row; name another with label_column_name"
             )
-        labels = self.dataset[self.label_column][:]
         wrong = sorted({repr(label) for label in labels if not isinstance(label, int) or label < 0})
         if wrong:
             raise ValueError(
@@ -219,6 +229,40 @@ class Images:
                 + "; expected a class of at least 0 in every row (for text see `class_encode_column` of `datasets`)"
             )
         return torch.tensor(labels, dtype=torch.int64)
+
+    def label_lists(self) -> list[list[Any]]:
+        """The classes of every image, all numbers or all names; an empty list for an image without any.
+
+        Raises:
+            ValueError: there are no labels, no image has any, or a row is no list of different classes.
+        """
+        labels = self._labels()
+        kind = str if "string" in getattr(self._classes, "dtype", "") else int
+
+        def fits(row: Any) -> bool:
+            if not isinstance(row, list) or not all(type(label) is kind for label in row):
+                return False
+            return len({*row}) == len(row) and (kind is str or min(row, default=0) >= 0)
+
+        if not all(map(fits, labels)):
+            wrong = next(row for row in labels if not fits(row))
+            raise ValueError(
+                f"{self.description}: column {self.label_column!r} holds {str(wrong)[:100]}; expected the classes of "
+                f"the image in a list, each once, all names or all numbers of at least 0 (not a vector of zeros and "
+                f"ones), and an empty list for an image without any"
+            )
+        if not any(labels):
+            raise ValueError(f"{self.description} has empty lists of classes only; expected a class in some")
+        return labels
+
+    def _labels(self) -> list:
+        """The column of labels as it is; raises `ValueError` if there is none."""
+        if self.label_column is None:
+            raise ValueError(
+                f"{self.description} has no labels: its columns are {', '.join(self.dataset.column_names)}; "
+                f"name one with label_column_name, or give a folder with one sub-folder for each class"
+            )
+        return self.dataset[self.label_column][:]
 
 
 def load_images(

@@ -1,6 +1,7 @@
-"""The most likely classes of images, and top-k accuracy."""
+"""The classes that a classifier sees in images, and how many of them are right."""
 
 import math
+import statistics
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,30 @@ def topk_accuracy(guesses: torch.Tensor, labels: torch.Tensor) -> dict[str, floa
     """
     hits = guesses.cpu() == labels.cpu()[:, None]  # (N, guesses)
     return {f"top{k}": hits[:, :k].any(dim=1).double().mean().item() for k in (1, 5) if k <= hits.shape[1]}
+
+
+def multi_label_scores(probabilities: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Mean average precision and F1 for images with any number of classes, as fractions in [0, 1].
+
+    `mAP` and `f1_macro` are means over the classes that some image has, `f1_micro` counts all classes of all images
+    alike. F1 is that of the classes with a probability of more than 0.5.
+
+    Args:
+        probabilities: float (N, C); NaN for images that cannot be read, which get the opposite of their labels.
+        labels: bool (N, C), true where the image has the class; at least one does.
+    """
+    from sklearn.metrics import average_precision_score  # takes a second
+
+    labels, probabilities = labels.cpu(), probabilities.cpu()
+    scores = torch.where(probabilities.isnan(), (~labels).float(), probabilities)  # (N, C)
+    predicted, occurs = scores > 0.5, labels.any(dim=0)
+    columns = zip(labels.T[occurs].numpy(), scores.T[occurs].numpy(), strict=True)
+    hits, sizes = (labels & predicted).sum(dim=0), labels.sum(dim=0) + predicted.sum(dim=0)  # (C,)
+    return {
+        "mAP": statistics.fmean(average_precision_score(*column) for column in columns),
+        "f1_micro": (2 * hits.sum() / sizes.sum()).item(),
+        "f1_macro": (2 * hits / sizes)[occurs].double().mean().item(),
+    }
 
 
 def percent(fraction: float | None) -> float | None:
@@ -63,6 +88,26 @@ def guess(
 
     measured, errors = _over_images(model, images, processor, batch_size, num_workers, accelerator, measure, best + 1)
     return measured[:, :best].nan_to_num(-1).long(), measured[:, best].double(), errors
+
+
+def class_logits(
+    model: nn.Module,
+    images: Images,
+    processor: BaseImageProcessor,
+    batch_size: int,
+    num_workers: int,
+    num_classes: int,
+    accelerator: Accelerator,
+) -> tuple[torch.Tensor, list[str]]:
+    """The logits of every image; otherwise as `guess`.
+
+    Returns:
+        On every process: float32 (N, num_classes), NaN for an image that cannot be read; and the error messages of
+        those images.
+    """
+    return _over_images(
+        model, images, processor, batch_size, num_workers, accelerator, lambda logits, index: logits, num_classes
+    )
 
 
 @torch.no_grad()

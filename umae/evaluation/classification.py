@@ -16,9 +16,11 @@ from accelerate import Accelerator, PartialState
 from configuration_umae import UMAEConfig
 from modeling_umae import UMAEForImageClassification
 from umae.convert import load_exactly, read_model
+from umae.data.classes import multi_hot
 from umae.data.images import Images, held_out_splits, load_images
 from umae.data.inputs import load_processor
-from umae.evaluation.accuracy import guess, percent, topk_accuracy
+from umae.evaluation.accuracy import percent
+from umae.evaluation.problem import MULTI_LABEL, SINGLE_LABEL
 from umae.training.hardware import num_workers
 
 
@@ -42,11 +44,12 @@ def evaluate(
         dataloader_num_workers: processes that read images; by default a core each beside a GPU.
 
     Returns:
-        `top1` and `top5` in percent (None with fewer than five classes), `loss` in nats, `images`, and `unreadable`,
-        the errors of images that cannot be read, which count as wrong and have no loss.
+        `top1` and `top5` in percent (None with fewer than five classes), of a classifier of several classes per image
+        `mAP`, `f1_micro` and `f1_macro`; `loss` in nats, `images`, and `unreadable`, the errors of images that cannot
+        be read, which count as wrong and have no loss.
 
     Raises:
-        ValueError: the model has no classifier, or its classes are not those of the images.
+        ValueError: the model has no classifier, or its classes or their number per image are not those of the images.
     """
     config, tensors = read_model(model)
     if "classifier.weight" not in tensors:
@@ -61,42 +64,63 @@ def evaluate(
     num_classes = len(tensors["classifier.weight"])
     labels = labels_of(dataset, config, num_classes)
     accelerator = Accelerator()
-    guesses, losses, unreadable = guess(
-        classifier.to(accelerator.device), dataset, load_processor(model, config.image_height_width), batch_size,
-        num_workers(accelerator.device, dataloader_num_workers), num_classes, accelerator, labels,
+    problem = MULTI_LABEL if _is_multi_label(config) else SINGLE_LABEL
+    accuracy, loss, unreadable = problem.evaluate(
+        labels, model=classifier.to(accelerator.device), images=dataset,
+        processor=load_processor(model, config.image_height_width), batch_size=batch_size,
+        num_workers=num_workers(accelerator.device, dataloader_num_workers), num_classes=num_classes,
+        accelerator=accelerator,
     )  # fmt: skip
-    accuracy = topk_accuracy(guesses, labels)
     return {
-        "top1": percent(accuracy["top1"]),
-        "top5": percent(accuracy.get("top5")),
-        "loss": losses.nanmean().item(),
+        **{name: percent(accuracy.get(name)) for name in problem.metrics},
+        "loss": loss,
         "images": len(dataset),
         "unreadable": unreadable,
     }
 
 
+def _is_multi_label(config: UMAEConfig) -> bool:
+    return config.problem_type == MULTI_LABEL.problem_type
+
+
 def labels_of(images: Images, config: UMAEConfig, num_classes: int) -> torch.Tensor:
-    """The labels of the images as the model's classes count: int64 (N,).
+    """The labels of the images as the model's classes count: int64 (N,), or of lists of classes bool (N, num_classes).
 
     Raises:
-        ValueError: the images have classes that the model does not have.
+        ValueError: the images have classes that the model does not have, or one class each and the model any number.
     """
-    labels, names = images.labels(), images.label_names
+    if images.multi_label != _is_multi_label(config):
+        one, lists = "one class for each image", "a list of classes for each image"
+        has, knows = (lists, one) if images.multi_label else (one, lists)
+        raise ValueError(f"{images.description} has {has}, and the model has learned {knows}; use other images")
+    names = images.label_names
+    if images.multi_label:
+        found = sorted({label for row in images.label_lists() for label in row})
+        names = names or (found if isinstance(found[0], str) else None)
+        labels = multi_hot(images, names or [str(number) for number in range(found[-1] + 1)])
+        highest = labels.shape[1] - 1
+    else:
+        labels = images.labels()
+        highest = int(labels.max())
     by_name = {str(name): int(label) for label, name in (config.id2label or {}).items()}
     unnamed = all(re.fullmatch(r"LABEL_\d+", name) for name in by_name)  # as transformers names what has no names
     if names is None or unnamed:
-        if int(labels.max()) >= num_classes:
+        if highest >= num_classes:
+            raise ValueError(f"{images.description} has labels up to {highest}, and the model {num_classes} classes")
+        position = torch.arange(highest + 1)
+    else:
+        unknown = [name for name in names if name not in by_name]
+        if unknown:
             raise ValueError(
-                f"{images.description} has labels up to {int(labels.max())}, and the model {num_classes} classes"
+                f"{images.description} has classes that the model does not have, such as {', '.join(unknown[:3])}; the "
+                f"model's are {', '.join(list(by_name)[:5])}, ..."
             )
-        return labels
-    unknown = [name for name in names if name not in by_name]
-    if unknown:
-        raise ValueError(
-            f"{images.description} has classes that the model does not have, such as {', '.join(unknown[:3])}; the "
-            f"model's are {', '.join(list(by_name)[:5])}, ..."
-        )
-    return torch.tensor([by_name[name] for name in names])[labels]
+        position = torch.tensor([by_name[name] for name in names])
+    if not images.multi_label:
+        return position[labels]
+    of_the_model = torch.zeros(len(images), num_classes, dtype=torch.bool)
+    of_the_model[:, position] = labels
+    return of_the_model
 
 
 def main(argv: Sequence[str]) -> None:
@@ -114,5 +138,6 @@ def main(argv: Sequence[str]) -> None:
     if PartialState().is_main_process:
         for error in results["unreadable"]:
             print(f"counted as wrong: {error}")
-        top5 = "" if results["top5"] is None else f", top-5 {results['top5']:.2f}%"
-        print(f"top-1 {results['top1']:.2f}%{top5}, loss {results['loss']:.4f}, of {results['images']:,} images")
+        titles = {**SINGLE_LABEL.metrics, **MULTI_LABEL.metrics}
+        accuracy = [f"{titles[name]} {results[name]:.2f}%" for name in titles if results.get(name) is not None]
+        print(f"{', '.join(accuracy)}, loss {results['loss']:.4f}, of {results['images']:,} images")

@@ -31,7 +31,8 @@ from umae.data.classes import load_labelled
 from umae.data.decoding import reading_of, to_tensor
 from umae.data.images import Images
 from umae.data.inputs import evaluation_processor, load_processor
-from umae.evaluation.accuracy import guess, percent, topk_accuracy
+from umae.evaluation.accuracy import percent
+from umae.evaluation.problem import MULTI_LABEL, SINGLE_LABEL, Problem
 from umae.programs.keywords import keywords
 from umae.programs.shell import begin, carry_out, make_plan, make_settings, print_plan
 from umae.sharing import cards
@@ -79,7 +80,8 @@ def run(
     """Fine-tune as the arguments say, in the run folder that they name."""
     accelerator = begin(args, args.output_dir, args.seed)
     train_images, test_images, names = load_data(accelerator, data_args)
-    model = make_model(accelerator, model_args, names)
+    problem = MULTI_LABEL if train_images.multi_label else SINGLE_LABEL
+    model = make_model(accelerator, model_args, names, problem)
     processor = make_processor(model_args, model.config.image_height_width)
     train_images, test_images = (images.read_as(reading_of(processor)) for images in (train_images, test_images))
     train_images.check_readable()
@@ -94,6 +96,7 @@ def run(
         train=train_images,
         test=test_images,
         names=names,
+        problem=problem,
         config=model.config,
         processor=processor,
         plan=plan,
@@ -144,6 +147,7 @@ class Job:
 
     Args:
         names: of the classes, by label.
+        problem: whether an image has one class, or any number of them.
         workers: loader processes beside each of training.
     """
 
@@ -152,6 +156,7 @@ class Job:
     train: Images
     test: Images
     names: list[str]
+    problem: Problem
     config: UMAEConfig
     processor: Any  # of transformers, with image_mean and image_std
     plan: Plan
@@ -167,11 +172,13 @@ def load_data(accelerator: Accelerator, args: FinetuneDataArguments) -> tuple[Im
     with main_process_first(accelerator):  # the others find the main process' cache
         return load_labelled(
             args.dataset_name, args.dataset_config_name, args.train_split, args.test_split, args.image_column_name,
-            args.label_column_name, accelerator.print, args.heldout,
+            args.label_column_name, accelerator.print, args.heldout, multi_label=True,
         )  # fmt: skip
 
 
-def make_model(accelerator: Accelerator, args: FinetuneModelArguments, names: list[str]) -> UMAEForImageClassification:
+def make_model(
+    accelerator: Accelerator, args: FinetuneModelArguments, names: list[str], problem: Problem = SINGLE_LABEL
+) -> UMAEForImageClassification:
     """The pre-trained encoder under a fresh head; as in MAE, with a fresh norm after the mean of the patches instead of
     the encoder's own."""
     config, tensors = read_model(args.model_name_or_path)
@@ -182,6 +189,7 @@ def make_model(accelerator: Accelerator, args: FinetuneModelArguments, names: li
     config.drop_path_rate = args.drop_path_rate
     config.id2label = dict(enumerate(names))
     config.label2id = {name: label for label, name in enumerate(names)}
+    config.problem_type = problem.problem_type  # not that of a classifier which the weights may be of
     config.name_or_path = args.model_name_or_path
     model = UMAEForImageClassification._from_config(
         config, attn_implementation=fast_attention(accelerator), dtype=torch.float32
@@ -229,6 +237,7 @@ def identity_of(job: Job, initial_weights: str) -> dict[str, Any]:
         "dataset_fingerprint": job.train.fingerprint(),
         "test_dataset": job.test.description,
         "classes": job.names,
+        "problem_type": job.problem.problem_type,
         "initial_weights": initial_weights,
         "config": {name: fields[name] for name in UMAEConfig.__annotations__ if name in fields},
         "seed": job.args.seed,
@@ -285,13 +294,16 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForImageClassification
 
 def make_task(job: Job, model: UMAEForImageClassification, record: dict[str, Any]) -> Task:
     """What is trained: the cross entropy of augmented images; test images evaluate it."""
-    accelerator = job.accelerator
-    labels = job.train.labels().to(accelerator.device)
+    accelerator, problem = job.accelerator, job.problem
+    labels = problem.labels(job.train, job.names).to(accelerator.device)
     every = job.plan.steps_per_epoch if job.args.eval_steps is None else job.args.eval_steps
+
+    def targets(index: torch.Tensor) -> torch.Tensor:
+        return problem.targets(labels[index], len(job.names), job.strengths.label_smoothing)
 
     def losses(model: nn.Module, micro_batches: Sequence[dict], step: int) -> Losses:
         return classification_losses(
-            accelerator, model, micro_batches, step, labels=labels, seed=job.args.seed, num_classes=len(job.names),
+            accelerator, model, micro_batches, step, targets=targets, loss=problem.loss, seed=job.args.seed,
             strengths=job.strengths, mean=job.processor.image_mean, std=job.processor.image_std,
         )  # fmt: skip
 
@@ -329,18 +341,18 @@ def make_loader(job: Job, steps: range) -> DataLoader:
 def evaluate(job: Job, state: State, record: dict[str, Any]) -> dict[str, float]:
     """Accuracies on the test images, in 0..1; every process calls it. Those that cannot be read count as wrong, and
     `record` gets their names."""
-    guesses, _, record["unreadable_test"] = guess(
-        state.model, job.test, job.processor, job.args.per_device_eval_batch_size, job.workers, len(job.names),
-        job.accelerator,
+    accuracy, _, record["unreadable_test"] = job.problem.evaluate(
+        job.problem.labels(job.test, job.names), model=state.model, images=job.test, processor=job.processor,
+        batch_size=job.args.per_device_eval_batch_size, num_workers=job.workers, num_classes=len(job.names),
+        accelerator=job.accelerator,
     )  # fmt: skip
-    accuracy = topk_accuracy(guesses, job.test.labels())
-    log_on(job.accelerator.is_main_process)(f"step {state.step:,}: {in_words(accuracy)}")
+    log_on(job.accelerator.is_main_process)(f"step {state.step:,}: {in_words(job.problem, accuracy)}")
     return {f"test_{name}": value for name, value in accuracy.items()}
 
 
-def in_words(accuracy: dict[str, float]) -> str:
+def in_words(problem: Problem, accuracy: dict[str, float]) -> str:
     """Accuracies in 0..1 on one line, in percent."""
-    return ", ".join(f"{name.replace('top', 'top-')} {value:.2%}" for name, value in accuracy.items())
+    return ", ".join(f"{problem.metrics[name]} {value:.2%}" for name, value in accuracy.items())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -352,8 +364,8 @@ def finish(job: Job, record: dict[str, Any]) -> None:
     folder = job.folder
     checkpoints.copy_model(folder / f"step-{job.schedule.total_steps}", folder)
     last = cards.read_metrics(folder)[-1]
-    accuracy = {name: last[f"test_{name}"] for name in ("top1", "top5") if f"test_{name}" in last}
-    report: dict[str, Any] = {name: percent(accuracy.get(name)) for name in ("top1", "top5")}
+    accuracy = {name: last[f"test_{name}"] for name in job.problem.metrics if f"test_{name}" in last}
+    report: dict[str, Any] = {name: percent(accuracy.get(name)) for name in job.problem.metrics}
     report["protocol"] = protocol(job, record, record.get("unreadable_test", []))
     files.write_text(folder / REPORT, json.dumps(report, indent=2) + "\n")
     files.write_text(folder / "README.md", cards.finetune_card(folder))
@@ -362,7 +374,7 @@ def finish(job: Job, record: dict[str, Any]) -> None:
     for error in record.get("unreadable_test", []):
         tqdm.write(f"counted as wrong: {error}")
     print(
-        f"finished in {cards.duration(record['seconds'])}: {in_words(accuracy)} of {len(job.test):,} "
+        f"finished in {cards.duration(record['seconds'])}: {in_words(job.problem, accuracy)} of {len(job.test):,} "
         f"images from {job.test.description}\nclassifier, {REPORT} and card in {folder}"
     )
 

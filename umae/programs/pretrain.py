@@ -226,7 +226,9 @@ def announce(job: Job, record: dict[str, Any], model: UMAEForPreTraining, warnin
         lines["not read"] = job.images.not_read
     if job.probe_images is not None:
         if job.images.has_labels and classes_of(job.images, job.probe_images) is None:
-            lines["labels"] += f"; without online accuracies: {job.probe_images.description} has no such labels"
+            lists = not isinstance(job.images, Stream) and job.images.multi_label
+            lacking = "they need one class" if lists else f"{job.probe_images.description} has no such labels"
+            lines["labels"] += f"; without online accuracies: {lacking}"
         lines["evaluated on"] = f"{job.probe_images.description}, every {eval_steps(job, record):,} steps"
     needed, warnings = needs(
         job.accelerator, model, job.folder, plan.batch_size, job.args.checkpoints_total_limit,

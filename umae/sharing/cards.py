@@ -1,6 +1,7 @@
 """Model cards, made from the files of a run folder only."""
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -11,6 +12,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 _CITATION = """\
+U-MAE: [arXiv:2210.08344](https://arxiv.org/abs/2210.08344). MAE: [arXiv:2111.06377](https://arxiv.org/abs/2111.06377).
+
 ```bibtex
 @inproceedings{zhang2022mask,
   title     = {How Mask Matters: Towards Theoretical Understandings of Masked Autoencoders},
@@ -26,6 +29,8 @@ _CITATION = """\
 }
 ```"""
 _CITATION_CODING_RATE = """\
+M-MAE: [arXiv:2309.17281](https://arxiv.org/abs/2309.17281).
+
 ```bibtex
 @inproceedings{tan2024information,
   title     = {Information Flow in Self-Supervised Learning},
@@ -34,6 +39,14 @@ _CITATION_CODING_RATE = """\
   year      = {2024}
 }
 ```"""
+# Of `finetune.json`: titles of its results
+_RESULTS = {"top1": "top-1", "top5": "top-5", "mAP": "mAP", "f1_micro": "micro F1", "f1_macro": "macro F1"}
+# Metrics of the Hub that are not accuracies, by titles
+_METRICS = {"mAP": "mean_average_precision", "micro F1": "f1", "macro F1": "f1"}
+_HOW = """\
+mAP and macro F1 are means over the classes that occur in the test images; F1 is that of classes with a probability
+above 0.5.
+"""
 _READING = """\
 `open_image` reads a file as training did: 16-bit and float greyscale is scaled to 8 bits, transparency becomes white,
 EXIF orientation is applied. The processor does the same to an image of `PIL.Image.open`. Three other ways clip 16-bit
@@ -80,6 +93,16 @@ print(model.config.id2label[label])
 ```
 
 """
+_CLASSIFY_ARRAY_MULTI_LABEL = _CLASSIFY_ARRAY.replace(
+    """\
+    label = model(pixel_values).logits.argmax().item()
+print(model.config.id2label[label])
+""",
+    """\
+    probabilities = model(pixel_values).logits.sigmoid()[0].tolist()
+print({model.config.id2label[label]: probability for label, probability in enumerate(probabilities)})
+""",
+)
 
 
 def _inputs(folder: Path) -> str | None:
@@ -110,7 +133,14 @@ def _use(folder: Path, hidden_size: int) -> str:
 def _classify(folder: Path) -> str:
     """The code on the card of a classifier; pipelines take no arrays."""
     inputs = _inputs(folder)
-    return _CLASSIFY if inputs is None else _CLASSIFY_ARRAY + _reading(inputs)
+    if inputs is None:
+        return _CLASSIFY
+    return (_CLASSIFY_ARRAY_MULTI_LABEL if _is_multi_label(folder) else _CLASSIFY_ARRAY) + _reading(inputs)
+
+
+def _is_multi_label(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.exists() and json.loads(config.read_text()).get("problem_type") == "multi_label_classification"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -149,6 +179,22 @@ def _is_hub_name(name: Any) -> TypeGuard[str]:
     except HFValidationError:
         return False
     return isinstance(name, str) and "/" in name
+
+
+def hub_datasets(*descriptions: str) -> list[str]:
+    """The names on the Hub among splits such as `uoft-cs/cifar10 (train)` or `5% of name/data (train)`; those of local
+    data have no `/`."""
+    names = (re.sub(r"^\S+% of ", "", description).partition(" (")[0] for description in descriptions)
+    return list(dict.fromkeys(name for name in names if _is_hub_name(name)))
+
+
+def _limitations(*of_this_model: str) -> str:
+    """The section of a card that says what is not known of a model, and what it is not for."""
+    limits = (
+        *of_this_model,
+        "Nobody has examined it for bias. It is not meant for identifying people, or for decisions about them.",
+    )
+    return "\n".join(["## Limitations", "", *(f"- {limit}" for limit in limits)])
 
 
 def most_dimensions(identity: dict[str, Any]) -> int:
@@ -210,7 +256,18 @@ def model_card(folder: Path, checkpoint: Path | None = None) -> str:
     citation = f"{_CITATION}\n\n{_CITATION_CODING_RATE}" if by_coding_rate else _CITATION
     term = "M-MAE's total coding rate, a term" if by_coding_rate else "a uniformity term"
     figures = [f"![{titles[name]}]({name})" for name in existing]
-    data = _card_data("image-feature-extraction", [], folder.resolve().name, base, "apache-2.0" if fresh else None)
+    data = _card_data(
+        "image-feature-extraction", [], folder.resolve().name, base, hub_datasets(identity["dataset"]),
+        "apache-2.0" if fresh else None,
+    )  # fmt: skip
+    limits = _limitations(
+        f"It has seen images of {_cell(identity['dataset'])} only"
+        + ("" if fresh else ", after those that the weights it started from had seen")
+        + ". Features of other kinds of images may be worth less.",
+        f"It was trained on images of {_size(config['image_size'])} pixels. At other sizes its position table is "
+        f"interpolated.",
+        "It is one run with one seed, so its numbers come without a spread.",
+    )
     return f"""---
 {data.to_yaml()}
 ---
@@ -228,9 +285,11 @@ collapsing into a few dimensions.
 
 {_table(facts)}
 
-The losses are means over the last logging interval. `metrics.jsonl` holds those of all intervals.
+The losses are means over the last logging interval. `metrics.jsonl` holds those of all intervals.{_space(run)}
 
 {(chr(10) * 2).join(figures)}
+
+{limits}
 
 ## Citation
 
@@ -268,7 +327,8 @@ def probe_card(folder: Path) -> str:
         "Seeds": ", ".join(map(str, protocol["seeds"])),
         "Versions": ", ".join(f"{name} {version}" for name, version in protocol["versions"].items()),
     }
-    data = _card_data("image-classification", results, protocol["model"], protocol.get("base_model", []))
+    seen = hub_datasets(protocol["train"]["data"], protocol["test"]["data"])
+    data = _card_data("image-classification", results, protocol["model"], protocol.get("base_model", []), seen)
     return f"""---
 {data.to_yaml()}
 ---
@@ -285,6 +345,8 @@ def probe_card(folder: Path) -> str:
 
 `linear_probe.json` holds the complete protocol.
 
+{_classifier_limits(protocol)}
+
 ## Citation
 
 {_CITATION}
@@ -295,7 +357,10 @@ def finetune_card(folder: Path) -> str:
     """The text of `README.md` for the folder of a fine-tuned classifier."""
     report, run = (json.loads((folder / name).read_text()) for name in ("finetune.json", "run.json"))
     protocol, identity = report["protocol"], run["identity"]
-    results = _results(protocol["test"]["data"], {"top-1": report["top1"], "top-5": report["top5"]})
+    results = _results(
+        protocol["test"]["data"], {title: report[name] for name, title in _RESULTS.items() if name in report}
+    )
+    several, seen = "mAP" in report, hub_datasets(protocol["train"]["data"], protocol["test"]["data"])
     facts = {
         "Started from": protocol["model"],
         "Fine-tuned on": f"{protocol['train']['data']}, {protocol['train']['pictures']:,} images",
@@ -309,7 +374,7 @@ def finetune_card(folder: Path) -> str:
         "Hardware and time": f"{run['hardware']}, {duration(run['seconds'])}",
         "Versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
     }
-    data = _card_data("image-classification", results, folder.resolve().name, run.get("base_model", []))
+    data = _card_data("image-classification", results, folder.resolve().name, run.get("base_model", []), seen)
     return f"""---
 {data.to_yaml()}
 ---
@@ -324,7 +389,10 @@ def finetune_card(folder: Path) -> str:
 
 {_table(facts)}
 
-`finetune.json` holds the complete protocol, `metrics.jsonl` the training curves. Accuracies are after the last step.
+`finetune.json` holds the complete protocol, `metrics.jsonl` the training curves. Results are after the last step.\
+{_space(run)}
+{_HOW if several else ""}
+{_classifier_limits(protocol, several)}
 
 ## Citation
 
@@ -332,14 +400,37 @@ def finetune_card(folder: Path) -> str:
 """
 
 
+def _classifier_limits(protocol: dict[str, Any], several: bool = False) -> str:
+    """The limitations of a classifier; `several` if an image may have several of its classes."""
+    classes = f"{protocol['classes']} classes that it was trained on"
+    return _limitations(
+        f"It gives each of the {classes} a probability of its own, and knows no other."
+        if several
+        else f"It answers with one of the {classes}, whatever the image shows.",
+        f"Its results are those of one protocol on one split, {_cell(protocol['test']['data'])}. On other images they "
+        f"may differ.",
+    )
+
+
+def _size(image_size: int | list[int]) -> str:
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    return f"{height} x {width}"
+
+
+def _space(run: dict[str, Any]) -> str:
+    """Where the curves of a run are shown, if they are in a Space of the Hub."""
+    space = run.get("trackio_space")
+    return f" [Curves in a Space](https://huggingface.co/spaces/{space})." if _is_hub_name(space) else ""
+
+
 def _results(data: str, values: dict[str, float | None]) -> list[EvalResult]:
-    """Accuracies in percent by name, on a split such as `folder images (test)`, as entries of the model-index."""
+    """Results in percent by title, on a split such as `folder images (test)`, as entries of the model-index."""
     return [
         EvalResult(
             task_type="image-classification",
-            dataset_type=data.rpartition(" (")[0],
+            dataset_type=next(iter(hub_datasets(data)), data.rpartition(" (")[0]),
             dataset_name=data,
-            metric_type="accuracy",
+            metric_type=_METRICS.get(name, "accuracy"),
             metric_name=name,
             metric_value=value,
         )
@@ -349,12 +440,23 @@ def _results(data: str, values: dict[str, float | None]) -> list[EvalResult]:
 
 
 def _card_data(
-    task: str, results: list[EvalResult], name: str, base: list[str], licence: str | None = None
+    task: str,
+    results: list[EvalResult],
+    name: str,
+    base: list[str],
+    datasets: list[str],
+    licence: str | None = None,
 ) -> ModelCardData:
-    """The metadata that the Hub reads. No licence for weights from elsewhere, which have their own."""
+    """The metadata that the Hub reads. No licence for weights from elsewhere, which have their own.
+
+    Whatever was trained further is a finetune of its base: the Hub's `adapter` is a file beside the base's weights, and
+    a probe's folder has the encoder's weights in it.
+    """
     return ModelCardData(
         license=licence,
         base_model=base or None,
+        base_model_relation="finetune" if base else None,
+        datasets=datasets or None,
         library_name="transformers",
         pipeline_tag=task,
         tags=["umae", "masked-autoencoder", "self-supervised"],

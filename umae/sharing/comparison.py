@@ -17,7 +17,7 @@ PRETRAINING = (
     "reconstruction_loss", "uniformity_loss", "coding_rate_loss", "effective_rank_cls", "effective_rank_mean",
     "alignment_cls", "alignment_mean",
 )  # fmt: skip
-ACCURACIES = ("top1", "top5")
+ACCURACIES = ("top1", "top5", "mAP", "f1_micro", "f1_macro")  # one class an image, and several
 OF_FEATURES = ("knn20_top1", "effective_rank")  # the same whatever heads are trained
 CONFIDENCE = 0.95
 WITHOUT_TERM = {"uniformity_weight": 0}  # the usual baseline

@@ -296,7 +296,7 @@ def _accuracies(results: Mapping[str, Any]) -> dict[str, Any]:
     protocol = results["protocol"]
     rows = {"encoder": protocol["model"], "evaluated on": protocol["test"]["data"]}
     if "cls" not in results:
-        return rows | {f"{name}, fine-tuned": results[name] for name in ("top1", "top5")}
+        return rows | {f"{name}, fine-tuned": value for name, value in results.items() if name != "protocol"}
     rows["linear protocol"] = protocol["linear_protocol"]
     for feature in ("cls", "mean"):
         for name in ("top1", "top5", "knn20_top1", "effective_rank"):
