@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden_models import fresh_config
+from processes import ROOT, hub_user, run
 from safetensors.torch import load_file
 from torch import nn
 from transformers import ViTImageProcessorPil
@@ -18,7 +19,6 @@ from umae.convert import command, encoder_from_pretrained
 from umae.data.decoding import Reading
 from umae.data.inputs import evaluation_processor, load_processor
 
-ROOT = Path(__file__).resolve().parents[1]
 STATISTICS = ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
 CLASSES = {0: "cat", 1: "dog", 2: "é"}
 
@@ -55,6 +55,29 @@ def test_a_converted_folder_keeps_the_image_processor(tmp_path):
     source = saved(UMAEForPreTraining(fresh_config()), tmp_path / "run")
     processor = load_processor(str(converted(source, tmp_path / "out")))
     assert (list(processor.image_mean), list(processor.image_std)) == STATISTICS
+
+
+FROM_THE_HUB = """
+from pathlib import Path
+from huggingface_hub import HfApi
+from umae.convert import command
+api = HfApi()
+for name in ("tester/model", "tester/bare"):
+    api.create_repo(name)
+    api.upload_folder(repo_id=name, folder_path="run")
+    Path("run/README.md").unlink(missing_ok=True)
+    command.main([name, name.removeprefix("tester/"), "--format", "timm"])
+"""
+
+
+def test_a_model_on_the_hub_brings_its_processor_and_the_licence_of_its_card_if_it_has_one(server, tmp_path):
+    saved(UMAEModel(fresh_config()), tmp_path / "run")
+    run("-c", FROM_THE_HUB, cwd=tmp_path, **hub_user())
+    of_model, of_bare = (
+        json.loads((tmp_path / name / "config.json").read_text())["pretrained_cfg"] for name in ("model", "bare")
+    )
+    assert (of_model["mean"], of_model["std"], of_model["license"]) == (*STATISTICS, "cc-by-4.0")
+    assert (of_bare["mean"], of_bare["std"], of_bare.get("license")) == (*STATISTICS, None)
 
 
 # --------------------------------------------------------------------------------------------------------------- ONNX
