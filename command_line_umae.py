@@ -25,7 +25,10 @@ VERBS = {
     "diagnose": ("measure how far features have collapsed", "umae.evaluation.diagnosis"),
     "study": ("compare settings: a grid of runs, their evaluations, a table and figures", None),
     "report": ("write one page that compares runs and probes", "umae.sharing.report"),
-    "convert": ("convert checkpoints of MAE, U-MAE, ViTMAE and ViT, and back", "umae.convert"),
+    "convert": (
+        "convert checkpoints of MAE, U-MAE, ViTMAE and ViT, and ours to ONNX, timm and back",
+        "umae.convert.command",
+    ),
     "shrink": ("copy a folder of images with the large ones made smaller, which loads faster", None),
     "push": ("share a folder on the Hugging Face Hub", "umae.sharing.hub"),
 }

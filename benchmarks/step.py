@@ -18,7 +18,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 from benchmarks import measure
 from modeling_umae import UMAEForPreTraining
 from umae import UMAEConfig
-from umae.convert import rename
+from umae.convert.names import rename
 from umae.speed import compile_model
 
 # Fields that differ from the defaults of both configurations (ViT-B/16 on 224 x 224), and batch size

@@ -25,19 +25,10 @@ from transformers import (
 )
 
 from modeling_umae import UMAEForImageClassification, UMAEForPreTraining, UMAEModel
-from umae import convert
-from umae.convert import (
-    encoder_from_pretrained,
-    from_original,
-    load_exactly,
-    original_config,
-    read_model,
-    read_weights,
-    rename,
-    resize_positions,
-    set_pooling,
-    to_original,
-)
+from umae.convert import command, encoder_from_pretrained, load_exactly, read_model, resize_positions, set_pooling
+from umae.convert.families import original_config
+from umae.convert.names import from_original, rename, to_original
+from umae.convert.weights import read_weights
 
 PIXELS = torch.linspace(-2, 2, 3 * 3 * 16 * 16).reshape(3, 3, 16, 16).sin()
 SIZES = {
@@ -182,7 +173,7 @@ HEADS = ["--num_attention_heads", "3", "--decoder_num_attention_heads", "4"]
 
 
 def test_a_file_of_the_original_becomes_a_model_with_its_outputs_and_settings(tmp_path, capsys):
-    convert.main([str(original_file(tmp_path / "checkpoint-3.pth")), str(tmp_path / "out"), *HEADS])
+    command.main([str(original_file(tmp_path / "checkpoint-3.pth")), str(tmp_path / "out"), *HEADS])
     model = AutoModelForPreTraining.from_pretrained(tmp_path / "out")
     assert isinstance(model, UMAEForPreTraining) and f"{tmp_path}/out: UMAEForPreTraining" in capsys.readouterr().out
     config = model.config
@@ -211,7 +202,7 @@ def test_weights_that_no_uniformity_term_has_trained_have_none(tmp_path, setting
 
 def test_a_file_without_decoder_becomes_an_encoder(tmp_path):
     source = original_file(tmp_path / "encoder.pth", decoder=False, args=None, optimizer=None, epoch=None)
-    convert.main([str(source), str(tmp_path / "out"), *HEADS])
+    command.main([str(source), str(tmp_path / "out"), *HEADS])
     model = AutoModel.from_pretrained(tmp_path / "out")
     assert isinstance(model, UMAEModel)
     pixel_values, _ = batch()
@@ -237,7 +228,7 @@ def test_safetensors_in_the_originals_names_are_read_too(tmp_path):
 def test_heads_of_another_width_have_to_be_named(tmp_path):
     path = original_file(tmp_path / "mae.pth")
     with pytest.raises(ValueError, match=r"width 48 is none of the published ones \(768, 1024, 1280\); give num_att"):
-        convert.main([str(path), str(tmp_path / "out")])
+        command.main([str(path), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
@@ -265,7 +256,7 @@ def test_a_pickle_that_would_run_code_is_refused_by_what_it_asks_for(tmp_path, m
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "evil.pth")
     with pytest.raises(ValueError, match=r"evil.pth was not opened: .*asks for posix\.system, which could run code"):
-        convert.main(["evil.pth", "out"])
+        command.main(["evil.pth", "out"])
     assert [entry.name for entry in tmp_path.iterdir()] == ["evil.pth"]
 
 
@@ -317,7 +308,7 @@ def test_files_that_do_not_hold_such_a_model_are_refused_with_the_first_five(tmp
     changed = {name: value for name, value in {**tensors, **changes}.items() if value is not None}
     torch.save({"model": changed, "args": argparse.Namespace(**settings)}, tmp_path / "bad.pth")
     with pytest.raises(ValueError, match=message):
-        convert.main([str(tmp_path / "bad.pth"), str(tmp_path / "out"), *HEADS])
+        command.main([str(tmp_path / "bad.pth"), str(tmp_path / "out"), *HEADS])
     assert not (tmp_path / "out").exists()
 
 
@@ -352,7 +343,7 @@ def test_a_linear_probe_of_the_original_gives_its_logits(tmp_path, pooling):
         encoder.layernorm = torch.nn.Identity()
         mean = encoder(pixel_values).last_hidden_state[:, 1:].mean(dim=1)
         feature = torch.nn.functional.layer_norm(mean, (48,), eps=1e-6)
-    convert.main([str(tmp_path / "probe.pth"), str(tmp_path / "out"), *HEADS])
+    command.main([str(tmp_path / "probe.pth"), str(tmp_path / "out"), *HEADS])
     classifier = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert classifier.config.num_labels == 7
     assert torch.allclose(classifier(pixel_values).logits, head(feature), atol=1e-5)
@@ -379,7 +370,7 @@ def test_a_fine_tuned_model_of_the_original_gives_its_logits(tmp_path, pooling):
         feature = norm(encoder(pixel_values).last_hidden_state[:, 1:].mean(dim=1))
     else:
         feature = encoder(pixel_values).last_hidden_state[:, 0]
-    convert.main([str(tmp_path / "tuned.pth"), str(tmp_path / "out"), *HEADS])
+    command.main([str(tmp_path / "tuned.pth"), str(tmp_path / "out"), *HEADS])
     classifier = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     assert torch.allclose(classifier(pixel_values).logits, head(feature), atol=1e-5)
     assert "classifier" not in str(encoder_from_pretrained(tmp_path / "out").state_dict().keys())
@@ -387,8 +378,8 @@ def test_a_fine_tuned_model_of_the_original_gives_its_logits(tmp_path, pooling):
 
 def test_ours_goes_back_to_the_originals_names_bit_for_bit(tmp_path):
     source = original_file(tmp_path / "mae.pth")
-    convert.main([str(source), str(tmp_path / "folder"), *HEADS])
-    convert.main([str(tmp_path / "folder"), str(tmp_path / "back.safetensors")])
+    command.main([str(source), str(tmp_path / "folder"), *HEADS])
+    command.main([str(tmp_path / "folder"), str(tmp_path / "back.safetensors")])
     original, _ = read_weights(source)
     back = load_file(tmp_path / "back.safetensors")
     assert back.keys() == {key for key in original if not key.startswith("fc")}
@@ -405,7 +396,7 @@ def test_a_vit_mae_keeps_its_decoder_whatever_its_names(tmp_path, names):
         save_file(theirs.state_dict(), tmp_path / "mae" / "model.safetensors", metadata={"format": "pt"})
     else:
         assert any("decoder_encoder" in key for key in load_file(tmp_path / "mae" / "model.safetensors"))
-    convert.main([str(tmp_path / "mae"), str(tmp_path / "out")])
+    command.main([str(tmp_path / "mae"), str(tmp_path / "out")])
     ours = AutoModelForPreTraining.from_pretrained(tmp_path / "out")
     noise = torch.rand(3, 16)
     expected = theirs(PIXELS, noise=noise)
@@ -432,7 +423,7 @@ def test_older_checkpoints_without_safetensors_are_read_and_hostile_ones_not(tmp
 def test_an_existing_target_is_left_alone(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="out exists, and is left as it is"):
-        convert.main([str(original_file(tmp_path / "mae.pth")), str(tmp_path / "out"), *HEADS])
+        command.main([str(original_file(tmp_path / "mae.pth")), str(tmp_path / "out"), *HEADS])
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -1,4 +1,5 @@
 import copy
+import io
 import math
 
 import golden_inputs
@@ -454,6 +455,35 @@ def test_the_forward_pass_is_one_graph(pooling, regularizer, training):
     model.zero_grad()
     model(pixel_values, noise=noise).loss.backward()
     assert all(torch.equal(parameter.grad, g) for parameter, g in zip(model.parameters(), gradients, strict=True))
+
+
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("model_class", "changes"),
+    [
+        (UMAEModel, {"num_channels": 2}),
+        (UMAEForImageClassification, {"pooling": "mean"}),
+        pytest.param(UMAEForPreTraining, {"regularizer": "coding_rate"}, marks=pytest.mark.slow),
+    ],
+)
+@torch.no_grad()
+def test_a_program_of_torch_export_is_the_model_at_any_batch_size(model_class, changes, strict):
+    model = model_class(fresh_config(num_hidden_layers=1, **changes)).eval()
+
+    def inputs(count: int) -> dict[str, torch.Tensor]:
+        noise = {"noise": torch.rand(count, 16)} if model_class is UMAEForPreTraining else {}
+        return {"pixel_values": images_for(model.config, count), **noise}
+
+    sizes = {name: {0: torch.export.Dim("batch")} for name in inputs(1)}
+    program = torch.export.export(model, (), inputs(2), dynamic_shapes=sizes, strict=strict)
+    torch.export.save(program, file := io.BytesIO())
+    file.seek(0)
+    exported = torch.export.load(file).module()
+    for count in (1, 5):
+        batch_of = inputs(count)
+        found, expected = exported(**batch_of), model(**batch_of)
+        assert type(found) is type(expected) and found.keys() == expected.keys()
+        assert all(torch.allclose(found[name], value, atol=1e-6) for name, value in expected.items())
 
 
 @TERMS

@@ -24,7 +24,7 @@ import arguments_umae
 import run_pretrain
 import umae
 from command_line_umae import given_flags
-from umae.convert import read_weights
+from umae.convert.weights import read_weights
 from umae.data.batches import Plan
 from umae.data.inputs import device_inputs
 from umae.data.streaming import START
