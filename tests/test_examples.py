@@ -1,7 +1,10 @@
 """The examples run as their first lines say."""
 
 import json
+import os
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,3 +182,24 @@ def test_images_of_several_classes_are_learned_from_a_table(encoder, tmp_path):
     image = str(tmp_path / "photos" / "of_digits" / "0.png")
     assert set(several_classes.tags(run.folder, image, least=0.0)) == {"large", "odd"}
     assert several_classes.tags(run.folder, image, least=1.0) == {}
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_from_start_to_end(tmp_path, monkeypatch):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    notebook = nbformat.read(ROOT / "examples" / "umae_in_ten_minutes.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if not cell.source.startswith("%pip")]
+    assert len(cells) == len(notebook.cells) - 1
+    stored = [[output.output_type for output in cell.outputs] for cell in cells if cell.cell_type == "code"]
+    notebook.cells = cells
+    nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    kinds = [
+        [output.output_type for output in cell.outputs if output.get("name") != "stderr"]
+        for cell in cells
+        if cell.cell_type == "code"
+    ]
+    for now, before in zip(kinds, stored, strict=True):
+        assert {*now} == {*before}, "it shows what it showed when it was stored"
+    assert (tmp_path / "runs" / "umae_probe" / "linear_probe.json").exists() and (tmp_path / "report.html").exists()

@@ -25,8 +25,8 @@ def reconstructions(
         pixel_values: (images, channels, height, width), normalised by `mean` and `std`.
 
     Returns:
-        By name: `original`; `visible`, hidden patches in grey; `predicted`, the predictions of all patches; `pasted`,
-        the visible patches and the predictions of the hidden ones.
+        By name: `original`; `visible`, hidden patches in grey; `predicted`, the predictions of the hidden
+        ones, the others in grey, since nothing trains what is predicted there; `pasted`, both together.
     """
     assert output.logits is not None and output.mask is not None
     patch, grid = config.patch_height_width, config.grid
@@ -35,10 +35,11 @@ def reconstructions(
     if config.norm_pix_loss:  # predictions are of normalised patches: undo it with the true mean and variance
         predicted = predicted * (true.var(-1, keepdim=True) + 1e-6) ** 0.5 + true.mean(-1, keepdim=True)
     hidden = output.mask[..., None].bool()
+    grey = torch.zeros_like(true)  # the mean colour
     rows = {
         "original": true,
-        "visible": torch.where(hidden, torch.zeros_like(true), true),  # zero is the mean colour
-        "predicted": predicted,
+        "visible": torch.where(hidden, grey, true),
+        "predicted": torch.where(hidden, predicted, grey),
         "pasted": torch.where(hidden, predicted, true),
     }
     return {name: to_pixels(unpatchify(row, patch, grid), mean, std) for name, row in rows.items()}
