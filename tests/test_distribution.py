@@ -91,7 +91,8 @@ def test_the_installed_package_trains_by_its_command_and_from_python(wheel, tmp_
     flags = ("--recipe", "digits", "--output_dir", "run", "--max_train_steps", "1", "--eval_steps", "0")
     assert "finished in" in started(target / "bin" / "umae", "pretrain", *flags)
     code = (
-        "import umae, modeling_umae; assert 'site/' in umae.__file__ and 'site/' in modeling_umae.__file__; "
+        "import sys, umae, modeling_umae; assert 'site/' in umae.__file__ and 'site/' in modeling_umae.__file__; "
+        "assert [name for name in sys.modules if name.startswith('umae')] == ['umae'], 'the rest when it is used'; "
         "run = umae.pretrain(dataset_name='digits', output_dir='run', max_train_steps=1, eval_steps=0); "
         "print(run.folder, len(run.metrics), type(run.model()).__name__)"
     )

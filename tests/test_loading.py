@@ -87,6 +87,7 @@ def test_with_the_package_no_remote_code_is_needed(folder):
     run("-c", OWNER, cwd=folder.parent)
 
 
+@pytest.mark.slow
 def test_the_package_alone_is_light():
     assert run("-c", LIGHT, fresh=True).stdout == "[]\n", "imported before something is used"
 
