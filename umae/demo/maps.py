@@ -58,10 +58,10 @@ def map_figure(points: np.ndarray, axes: tuple[str, str], groups: Sequence[str])
     others = ~np.isin(of_group, named)
     if others.any():
         label = f"{len(set(of_group[others]))} others"
-        axis.scatter(*points[others].T, s=8, color="#bbbbbb", label=label, linewidths=0)
+        axis.scatter(points[others, 0], points[others, 1], s=8, color="#bbbbbb", label=label, linewidths=0)
     for position, name in enumerate(sorted(named)):
         axis.scatter(
-            *points[of_group == name].T, s=16, color=COLOURS[position % len(COLOURS)],
+            points[of_group == name, 0], points[of_group == name, 1], s=16, color=COLOURS[position % len(COLOURS)],
             marker="o^"[position // len(COLOURS) % 2], alpha=0.75, label=name[:24], linewidths=0,
         )  # fmt: skip
     axis.set_xlabel(axes[0], fontsize=10)
