@@ -44,7 +44,22 @@ LAUNCH: dict[str, Any] = {
     "footer_links": [],
     "state_session_capacity": SESSIONS,
     "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-    "css": ".gradio-container {max-width: 1280px !important; margin: auto} .clickable img {cursor: crosshair}",
+    "css": """
+        .gradio-container {max-width: 1280px !important; margin: auto}
+        .clickable img {cursor: crosshair}
+        /* Labels and captions beside the images rather than on them */
+        label[data-testid="block-label"] {position: static !important; border: 0 !important; box-shadow: none}
+        .grid-wrap {min-height: 0 !important; max-height: none !important; padding-top: 0}
+        .grid-container {grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; padding-top: 0}
+        .thumbnail-item {display: flex !important; flex-direction: column; aspect-ratio: auto !important}
+        .thumbnail-item .caption-label {position: static; width: 100%; max-width: 100%; border: 0; text-align: center}
+        .thumbnail-item img {height: auto !important}
+        .tabs, .tab-wrapper, .tab-container {min-width: 0 !important}
+        @media (max-width: 600px) {
+            .found .grid-container {--grid-cols: 2 !important}
+            .tab-container > button {padding: 0 8px}
+        }
+    """,
 }
 
 Event = tuple[Callable, list[Any], list[Any]]  # a function, its inputs and its outputs
@@ -172,21 +187,21 @@ def _reconstruct(models: Sequence[DemoModel], query: gr.State) -> Event:
 def _attention(models: Sequence[DemoModel], query: gr.State) -> Event:
     heads = min(model.config.num_attention_heads for model in models)
     chosen = gr.Radio(["mean", *map(str, range(1, heads + 1))], value="mean", label="Head of the last layer")
-    outputs: list[Any] = []
-    for model in models:
-        _title(models, model)
-        with gr.Row():
-            outputs += [_image("Original"), _image("Attention of the class token to every patch")]
+    with gr.Row():
+        outputs = [_image("Original")]
+        for model in models:
+            name = f"{model.name}: attention" if len(models) > 1 else "Attention"
+            outputs.append(_image(f"{name} of the class token to every patch", buttons=["fullscreen"]))
 
     def attend(query: Query | None, head: str) -> Any:
         if query is None:
             return gr.skip()
-        images = []
+        images = [views.enlarged(models[0].pixels(query.pixel_values[0]))]
         for model, pixel_values in zip(models, query.pixel_values, strict=True):
             weights = views.class_attention(model, pixel_values)
             shown = weights.mean(axis=0) if head == "mean" else weights[int(head) - 1]
             title = f"{'mean of the heads' if head == 'mean' else f'head {head}'}; to itself {1 - shown.sum():.0%}"
-            images += [views.enlarged(model.pixels(pixel_values)), views.attention_figure(shown, title)]
+            images.append(views.attention_figure(shown, title))
         return images
 
     chosen.change(attend, [query, chosen], outputs, show_progress="hidden")
@@ -197,19 +212,14 @@ def _neighbours(models: Sequence[DemoModel], indexes: Sequence[Index], query: gr
     thumbnails = [_thumbnails(model, index) for model, index in zip(models, indexes, strict=True)]
     texts = [index.labels() or [name[-20:] for name in index.names()] for index in indexes]
     feature = _feature(models[0])
-    images = []
-    for model in models:
-        _title(models, model)
-        images.append(_gallery("Nearest images of the folder, and the cosine"))
+    with gr.Row():
+        images = [_gallery(models, model, "Nearest images of the folder, and the cosine") for model in models]
     gr.Markdown("### A part of the image\nClick a patch to find the most similar patch of every image in the folder.")
     at = gr.State((0.5, 0.5))  # right and down, in 0..1
-    patches = []
+    columns = 4 // len(models)
     with gr.Row():
         clicked = _image("Click a patch", clickable=True, scale=1)
-        with gr.Column(scale=2, min_width=320):
-            for model in models:
-                _title(models, model)
-                patches.append(_gallery("Images with the most similar patches, and the cosine"))
+        patches = [_gallery(models, model, "Images with the most similar patches", columns) for model in models]
 
     def position(index: Index, query: Query) -> int | None:
         found = (index.rows == (-1 if query.row is None else query.row)).nonzero()
@@ -266,8 +276,11 @@ def _map(models: Sequence[DemoModel], indexes: Sequence[Index]) -> Event:
         method = gr.Radio(list(maps.METHODS), value="PCA", label="Method", visible=len(maps.METHODS) > 1)
     with gr.Row():
         colours = "by label" if by_label else "by cluster (k-means)"
-        shown = [_image(f"{model.name}: every image of the folder, coloured {colours}") for model in models]
-    spectra = _image("Spectrum of the features: a line that falls steeply shows collapse")
+        shown = [
+            _image(f"{model.name}: every image of the folder, coloured {colours}", buttons=["fullscreen"])
+            for model in models
+        ]
+    spectra = _image("Spectrum of the features: a line that falls steeply shows collapse", buttons=["fullscreen"])
     table = gr.Markdown()
     runs: dict[str, dict[str, Sequence[float]]] = {
         model.name: {name: singular_values(index.features[name]) for name in FEATURES}
@@ -372,19 +385,20 @@ def _feature(model: DemoModel) -> gr.Radio:
     return gr.Radio([(text, name) for name, text in FEATURES.items()], value=model.pooling, label="Feature")
 
 
-def _image(label: str, clickable: bool = False, **options: Any) -> gr.Image:
-    classes = ["clickable"] if clickable else []
-    buttons: list[Any] = [] if clickable else ["fullscreen"]
+def _image(label: str, clickable: bool = False, buttons: Sequence[str] = (), **options: Any) -> gr.Image:
     return gr.Image(
-        label=label, interactive=False, format="png", buttons=buttons, elem_classes=classes, min_width=150, **options
-    )
-
-
-def _gallery(label: str) -> gr.Gallery:
-    return gr.Gallery(
-        label=label, columns=4, interactive=False, format="png", buttons=[], allow_preview=False, height="auto",
-        object_fit="contain",
+        label=label, alt_text=label, interactive=False, format="png", buttons=list(buttons), min_width=150,
+        elem_classes=["clickable"] if clickable else [], **options,
     )  # fmt: skip
+
+
+def _gallery(models: Sequence[DemoModel], model: DemoModel, label: str, columns: int = 4) -> gr.Gallery:
+    with gr.Column(scale=2, min_width=280):
+        _title(models, model)
+        return gr.Gallery(
+            label=label, columns=columns, interactive=False, format="png", buttons=[], allow_preview=False,
+            height="auto", object_fit="contain", elem_classes="found",
+        )  # fmt: skip
 
 
 def _place(model: DemoModel, event: gr.SelectData) -> tuple[float, float]:
