@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -38,4 +39,11 @@ def run(args: DemoArguments) -> None:
         os.environ |= {"GRADIO_TEMP_DIR": str(Path(folder).resolve()), "GRADIO_ANALYTICS_ENABLED": "False"}
         from umae.demo.page import LAUNCH, build
 
-        build(models, indexes).launch(server_name=HOST, server_port=args.port, **LAUNCH)
+        page = build(models, indexes)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, after which the folder is removed
+        try:
+            page.launch(server_name=HOST, server_port=args.port, prevent_thread_lock=True, quiet=True, **LAUNCH)
+        except OSError as error:
+            raise ValueError(f"port {args.port or '7860 to 7959'} is taken; give another port") from error
+        print(f"{page.local_url} shows the page on this machine; Ctrl-C ends it", flush=True)
+        page.block_thread()
