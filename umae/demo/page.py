@@ -52,8 +52,10 @@ LAUNCH: dict[str, Any] = {
         .grid-wrap {min-height: 0 !important; max-height: none !important; padding-top: 0}
         .grid-container {grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; padding-top: 0}
         .thumbnail-item {display: flex !important; flex-direction: column; aspect-ratio: auto !important}
+        .gallery-item, .thumbnail-item {height: auto !important; min-height: 0 !important}
         .thumbnail-item .caption-label {position: static; width: 100%; max-width: 100%; border: 0; text-align: center}
         .thumbnail-item img {height: auto !important}
+        .measures :is(th, td):not(:first-child) {white-space: nowrap}
         .tabs, .tab-wrapper, .tab-container {min-width: 0 !important}
         @media (max-width: 600px) {
             .found .grid-container {--grid-cols: 2 !important}
@@ -119,7 +121,9 @@ def build(models: Sequence[DemoModel], indexes: Sequence[Index] = ()) -> gr.Bloc
                         page.load(function, inputs, outputs, show_progress="minimal")
                     else:
                         _no_folder("to map")
-        choices = [file.upload(from_file, file, query), gallery.select(from_examples, None, query)]
+        uploaded = file.upload(from_file, file, query)
+        uploaded.then(lambda: None, None, file)  # so that another one can be dropped
+        choices = [uploaded, gallery.select(from_examples, None, query)]
         if examples:
             choices.append(page.load(lambda: examples[0], None, query))
         for choice in choices:
@@ -191,7 +195,7 @@ def _attention(models: Sequence[DemoModel], query: gr.State) -> Event:
         outputs = [_image("Original")]
         for model in models:
             name = f"{model.name}: attention" if len(models) > 1 else "Attention"
-            outputs.append(_image(f"{name} of the class token to every patch", buttons=["fullscreen"]))
+            outputs.append(_figure(f"{name} of the class token to every patch"))
 
     def attend(query: Query | None, head: str) -> Any:
         if query is None:
@@ -276,12 +280,9 @@ def _map(models: Sequence[DemoModel], indexes: Sequence[Index]) -> Event:
         method = gr.Radio(list(maps.METHODS), value="PCA", label="Method", visible=len(maps.METHODS) > 1)
     with gr.Row():
         colours = "by label" if by_label else "by cluster (k-means)"
-        shown = [
-            _image(f"{model.name}: every image of the folder, coloured {colours}", buttons=["fullscreen"])
-            for model in models
-        ]
-    spectra = _image("Spectrum of the features: a line that falls steeply shows collapse", buttons=["fullscreen"])
-    table = gr.Markdown()
+        shown = [_figure(f"{model.name}: every image of the folder, coloured {colours}") for model in models]
+    spectra = _figure("Spectrum of the features: a line that falls steeply shows collapse")
+    table = gr.Markdown(elem_classes="measures")
     runs: dict[str, dict[str, Sequence[float]]] = {
         model.name: {name: singular_values(index.features[name]) for name in FEATURES}
         for model, index in zip(models, indexes, strict=True)
@@ -385,15 +386,19 @@ def _feature(model: DemoModel) -> gr.Radio:
     return gr.Radio([(text, name) for name, text in FEATURES.items()], value=model.pooling, label="Feature")
 
 
-def _image(label: str, clickable: bool = False, buttons: Sequence[str] = (), **options: Any) -> gr.Image:
+def _image(label: str, clickable: bool = False, **options: Any) -> gr.Image:
     return gr.Image(
-        label=label, alt_text=label, interactive=False, format="png", buttons=list(buttons), min_width=150,
-        elem_classes=["clickable"] if clickable else [], **options,
+        label=label, alt_text=label, interactive=False, format="png", elem_classes=["clickable"] if clickable else [],
+        **{"buttons": [], "min_width": 150, **options},
     )  # fmt: skip
 
 
+def _figure(label: str) -> gr.Image:
+    return _image(label, buttons=["fullscreen"], min_width=280)
+
+
 def _gallery(models: Sequence[DemoModel], model: DemoModel, label: str, columns: int = 4) -> gr.Gallery:
-    with gr.Column(scale=2, min_width=280):
+    with gr.Column(scale=3 - len(models), min_width=280):
         _title(models, model)
         return gr.Gallery(
             label=label, columns=columns, interactive=False, format="png", buttons=[], allow_preview=False,
