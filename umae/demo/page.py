@@ -1,6 +1,7 @@
 """The page: gradio's components around what the other modules compute. It fetches nothing and sends nothing away."""
 
 import html
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ LAUNCH: dict[str, Any] = {
     """,
 }
 
+_NUMBERS = itertools.count()
 Event = tuple[Callable, list[Any], list[Any]]  # a function, its inputs and its outputs
 
 
@@ -158,7 +160,8 @@ def _reconstruct(models: Sequence[DemoModel], query: gr.State) -> Event:
         images: list[Any] = []
         for model, pixel_values, mask in zip(models, query.pixel_values, masks, strict=True):
             if model.pretraining is not None:
-                images += map(views.enlarged, views.reconstruct(model, pixel_values, mask).values())
+                views_of_it = views.reconstruct(model, pixel_values, mask).values()
+                images += [_own_file(views.enlarged(pixels)) for pixels in views_of_it]
         return [masks, *images]
 
     def hide_random(query: Query | None, ratio: float, seed: float | None) -> Any:
@@ -200,12 +203,12 @@ def _attention(models: Sequence[DemoModel], query: gr.State) -> Event:
     def attend(query: Query | None, head: str) -> Any:
         if query is None:
             return gr.skip()
-        images = [views.enlarged(models[0].pixels(query.pixel_values[0]))]
+        images = [_own_file(views.enlarged(models[0].pixels(query.pixel_values[0])))]
         for model, pixel_values in zip(models, query.pixel_values, strict=True):
             weights = views.class_attention(model, pixel_values)
             shown = weights.mean(axis=0) if head == "mean" else weights[int(head) - 1]
             title = f"{'mean of the heads' if head == 'mean' else f'head {head}'}; to itself {1 - shown.sum():.0%}"
-            images.append(views.attention_figure(shown, title))
+            images.append(_own_file(views.attention_figure(shown, title)))
         return images
 
     chosen.change(attend, [query, chosen], outputs, show_progress="hidden")
@@ -239,7 +242,10 @@ def _neighbours(models: Sequence[DemoModel], indexes: Sequence[Index], query: gr
             features, _ = model.features(pixel_values)
             found = nearest(index.features[feature], features[feature], FOUND, position(index, query))
             galleries.append(
-                [(views.enlarged(thumbnail(row), SMALL), f"{text[row]}, {cosine:.2f}") for row, cosine in found]
+                [
+                    (_own_file(views.enlarged(thumbnail(row), SMALL)), f"{text[row]}, {cosine:.2f}")
+                    for row, cosine in found
+                ]
             )
         return galleries[0] if len(galleries) == 1 else galleries
 
@@ -247,7 +253,8 @@ def _neighbours(models: Sequence[DemoModel], indexes: Sequence[Index], query: gr
         if query is None:
             return gr.skip()
         where = views.patch_at(*at, models[0].config.grid)
-        answers: list[Any] = [views.marked(models[0].pixels(query.pixel_values[0]), where, models[0].config.grid)]
+        image = views.marked(models[0].pixels(query.pixel_values[0]), where, models[0].config.grid)
+        answers: list[Any] = [_own_file(image)]
         for model, index, pixel_values, thumbnail, text in zip(
             models, indexes, query.pixel_values, thumbnails, texts, strict=True
         ):
@@ -255,12 +262,9 @@ def _neighbours(models: Sequence[DemoModel], indexes: Sequence[Index], query: gr
             row, column = views.patch_at(*at, grid)
             _, tokens = model.features(pixel_values)
             found = similar_patches(index.patches, tokens[row * grid[1] + column], FOUND, position(index, query))
-            answers.append(
-                [
-                    (views.marked(thumbnail(row), divmod(patch, grid[1]), grid, SMALL), f"{text[row]}, {cosine:.2f}")
-                    for row, patch, cosine in found
-                ]
-            )
+            images = [views.marked(thumbnail(row), divmod(patch, grid[1]), grid, SMALL) for row, patch, _ in found]
+            captions = [f"{text[row]}, {cosine:.2f}" for row, _, cosine in found]
+            answers.append(list(zip(map(_own_file, images), captions, strict=True)))
         return answers
 
     def click(query: Query | None, event: gr.SelectData) -> Any:
@@ -288,6 +292,8 @@ def _map(models: Sequence[DemoModel], indexes: Sequence[Index]) -> Event:
         for model, index in zip(models, indexes, strict=True)
     }
 
+    spectrum_of_runs = spectrum(runs)
+
     @cache
     def drawn(number: int, feature: str, method: str) -> Image.Image:
         features = indexes[number].features[feature]
@@ -307,7 +313,8 @@ def _map(models: Sequence[DemoModel], indexes: Sequence[Index]) -> Event:
         return "\n".join([f"#### {FEATURES[feature].capitalize()} of {len(indexes[0]):,} images", "", *lines])
 
     def draw(feature: str, method: str) -> list[Any]:
-        return [*(drawn(number, feature, method) for number in range(len(models))), spectrum(runs), measured(feature)]
+        figures = [*(drawn(number, feature, method) for number in range(len(models))), spectrum_of_runs]
+        return [*map(_own_file, figures), measured(feature)]
 
     inputs, outputs = [feature, method], [*shown, spectra, table]
     for control in inputs:
@@ -361,6 +368,13 @@ def _thumbnails(model: DemoModel, index: Index) -> Callable[[int], np.ndarray]:
         return model.pixels(model.prepare(images.read(int(index.rows[position]))))
 
     return thumbnail
+
+
+def _own_file(image: Image.Image) -> Image.Image:
+    """The same pixels and a number: gradio writes equal PNGs to one file, also while a browser reads it."""
+    image = image.copy()
+    image.info["number"] = str(next(_NUMBERS))
+    return image
 
 
 @contextmanager
