@@ -123,9 +123,8 @@ def build(models: Sequence[DemoModel], indexes: Sequence[Index] = ()) -> gr.Bloc
                         page.load(function, inputs, outputs, show_progress="minimal")
                     else:
                         _no_folder("to map")
-        uploaded = file.upload(from_file, file, query)
-        uploaded.then(lambda: None, None, file)  # so that another one can be dropped
-        choices = [uploaded, gallery.select(from_examples, None, query)]
+        choices = [file.upload(from_file, file, query), gallery.select(from_examples, None, query)]
+        file.upload(lambda: None, None, file, show_progress="hidden")  # so that another one can be dropped
         if examples:
             choices.append(page.load(lambda: examples[0], None, query))
         for choice in choices:
