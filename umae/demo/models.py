@@ -71,12 +71,9 @@ def load_model(name_or_path: str) -> DemoModel:
     Raises:
         ValueError: there is no such model, or it has no image processor.
     """
-    config, tensors = read_model(name_or_path)
-    processor = load_processor(name_or_path, config.image_height_width)
-    pooling = config.pooling
-    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("classifier.")}
-    kind = UMAEForPreTraining if any(key.startswith("decoder.") for key in tensors) else UMAEModel
-    model = load_exactly(kind._from_config(config, attn_implementation="eager"), tensors, name_or_path)
+    model = read_weights_of(name_or_path, attn_implementation="eager")
+    processor = load_processor(name_or_path, model.config.image_height_width)
+    pooling = model.config.pooling
     model.to(Accelerator().device).eval()
     encoder = set_pooling(model.vit if isinstance(model, UMAEForPreTraining) else model, "mean")
     return DemoModel(
@@ -86,3 +83,11 @@ def load_model(name_or_path: str) -> DemoModel:
         processor=processor,
         pooling=pooling,
     )
+
+
+def read_weights_of(name_or_path: str, **options: str) -> UMAEForPreTraining | UMAEModel:
+    """The model with its decoder if it has one, else the encoder; without a classifier."""
+    config, tensors = read_model(name_or_path)
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith("classifier.")}
+    kind = UMAEForPreTraining if any(key.startswith("decoder.") for key in tensors) else UMAEModel
+    return load_exactly(kind._from_config(config, **options), tensors, name_or_path)

@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from arguments_umae import DemoArguments
 from umae.data.images import load_images
+from umae.demo.export import export
 from umae.demo.index import at_most, load_index
 from umae.demo.models import load_model
 
@@ -27,11 +28,15 @@ def run(args: DemoArguments) -> None:
     models = [load_model(name) for name in names]
     if len({model.name for model in models}) < len(models):
         models = [replace(model, name=name) for model, name in zip(models, names, strict=True)]
-    indexes = []
+    images, indexes = None, []
     if args.images is not None:
         images = at_most(load_images(args.images), args.most_images)
         if images.not_read:
             print(f"not read: {images.not_read}")
+    if args.export is not None:
+        export(names, models, images, Path(args.export))
+        return
+    if images is not None:
         cache = cached_assets_path("umae", namespace="demo")
         indexes = [load_index(model, images, cache) for model in models]
     with tempfile.TemporaryDirectory(prefix="umae-demo-") as folder:
