@@ -25,8 +25,8 @@ SIDE = 512  # pixels of an image's longer side, at most
 # What the package imports. It is copied, without the programs, as it need not be on PyPI
 DISTRIBUTIONS = (
     "gradio", "torch", "transformers", "datasets", "accelerate", "huggingface_hub", "safetensors", "Pillow", "numpy",
-    "pyarrow", "scikit-learn", "scipy", "matplotlib", "Jinja2", "PyYAML", "psutil", "tqdm", "fsspec", "simplejpeg", "filelock",
-    "tifffile",
+    "pyarrow", "scikit-learn", "scipy", "matplotlib", "Jinja2", "PyYAML", "psutil", "tqdm", "fsspec", "filelock",
+    "simplejpeg", "tifffile",
 )  # fmt: skip
 
 README = """\
@@ -85,7 +85,7 @@ def export(sources: Sequence[str], models: Sequence[DemoModel], images: Images |
         raise ValueError(f"export {folder} exists and is not empty; give a new folder")
     write_folder(folder, partial(_write, sources, models, images))
     megabytes = sum(path.stat().st_size for path in folder.rglob("*")) / 1e6
-    print(f"{folder}: {megabytes:,.1f} MB; to share it: hf upload NAME/SPACE {folder} --repo-type space")
+    print(f"{folder}: {megabytes:,.1f} MB; `python app.py` in it shows the page, and so does a Space it is uploaded to")
 
 
 def _write(sources: Sequence[str], models: Sequence[DemoModel], images: Images | None, folder: Path) -> None:

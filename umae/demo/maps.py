@@ -28,7 +28,10 @@ def project(features: torch.Tensor, method: str = "PCA") -> tuple[np.ndarray, tu
     if method == "UMAP":
         import umap
 
-        return umap.UMAP(metric="cosine", random_state=0).fit_transform(directions.numpy()), ("UMAP 1", "UMAP 2")
+        return umap.UMAP(metric="cosine", random_state=0, n_jobs=1).fit_transform(directions.numpy()), (
+            "UMAP 1",
+            "UMAP 2",
+        )
     left, values, _ = torch.linalg.svd(directions - directions.mean(dim=0), full_matrices=False)
     points = np.zeros((len(directions), 2))
     points[:, : len(values)] = (left * values)[:, :2]

@@ -51,16 +51,22 @@ LAUNCH: dict[str, Any] = {
         /* Labels and captions beside the images rather than on them */
         label[data-testid="block-label"] {position: static !important; border: 0 !important; box-shadow: none}
         .grid-wrap {min-height: 0 !important; max-height: none !important; padding-top: 0}
-        .grid-container {grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; padding-top: 0}
+        .four .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)) !important; padding-top: 0}
+        .two .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important; padding-top: 0}
         .thumbnail-item {display: flex !important; flex-direction: column; aspect-ratio: auto !important}
         .gallery-item, .thumbnail-item {height: auto !important; min-height: 0 !important}
-        .thumbnail-item .caption-label {position: static; width: 100%; max-width: 100%; border: 0; text-align: center}
+        .grid-container {grid-template-rows: none !important; grid-auto-rows: max-content !important}
+        .thumbnail-item .caption-label {
+            position: static; width: 100%; max-width: 100%; border: 0; text-align: center; white-space: normal
+        }
         .thumbnail-item img {height: auto !important}
         .measures :is(th, td):not(:first-child) {white-space: nowrap}
         .tabs, .tab-wrapper, .tab-container {min-width: 0 !important}
         @media (max-width: 600px) {
-            .found .grid-container {--grid-cols: 2 !important}
+            .found .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
             .tab-container > button {padding: 0 8px}
+            .wide .image-container {overflow-x: auto}
+            .wide img {width: 640px !important; max-width: none !important}
         }
     """,
 }
@@ -107,7 +113,7 @@ def build(models: Sequence[DemoModel], indexes: Sequence[Index] = ()) -> gr.Bloc
                 file = gr.File(label="Image", height=130)
                 gallery = gr.Gallery(
                     [views.enlarged(models[0].pixels(example.pixel_values[0]), SMALL) for example in examples],
-                    label="Or one of these", columns=4, allow_preview=False, interactive=False, format="png",
+                    label="Or one of these", elem_classes="four", allow_preview=False, interactive=False, format="png",
                     buttons=[], height="auto",
                 )  # fmt: skip
             with gr.Column(scale=3, min_width=320):
@@ -222,7 +228,7 @@ def _neighbours(models: Sequence[DemoModel], indexes: Sequence[Index], query: gr
         images = [_gallery(models, model, "Nearest images of the folder, and the cosine") for model in models]
     gr.Markdown("### A part of the image\nClick a patch to find the most similar patch of every image in the folder.")
     at = gr.State((0.5, 0.5))  # right and down, in 0..1
-    columns = 4 // len(models)
+    columns = "four" if len(models) == 1 else "two"
     with gr.Row():
         clicked = _image("Click a patch", clickable=True, scale=1)
         patches = [_gallery(models, model, "Images with the most similar patches", columns) for model in models]
@@ -284,7 +290,7 @@ def _map(models: Sequence[DemoModel], indexes: Sequence[Index]) -> Event:
     with gr.Row():
         colours = "by label" if by_label else "by cluster (k-means)"
         shown = [_figure(f"{model.name}: every image of the folder, coloured {colours}") for model in models]
-    spectra = _figure("Spectrum of the features: a line that falls steeply shows collapse")
+    spectra = _figure("Spectrum of the features: a line that falls steeply shows collapse", elem_classes="wide")
     table = gr.Markdown(elem_classes="measures")
     runs: dict[str, dict[str, Sequence[float]]] = {
         model.name: {name: singular_values(index.features[name]) for name in FEATURES}
@@ -401,21 +407,21 @@ def _feature(model: DemoModel) -> gr.Radio:
 
 def _image(label: str, clickable: bool = False, **options: Any) -> gr.Image:
     return gr.Image(
-        label=label, alt_text=label, interactive=False, format="png", elem_classes=["clickable"] if clickable else [],
-        **{"buttons": [], "min_width": 150, **options},
+        label=label, alt_text=label, interactive=False, format="png",
+        **{"buttons": [], "min_width": 150, "elem_classes": ["clickable"] if clickable else [], **options},
     )  # fmt: skip
 
 
-def _figure(label: str) -> gr.Image:
-    return _image(label, buttons=["fullscreen"], min_width=280)
+def _figure(label: str, **options: Any) -> gr.Image:
+    return _image(label, buttons=["fullscreen"], min_width=280, **options)
 
 
-def _gallery(models: Sequence[DemoModel], model: DemoModel, label: str, columns: int = 4) -> gr.Gallery:
+def _gallery(models: Sequence[DemoModel], model: DemoModel, label: str, columns: str = "four") -> gr.Gallery:
     with gr.Column(scale=3 - len(models), min_width=280):
         _title(models, model)
         return gr.Gallery(
-            label=label, columns=columns, interactive=False, format="png", buttons=[], allow_preview=False,
-            height="auto", object_fit="contain", elem_classes="found",
+            label=label, interactive=False, format="png", buttons=[], allow_preview=False,
+            height="auto", object_fit="contain", elem_classes=["found", columns],
         )  # fmt: skip
 
 
