@@ -65,8 +65,6 @@ LAUNCH: dict[str, Any] = {
         @media (max-width: 600px) {
             .found .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
             .tab-container > button {padding: 0 8px}
-            .wide .image-container {overflow-x: auto}
-            .wide img {width: 640px !important; max-width: none !important}
         }
     """,
 }
@@ -290,7 +288,7 @@ def _map(models: Sequence[DemoModel], indexes: Sequence[Index]) -> Event:
     with gr.Row():
         colours = "by label" if by_label else "by cluster (k-means)"
         shown = [_figure(f"{model.name}: every image of the folder, coloured {colours}") for model in models]
-    spectra = _figure("Spectrum of the features: a line that falls steeply shows collapse", elem_classes="wide")
+    spectra = _figure("Spectrum of the features: a line that falls steeply shows collapse")
     table = gr.Markdown(elem_classes="measures")
     runs: dict[str, dict[str, Sequence[float]]] = {
         model.name: {name: singular_values(index.features[name]) for name in FEATURES}
@@ -412,8 +410,8 @@ def _image(label: str, clickable: bool = False, **options: Any) -> gr.Image:
     )  # fmt: skip
 
 
-def _figure(label: str, **options: Any) -> gr.Image:
-    return _image(label, buttons=["fullscreen"], min_width=280, **options)
+def _figure(label: str) -> gr.Image:
+    return _image(label, buttons=["fullscreen"], min_width=280)
 
 
 def _gallery(models: Sequence[DemoModel], model: DemoModel, label: str, columns: str = "four") -> gr.Gallery:
