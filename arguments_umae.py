@@ -41,9 +41,10 @@ def required(help: str) -> Any:
     return field(metadata={"help": help})
 
 
-def positional(help: str, metavar: str) -> Any:
-    """As `required`; on the command line its value may also stand alone, without the flag, as the usage shows."""
-    return field(metadata={"help": help, "metavar": metavar})
+def positional(help: str, metavar: str, default: Any = dataclasses.MISSING) -> Any:
+    """As `required`, or with a default; on the command line its value may also stand alone, without the flag, as the
+    usage shows."""
+    return field(default=default, metadata={"help": help, "metavar": metavar})
 
 
 Share = Annotated[float, Between(0, 1)]
@@ -291,6 +292,25 @@ STUDY = (StudyArguments,)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+@dataclass(kw_only=True)
+class DemoArguments:
+    run: str = positional("Model: a run folder, a Hub id or file of any MAE or ViT.", "RUN")
+    other_run: str | None = positional("A second model, to compare.", "[RUN]", None)
+    images: str | None = flag(None, "Folder of images, or another data set, to search and to map.")
+    most_images: Count = flag(2000, "At most this many of them, spread evenly.")
+    port: Annotated[int | None, Between(1, 65535)] = flag(
+        None, "Port of the page on this machine. [the first free one from 7860 on]"
+    )
+    export: str | None = flag(None, "Write the page to this new folder, for Hugging Face Spaces, and do not open it.")
+
+
+DEMO = (DemoArguments,)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # From what is given to instances
 
 
@@ -325,6 +345,7 @@ PROGRAMS: dict[str, tuple[tuple[type, ...], Callable[[Mapping[str, Any]], tuple[
     "finetune": (FINETUNE, lambda given: arguments_of(FINETUNE, given)),
     "shrink": (SHRINK, lambda given: arguments_of(SHRINK, given)),
     "study": (STUDY, lambda given: arguments_of(STUDY, given)),
+    "demo": (DEMO, lambda given: arguments_of(DEMO, given)),
 }
 
 

@@ -23,6 +23,7 @@ VERBS = {
     "evaluate": ("evaluate a classifier as it is, without training", "umae.evaluation.classification"),
     "features": ("write the features of images to files", "umae.evaluation.feature_files"),
     "diagnose": ("measure how far features have collapsed", "umae.evaluation.diagnosis"),
+    "demo": ("open a page in the browser to try a model, or two side by side", None),
     "study": ("compare settings: a grid of runs, their evaluations, a table and figures", None),
     "report": ("write one page that compares runs and probes", "umae.sharing.report"),
     "convert": (

@@ -20,6 +20,7 @@ SLOPE = (
     ("training",),
     ("evaluation",),
     ("sharing",),
+    ("demo",),
     ("programs",),
 )
 
@@ -81,6 +82,12 @@ def test_model_files_need_nothing_but_torch_and_transformers(name):
     # As transformers' image processors need; tifffile is imported, in a `try`, for the TIFFs that Pillow cannot read
     allowed |= {"numpy", "PIL", "tifffile"} if name == "image_processing_umae" else set()
     assert roots(ROOT / f"{name}.py") <= allowed
+
+
+def test_only_the_page_of_the_demo_imports_gradio():
+    """All else of it is there, and tested, without the extra `demo`."""
+    importing = {module_of(path) for path in PACKAGE if "gradio" in roots(path)}
+    assert importing == {"umae.demo.page"}
 
 
 def test_the_package_imports_no_script():

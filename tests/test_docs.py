@@ -186,6 +186,7 @@ def test_every_command_line_in_prose_and_in_recipes_is_accepted_by_its_program()
             missing = {"model_name_or_path": "runs/mine", "output_dir": "runs/other"} | {
                 "folder": "my_images",
                 "study": "digits",
+                "run": "runs/mine",
             }
             check_flags(program, words, missing)
 

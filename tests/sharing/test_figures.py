@@ -108,7 +108,7 @@ def test_colours_differ_for_colour_blind_readers():
 
 def test_curves_have_no_offset_and_two_that_coincide_are_both_visible(monkeypatch):
     drawn = []
-    monkeypatch.setattr(figures, "_rendered", lambda figure: drawn.append(figure))
+    monkeypatch.setattr(figures, "rendered", lambda figure: drawn.append(figure))
     lines = [{"step": step, "reconstruction_loss": 0.40001 + step * 1e-7} for step in range(0, 100, 10)]
     figures.training_curves({"a": lines, "b": lines})
     (axis, *_) = drawn[0].axes

@@ -74,7 +74,7 @@ def spectrum(runs: dict[str, dict[str, Sequence[float]]]) -> Image.Image:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, loc="lower left")
     figure.axes[0].set_ylabel("share of the largest")
-    return _rendered(figure)
+    return rendered(figure)
 
 
 CURVES = {
@@ -106,7 +106,7 @@ def training_curves(runs: dict[str, Sequence[dict[str, Any]]]) -> Image.Image:
         axis.grid(alpha=0.3)
         if len(runs) > 1:
             axis.legend(fontsize=8)
-    return _rendered(figure)
+    return rendered(figure)
 
 
 def over_weights(groups: Sequence[Group], metrics: Sequence[str]) -> Image.Image:
@@ -159,7 +159,7 @@ def over_weights(groups: Sequence[Group], metrics: Sequence[str]) -> Image.Image
     of_features = {label: handle for label, handle in handles.items() if label.startswith(tuple(FEATURES.values()))}
     handles = of_features or handles  # a metric without a feature has the line of its term on the class token
     figure.legend(handles.values(), handles.keys(), fontsize=8, loc="upper center", ncols=2, frameon=False)
-    return _rendered(figure)
+    return rendered(figure)
 
 
 def variant_of(group: Group) -> str:
@@ -242,7 +242,8 @@ def data_url(image: Image.Image) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _rendered(figure: Figure) -> Image.Image:
+def rendered(figure: Figure) -> Image.Image:
+    """A figure as an image."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return Image.open(buffer).convert("RGB")
