@@ -39,7 +39,17 @@ def test_all_that_the_exported_package_imports_is_in_its_requirements():
     known = packages_distributions()
     needed = {re.sub("[-_.]+", "-", name).lower() for path in copied for name in third_party(path, known)}
     named = {re.sub("[-_.]+", "-", name).lower() for name in export.DISTRIBUTIONS}
-    optional = {"evaluate", "ipython", "notebook", "tensorboard", "trackio", "umap-learn", "wandb"}
+    optional = {
+        "evaluate",
+        "ipython",
+        "notebook",
+        "onnx",
+        "onnxscript",
+        "tensorboard",
+        "trackio",
+        "umap-learn",
+        "wandb",
+    }
     assert len(needed) > 8 and needed - named - optional == set()
     assert re.search(r"^torch==\d+\.\d+\.\d+$", export.requirements(), re.MULTILINE)
 
