@@ -24,7 +24,7 @@ pretrain: $(VENV)/installed
 	@echo "weights and card: runs/digits; images: runs/digits/reconstructions.png; accuracy: the table above"
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist worksteal --durations 25
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 3 --dist worksteal --durations 25
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile thorough

@@ -101,6 +101,7 @@ def check_onnx(model, file: Path) -> dict[str, str]:
     return running.get_modelmeta().custom_metadata_map
 
 
+@pytest.mark.slow
 def test_an_onnx_file_is_the_encoder_at_any_batch_size_and_says_how_to_preprocess(tmp_path):
     model = UMAEForPreTraining(fresh_config(num_hidden_layers=1))
     file = converted(saved(model, tmp_path / "run"), tmp_path / "new" / "out.onnx")

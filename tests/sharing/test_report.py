@@ -100,6 +100,7 @@ def test_runs_that_differ_in_the_seed_alone_are_one_column_of_means(runs, tmp_pa
     assert re.search(r"<th>state</th>\s*<td>finished</td>\s*</tr>", results)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_a_browser_without_a_network_shows_the_whole_page(runs, tmp_path):
     page, shot = tmp_path / "report.html", tmp_path / "shot.png"
