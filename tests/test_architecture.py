@@ -123,11 +123,7 @@ def test_the_package_speaks_of_parameters_and_not_of_flags(path):
         if not (isinstance(node, ast.FunctionDef) and node.name == "main"):
             constants = [part for part in ast.walk(node) if isinstance(part, ast.Constant)]
             texts = {constant.value for constant in constants if isinstance(constant.value, str)}
-<<<<<<< HEAD
             texts = {text for text in texts if not text.startswith("--extra-index-url ")}  # a line of requirements.txt
-=======
-            texts = {text.removeprefix("--extra-index-url") for text in texts}  # pip's, in an exported requirements.txt
->>>>>>> demo
             assert not [text for text in texts if re.search("--[a-z]", text)]
 
 
