@@ -98,6 +98,24 @@ def page(files):
     assert list(Path(os.environ["TMPDIR"]).glob("umae-demo-*")) == [], "uploads are removed"
 
 
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_models_without_a_decoder_or_of_other_channels_have_a_page(tmp_path, channels):
+    from umae.data.decoding import Reading
+    from umae.data.inputs import evaluation_processor
+    from umae.demo.page import build
+
+    run = save_run(tmp_path / "run", num_channels=channels)
+    processor = evaluation_processor((16, 16), Reading(channels), (0.5,) * channels, (0.5,) * channels)
+    processor.save_pretrained(run)
+    whole = load_model(str(run))
+    whole.encoder.save_pretrained(tmp_path / "encoder")
+    processor.save_pretrained(tmp_path / "encoder")
+    page = build([whole, load_model(str(tmp_path / "encoder"))])
+    text = json.dumps(page.get_config_file(), default=str)
+    assert "These weights have no decoder" in text and "No folder of images was given" in text
+    assert (f"It sees {channels} channel" in text) == (channels != 3)
+
+
 def status_of(url: str) -> int:
     try:
         return urllib.request.urlopen(url, timeout=30).status

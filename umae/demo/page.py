@@ -336,8 +336,10 @@ def _description(model: DemoModel) -> str:
         f"{patch[1]} × {patch[0]}; weight of the uniformity term {config.uniformity_weight:g}."
     )
     if config.num_channels != 3:
-        seen = "the first three are shown as red, green and blue" if config.num_channels > 3 else "the first is shown"
-        text += f" It sees {config.num_channels} channels, of which {seen}; give it TIFF or .npy files of as many."
+        seen = "open TIFF or .npy files of as many; the first three are shown as red, green and blue"
+        seen = seen if config.num_channels > 3 else "the first is shown as grey"
+        count = "1 channel" if config.num_channels == 1 else f"{config.num_channels} channels"
+        text += f" It sees {count}; {seen}."
     return text
 
 
