@@ -11,7 +11,7 @@ INDEX := $(if $(EXTRA_INDEX_URL),--extra-index-url $(EXTRA_INDEX_URL))
 
 VERSIONS := 5.4.0 5.23.0# of transformers: the oldest that pyproject.toml allows, and the newest that was tried
 
-.PHONY: pretrain test test-slow test-versions docs soak gpu quality style
+.PHONY: pretrain test test-slow test-page test-versions docs soak gpu quality style
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,18 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m "slow or hypothesis" --hypothesis-profile thorough
+
+# In an environment of its own, since gradio needs an older Pillow than the one in constraints.txt
+.venv-page/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	grep '^torch==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/pip install --quiet --disable-pip-version-check $(INDEX) --constraint $(@D)/constraints.txt \
+		--editable ".[test,demo]" ipykernel nbclient playwright
+	touch $@
+
+# The page of `umae demo` in Chromium, and the notebook
+test-page: .venv-page/installed
+	.venv-page/bin/python -m pytest -m slow tests/demo tests/test_examples.py
 
 .venv-%/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)

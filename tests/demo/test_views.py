@@ -58,7 +58,7 @@ def test_pixels_of_a_hidden_patch_change_nothing_and_of_a_visible_one_something(
         other = pixel_values.clone()
         other[0][(slice(None), *box(*patch))] = 1.5
         after = views.reconstruct(model, other, hidden)
-        for name in ("visible", "reconstruction", "pasted"):
+        for name in ("visible", "predicted", "pasted"):
             assert (after[name] != before[name]).any() == changes, (patch, name)
         assert (after["original"] != before["original"]).any()
 
@@ -71,10 +71,10 @@ def test_visible_patches_are_grey_in_the_reconstruction_and_pasted_in_the_other(
         where = box(row, column)
         if hidden[row, column]:
             assert (rows["visible"][where] == grey[where]).all()
-            assert (rows["pasted"][where] == rows["reconstruction"][where]).all()
+            assert (rows["pasted"][where] == rows["predicted"][where]).all()
             assert (rows["pasted"][where] != rows["original"][where]).any()
         else:
-            assert (rows["reconstruction"][where] == grey[where]).all()
+            assert (rows["predicted"][where] == grey[where]).all()
             assert (rows["pasted"][where] == rows["original"][where]).all()
 
 

@@ -35,7 +35,7 @@ def reconstruct(model: DemoModel, pixel_values: torch.Tensor, hidden: np.ndarray
         hidden: bool (rows, columns), True where a patch is hidden.
 
     Returns:
-        `visible`, hidden patches in grey; `reconstruction`, the predictions, visible patches in grey; `pasted`, the
+        `visible`, hidden patches in grey; `predicted`, the predictions, visible patches in grey; `pasted`, the
         visible patches and the predictions of the hidden ones; `original`.
 
     Raises:
@@ -53,16 +53,8 @@ def reconstruct(model: DemoModel, pixel_values: torch.Tensor, hidden: np.ndarray
     logits, _ = model.pretraining.reconstruct(pixel_values, encoded, all_patches=True)
     output = UMAEForPreTrainingOutput(logits=logits, mask=encoded.mask)
     mean, std = model.processor.image_mean, model.processor.image_std
-    rows = {name: row[0] for name, row in reconstructions(output, pixel_values, model.config, mean, std).items()}
-    patch = model.config.patch_height_width
-    where = hidden.repeat(patch[0], 0).repeat(patch[1], 1)[..., None]
-    grey = model.pixels(torch.zeros_like(pixel_values))  # the mean colour, as in `visible`
-    return {
-        "visible": rows["visible"],
-        "reconstruction": np.where(where, rows["predicted"], grey),
-        "pasted": rows["pasted"],
-        "original": rows["original"],
-    }
+    rows = reconstructions(output, pixel_values, model.config, mean, std)
+    return {name: rows[name][0] for name in ("visible", "predicted", "pasted", "original")}
 
 
 @torch.inference_mode()

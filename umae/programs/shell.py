@@ -143,9 +143,7 @@ def carry_out(
     record = open_run(accelerator, folder, identity)
     record["base_model"] = cards.base_model(initial_weights)
     if "trackio" in [str(tracker) for tracker in accelerator.log_with]:
-        record["trackio_space"] = os.environ.get(
-            "TRACKIO_SPACE_ID"
-        )  # where trackio itself puts the curves, if it is set
+        record["trackio_space"] = os.environ.get("TRACKIO_SPACE_ID")  # where trackio itself puts the curves
     if record["finished"]:
         accelerator.print(f"{folder} holds this run, finished; nothing to do")
     else:
