@@ -21,8 +21,8 @@ IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ  # and has the folder of the pro
 if not IS_WORKER:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # for pytest's, which it removes itself
     os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="umae-tests-")
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="huggingface-", dir=os.environ["TMPDIR"])
 tempfile.tempdir = os.environ["TMPDIR"]
-os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="huggingface-")
 
 import processes
 import pytest

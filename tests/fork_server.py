@@ -1,10 +1,10 @@
 """A process that has imported what our programs import, and forks into a program whenever it is asked to.
 
-    python fork_server.py MODULE ...    # file 0 is a socket; processes.py starts it and talks to it
+    python fork_server.py MODULE ...    # file 0 is a listening socket; processes.py starts it and talks to it
 
 What it forks is as a freshly started `python`, but for the seconds that its imports would take, for those that Python
 takes to free all modules at its end, and for the seed of `hash()`, which all of a server's have in common. It ends when
-the other end of its socket is closed, and all that it has started ends with it.
+the last of its connections is closed, and all that it has started ends with it.
 """
 
 import atexit
@@ -29,11 +29,17 @@ MOST_BYTES = 2**17  # of a request
 
 def serve() -> list[str]:
     """Fork for every request. Returns in the forked process only: the words after `python` that it is to run."""
-    control, poll = socket.socket(fileno=0), select.poll()
-    poll.register(control, select.POLLIN)
+    listener, poll = socket.socket(fileno=0), select.poll()
+    poll.register(listener, select.POLLIN)
+    connections = {}  # by their descriptors
     running = {}  # by the descriptor that tells the end of a process: its number, and where that is reported
     while True:
         for ready, _ in poll.poll():
+            if ready == listener.fileno():
+                connection, _ = listener.accept()
+                connections[connection.fileno()] = connection
+                poll.register(connection, select.POLLIN)
+                continue
             if ready in running:
                 poll.unregister(ready)
                 pid, report = running.pop(ready)
@@ -42,15 +48,20 @@ def serve() -> list[str]:
                 os.close(ready)
                 os.close(report)
                 continue
-            request, files, _, _ = socket.recv_fds(control, MOST_BYTES, 4)
+            request, files, _, _ = socket.recv_fds(connections[ready], MOST_BYTES, 4)
             if not request:
+                poll.unregister(ready)
+                connections.pop(ready).close()
+                if connections:
+                    continue
                 for pid, _ in running.values():
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(pid, signal.SIGKILL)
                 sys.exit()
             pid = os.fork()
             if pid == 0:
-                control.detach()  # its number, 0, gets another file
+                for inherited in (listener, *connections.values()):
+                    inherited.detach()  # their numbers get other files
                 return _begin(json.loads(request), files)
             *standard, report = files
             for file in standard:

@@ -2,9 +2,10 @@
 
 Most of what a short run takes are imports, so the processes are forked from one that has them (fork_server.py), unless
 they are asked to differ in what those imports have read. There is one such process for every way to reach the Hub
-that the tests use, so they should use few.
+that the tests use, so they should use few. The workers of xdist share them.
 """
 
+import hashlib
 import json
 import os
 import select
@@ -103,27 +104,40 @@ class Forked:
 
 
 class ForkServer:
-    """The near end of a fork server's socket."""
+    """A connection to the fork server of this name that has imported `modules`. If there is none, it is started: as a
+    new process, or as one that `parent` forks."""
 
-    def __init__(self, *modules: str, parent: "ForkServer | None" = None, **env: str):
-        """Have it import `modules`, in a new process or in one that `parent` forks."""
-        self._control, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.environ = environment(**env)
+    def __init__(self, name: str, *modules: str, parent: "ForkServer | None" = None, **env: str):
+        import fcntl  # not on Windows, which has no fork either
+
+        self.environ, self.process = environment(**env), None
+        self._control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        address = f"\0umae-tests-{name}"  # of Linux: no file, and gone with its server
+        with open(Path(os.environ["TMPDIR"], name), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of two workers that want it at once, one starts it
+            try:
+                self._control.connect(address)
+            except ConnectionRefusedError:
+                self.process = self._start(address, modules, parent)
+                self._control.connect(address)
+
+    def _start(
+        self, address: str, modules: tuple[str, ...], parent: "ForkServer | None"
+    ) -> "subprocess.Popen | Forked":
         words = [str(ROOT / "tests" / "fork_server.py"), *modules]
-        with far_end:
-            if parent is None:
-                command = [sys.executable, *words]
-                self.process = subprocess.Popen(
-                    command,
-                    stdin=far_end,
-                    stdout=subprocess.DEVNULL,
-                    cwd=ROOT,
-                    env=self.environ,
-                    start_new_session=True,
-                )
-            else:
-                with open(os.devnull, "w") as null:
-                    self.process = parent.fork(words, ROOT, self.environ, (far_end.fileno(), null.fileno(), 2))
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener, open(os.devnull, "w") as null:
+            listener.bind(address)
+            listener.listen()
+            if parent is not None:
+                return parent.fork(words, ROOT, self.environ, (listener.fileno(), null.fileno(), 2))
+            return subprocess.Popen(
+                [sys.executable, *words],
+                stdin=listener,
+                stdout=null,
+                cwd=ROOT,
+                env=self.environ,
+                start_new_session=True,
+            )
 
     def fork(self, words: list[str], cwd: Path, environ: dict[str, str], files: tuple[int, int, int]) -> Forked:
         """`files` are its standard input, output and error."""
@@ -137,7 +151,8 @@ class ForkServer:
 
     def end(self) -> None:
         self._control.close()
-        self.process.wait(TIMEOUT)
+        if self.process is not None:
+            self.process.wait()  # until the other workers have ended, too
 
 
 _servers: list[ForkServer] = []  # each forked by the one before, or by an earlier one
@@ -148,7 +163,9 @@ def server(*steps: tuple[str, ...], changes: frozenset[tuple[str, str]] = frozen
     """One that has imported the modules of these steps; all but the first step may see changes of the environment."""
     *earlier, modules = steps
     parent = server(*earlier, changes=changes if len(earlier) > 1 else frozenset()) if earlier else None
-    _servers.append(ForkServer(*modules, parent=parent, **dict(changes)))
+    key = (os.environ["TMPDIR"], steps, sorted(changes))  # the folder is that of this session of pytest
+    name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+    _servers.append(ForkServer(name, *modules, parent=parent, **dict(changes)))
     return _servers[-1]
 
 
