@@ -30,7 +30,9 @@ QUICK = {
 }
 
 
-@pytest.mark.parametrize("part", QUICK)
+@pytest.mark.parametrize(
+    "part", ["right", *(pytest.param(part, marks=pytest.mark.slow) for part in ("fast", "judged"))]
+)
 def test_what_a_gpu_takes_no_compiler_for_is_tried_on_a_cpu(part, tmp_path):
     result, records = on_a_gpu(tmp_path, "--part", part, "--items", QUICK[part])
     assert len(records) > 5 and {record["status"] for record in records.values()} == {"done"}

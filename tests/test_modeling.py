@@ -412,7 +412,7 @@ def test_the_decoder_drops_no_path(monkeypatch):
     assert given == [None]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_drop_path_is_one_graph_and_the_same_for_the_same_seed(checkpointing):
     model = UMAEForImageClassification(fresh_config(drop_path_rate=0.5, pooling="mean", final_layernorm=False)).train()
     pixel_values, labels = images_for(model.config), torch.tensor([0, 1, 0, 1])
@@ -700,6 +700,7 @@ def test_several_numbers_are_regressed_where_the_problem_type_says_so():
     assert torch.equal(output.loss, F.mse_loss(output.logits, NUMBERS))
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_classifier_is_part_of_one_graph():
     model = classifier_for(3)
     torch._dynamo.reset()

@@ -29,7 +29,7 @@ def test_a_finished_run_changes_nothing_when_started_again(finished, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("workers", ["2", pytest.param("0", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_killed_run_ends_with_the_same_bits(finished, tmp_path, workers):
     """Other moments of the kill are tested on the loop alone, see test_loop.py."""
     folder, _ = finished

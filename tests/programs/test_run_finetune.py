@@ -398,6 +398,7 @@ def test_the_pipeline_gives_each_class_a_probability_of_its_own(tagged, lists):
     assert sum(right) / len(right) > 0.7
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_evaluate_several_classes_as_one_does(encoder, lists, tmp_path):
     few = (*EVERY, "--max_train_steps", "4", "--dataset_name", lists)
     run_finetune.main(command(encoder, tmp_path / "one", *few))

@@ -198,7 +198,9 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_its_next_line(undis
     assert_same_run(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize("when", [1, 4, 5, STEPS - 1])  # 4 is saved anyway
+@pytest.mark.parametrize(
+    "when", [*(pytest.param(step, marks=pytest.mark.slow) for step in (1, 4)), 5, STEPS - 1]
+)  # 4 is saved anyway
 def test_a_signal_after_any_step_saves_it_and_the_next_start_ends_with_the_same_bits(undisturbed, tmp_path, when):
     def interrupted(model, micro_batches, step):
         if step + 1 == when:

@@ -35,8 +35,15 @@ def kept_bytes(kind, config: UMAEConfig, batch_size: int, precision: str) -> int
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("kind", [UMAEForPreTraining, UMAEForImageClassification])
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize(
+    ("kind", "precision"),
+    [
+        (UMAEForPreTraining, "bf16"),
+        (UMAEForImageClassification, "no"),
+        pytest.param(UMAEForPreTraining, "no", marks=pytest.mark.slow),
+        pytest.param(UMAEForImageClassification, "bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_the_memory_of_an_image_is_what_the_forward_pass_keeps(kind, precision):
     config = UMAEConfig.sized("small", image_size=128, num_hidden_layers=2, pooling="mean")
     measured = (kept_bytes(kind, config, 12, precision) - kept_bytes(kind, config, 4, precision)) / 8
