@@ -32,6 +32,7 @@ VERBS = {
     ),
     "shrink": ("copy a folder of images with the large ones made smaller, which loads faster", None),
     "push": ("share a folder on the Hugging Face Hub", "umae.sharing.hub"),
+    "push-space": ("share a page that `umae demo` has exported as a Space", "umae.sharing.spaces"),
 }
 
 

@@ -24,8 +24,8 @@ TYPES = {  # of what is started with flags of these dataclasses
 }
 OTHER_FLAGS = {  # of launchers, pip, the commands without a dataclass, benchmarks and examples
     "--config_file", "--machine_rank", "--main_process_ip", "--num_processes", "--nproc_per_node",
-    "--batch_size", "--dry_run", "--dtype", "--format", "--help", "--most_images", "--num_workers", "--output",
-    "--patches", "--private", "--split",
+    "--batch_size", "--dry_run", "--dtype", "--format", "--help", "--model", "--most_images", "--num_workers",
+    "--output", "--patches", "--private", "--split",
     "--shrunk", "--small_set",
     "--at", "--size", "--lamb", "--reg",
 }  # fmt: skip

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from processes import ROOT, environment
+from processes import ROOT, environment, hub_user
 
 from umae.data.images import load_images
 from umae.demo import export
@@ -104,13 +104,24 @@ def test_arrays_of_other_channels_are_exported_as_they_are_stored(tmp_path):
     assert written.dtype == np.uint16 and (written == values).all()
 
 
+DOWNLOAD = """
+from huggingface_hub import snapshot_download
+snapshot_download("tester/page", repo_type="space", local_dir="space")
+"""
+
+
 @pytest.mark.slow
-def test_the_exported_folder_runs_by_itself(run, folder, tmp_path):
+def test_the_exported_folder_is_pushed_and_what_is_downloaded_runs_by_itself(run, folder, tmp_path, server):
     pytest.importorskip("gradio")
-    words = [sys.executable, "-m", "umae", "demo", run, "--images", folder, "--export", tmp_path / "space"]
-    subprocess.run(words, env=environment(), check=True, capture_output=True)
-    shutil.rmtree(run)
-    shutil.rmtree(folder)
+    umae, user = [sys.executable, "-m", "umae"], environment(**hub_user())
+    for words in (
+        [*umae, "demo", run, "--images", folder, "--export", tmp_path / "exported"],
+        [*umae, "push-space", tmp_path / "exported", "tester/page"],
+        [sys.executable, "-c", DOWNLOAD],
+    ):
+        subprocess.run(words, cwd=tmp_path, env=user, check=True, capture_output=True)
+    for gone in (run, folder, tmp_path / "exported"):
+        shutil.rmtree(gone)
     alone = {**environment(GRADIO_SERVER_PORT="7999"), "PYTHONPATH": ""}
     where = [sys.executable, "-c", "import umae, modeling_umae; print(umae.__file__, modeling_umae.__file__)"]
     printed = subprocess.run(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_session
+from huggingface_hub import CommitOperationAdd, HfApi, get_session, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from umae.sharing import notebook
@@ -32,8 +32,11 @@ _TransportError: type[Exception] = next(base for base in HfHubHTTPError.__mro__ 
 _REFUSALS = (LocalTokenNotFoundError, HFValidationError, _TransportError, OSError)
 
 
-def check_access(repo_id: str, private: bool = False) -> str:
+def check_access(repo_id: str, private: bool = False, space_sdk: str | None = None) -> str:
     """Create the model repository unless it exists; called before training, so that a refusal comes early.
+
+    Args:
+        space_sdk: `gradio` for a Space instead of a model.
 
     Returns:
         The repository's full name: `name/model`.
@@ -41,20 +44,24 @@ def check_access(repo_id: str, private: bool = False) -> str:
     Raises:
         ValueError: not logged in, no write access, or the Hub does not answer.
     """
+    kind = {} if space_sdk is None else {"repo_type": "space", "space_sdk": space_sdk}
     try:
-        return _patiently(HfApi().create_repo, repo_id, private=private or None, exist_ok=True).repo_id
+        return _patiently(HfApi().create_repo, repo_id, private=private or None, exist_ok=True, **kind).repo_id
     except _REFUSALS as error:
         raise ValueError(
             f"cannot write to {repo_id} on the Hub: {_one_line(error)}. Log in with `hf auth login`"
         ) from error
 
 
-def push(files: Mapping[str, Path | bytes], repo_id: str, message: str, tag: str | None = None) -> str:
+def push(
+    files: Mapping[str, Path | bytes], repo_id: str, message: str, tag: str | None = None, repo_type: str = "model"
+) -> str:
     """Commit files to an existing repository, in one commit: all of them become visible, or none.
 
     Args:
         files: by name in the repository, a path or the content.
         tag: a tag for this commit, for `from_pretrained(..., revision=tag)`.
+        repo_type: `model` or `space`.
 
     Returns:
         The repository's URL.
@@ -66,12 +73,25 @@ def push(files: Mapping[str, Path | bytes], repo_id: str, message: str, tag: str
     contents = {name: str(file) if isinstance(file, Path) else file for name, file in files.items()}
     operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
     try:
-        commit = _patiently(api.create_commit, repo_id, operations, commit_message=message)
+        commit = _patiently(api.create_commit, repo_id, operations, commit_message=message, repo_type=repo_type)
         if tag is not None:
             _patiently(api.create_tag, repo_id, tag=tag, revision=commit.oid, exist_ok=True)
     except _REFUSALS as error:
         raise ValueError(f"cannot push to {repo_id}: {_one_line(error)}") from error
-    return f"{api.endpoint}/{repo_id}"
+    return f"{api.endpoint}/{'' if repo_type == 'model' else 'spaces/'}{repo_id}"
+
+
+def read_card(repo_id: str) -> str:
+    """The card of a model on the Hub.
+
+    Raises:
+        ValueError: there is no such model or card, or the Hub does not answer.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # a Hub that does not answer is not replaced by the cache
+            return Path(_patiently(hf_hub_download, repo_id, "README.md", local_dir=folder)).read_text()
+    except _REFUSALS as error:
+        raise ValueError(f"cannot read the card of {repo_id} on the Hub: {_one_line(error)}") from error
 
 
 def _one_line(error: Exception) -> str:
