@@ -11,7 +11,7 @@ INDEX := $(if $(EXTRA_INDEX_URL),--extra-index-url $(EXTRA_INDEX_URL))
 
 VERSIONS := 5.4.0 5.23.0# of transformers: the oldest that pyproject.toml allows, and the newest that was tried
 
-.PHONY: pretrain test test-slow test-page test-versions docs soak gpu quality style
+.PHONY: pretrain test test-slow test-page test-versions docs publish soak gpu quality style
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,11 +48,11 @@ test-page: .venv-page/installed
 		--editable ".[test]" transformers==$*
 	touch $@
 
-# The model under both, and what either has saved under the other
+# The model under both, transformers' own tests of it, and what either has saved under the other
 test-versions: $(VERSIONS:%=.venv-%/installed)
 	for version in $(VERSIONS); do \
 		.venv-$$version/bin/python -m pytest tests/test_configuration.py tests/test_modeling.py tests/test_golden.py \
-			tests/test_loading.py && \
+			tests/test_loading.py tests/test_transformers.py && \
 		PYTHONPATH=. .venv-$$version/bin/python tests/versions.py save .venv-$$version/saved || exit 1; \
 	done
 	for saved in $(VERSIONS); do for version in $(VERSIONS); do \
