@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from arguments_umae import StudyArguments
-from umae.programs import study, study_jobs
+from umae.programs import study, study_clock, study_jobs
 from umae.programs.study_clock import Clock
 from umae.programs.study_file import read_study
 from umae.training.signals import StopRequest
@@ -351,6 +351,19 @@ def test_the_time_to_the_end_follows_the_pace_of_the_runs_and_what_evaluations_t
     # Half of a run of 600 seconds, a whole one of the same size, and one evaluation of 300 seconds
     assert Clock(read, 1).left() == "about 20.0 minutes to the end"
     assert Clock(read, 2).left() == "about 10.0 minutes to the end"
+
+
+def test_to_estimate_the_time_reads_every_run_a_few_times_however_many_there_are(tmp_path, monkeypatch):
+    """It is asked for every few seconds, and must not take the time of the runs."""
+    read = read_study(arguments(tmp_path, STUDY.replace("[0, 0.1]", f"[{', '.join(str(n / 20) for n in range(20))}]")))
+    asked = {"_progress": [], "_work": []}
+    for name, tasks in asked.items():
+        real = getattr(study_clock, name)
+        monkeypatch.setattr(study_clock, name, lambda task, real=real, tasks=tasks: tasks.append(task) or real(task))
+    clock, runs = Clock(read, 1), [task for task in read.tasks if task.kind == "runs"]
+    assert len({clock.left() for _ in range(3)}) == 1 and len(runs) >= 20
+    assert len(asked["_work"]) == len(runs), "once for all"
+    assert len(asked["_progress"]) <= 3 * 2 * len(runs)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 
@@ -31,6 +32,7 @@ class Clock:
     def __init__(self, study: Study, jobs: int):
         self._study, self._jobs, self._file = study, jobs, study.output_dir / FILE
         self.seconds: dict[str, float] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        self._works: dict[str, float] = {}
 
     def add(self, task: Task, seconds: float) -> None:
         """A task has run for so long, once more if it was interrupted."""
@@ -43,7 +45,7 @@ class Clock:
         for kind in self._study.kinds:
             tasks = [task for task in self._study.tasks if task.kind == kind]
             missing = [task for task in tasks if not task.is_finished]
-            known = [seconds for task in missing if (seconds := self._left_of(task)) is not None]
+            known = self._known_seconds(missing)
             text = f"  {kind:<16} {len(tasks) - len(missing)} of {len(tasks)} finished"
             if known:
                 text += f", {duration(statistics.mean(known))} each for the others"
@@ -55,21 +57,42 @@ class Clock:
     def left(self) -> str:
         """The time to the end, in words; at least that, where some tasks' is not known yet."""
         tasks = [task for task in self._study.tasks if not task.is_finished]
-        known = [seconds for task in tasks if (seconds := self._left_of(task)) is not None]
+        known = self._known_seconds(tasks)
         seconds = sum(known) / min(self._jobs, max(1, len(known)))
         return f"{'about' if len(known) == len(tasks) else 'more than'} {duration(seconds)} to the end"
 
-    def _left_of(self, task: Task) -> float | None:
-        """Seconds that a task still takes, None if that is not known."""
-        of_kind = [other for other in self._study.tasks if other.kind == task.kind]
-        if task.kind != RUNS:
-            known = [self.seconds[other.name] for other in of_kind if other.is_finished and other.name in self.seconds]
-            return statistics.mean(known) if known else None
-        if (progress := _progress(task)) is not None:
-            return progress.seconds_left
-        rates = [progress.seconds / _work(other) for other in of_kind if (progress := _progress(other)) is not None]
-        rate = statistics.mean(rates) if rates else 1 / (_matmul_rate(self._jobs) * USUAL_SHARE)
-        return _work(task) * rate
+    def _known_seconds(self, tasks: Collection[Task]) -> list[float]:
+        """What is left of those tasks of which that is known."""
+        known, means = [], self._mean_seconds()
+        for task in tasks:
+            if task.kind == RUNS:
+                progress = _progress(task)
+                known.append(means[RUNS] * self._work(task) if progress is None else progress.seconds_left)
+            elif task.kind in means:
+                known.append(means[task.kind])
+        return known
+
+    def _mean_seconds(self) -> dict[str, float]:
+        """Of a finished evaluation, by kind; of a floating-point operation of a run."""
+        means = {}
+        for kind in self._study.kinds:
+            tasks = [task for task in self._study.tasks if task.kind == kind]
+            if kind == RUNS:
+                rates = [
+                    progress.seconds / self._work(task) for task in tasks if (progress := _progress(task)) is not None
+                ]
+                means[kind] = statistics.mean(rates) if rates else 1 / (_matmul_rate(self._jobs) * USUAL_SHARE)
+            elif seconds := [
+                self.seconds[task.name] for task in tasks if task.is_finished and task.name in self.seconds
+            ]:
+                means[kind] = statistics.mean(seconds)
+        return means
+
+    def _work(self, task: Task) -> float:
+        """Floating-point operations of a run."""
+        if task.name not in self._works:
+            self._works[task.name] = _work(task)
+        return self._works[task.name]
 
 
 @dataclass(frozen=True)
