@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from arguments_umae import PROGRAMS, ShrinkArguments
 from image_processing_umae import UnreadableImage
-from umae.data.images import IMAGE_ENDINGS, files_in
+from umae.data.folders import IMAGE_ENDINGS, files_in
 from umae.data.shrinking import QUALITY, ShrunkFiles
 from umae.files import copy_file, write_bytes
 from umae.programs.keywords import keywords
