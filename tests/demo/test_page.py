@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from browsing import WIDTHS, problems_of
 from demo_run import save_run
 from PIL import Image
 from processes import environment
@@ -26,7 +26,6 @@ from umae.demo.views import enlarged
 
 pytest.importorskip("gradio")
 pytestmark = pytest.mark.slow
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TABS = ("Reconstruct", "Attention", "Neighbours", "Map")
 
 
@@ -142,27 +141,11 @@ def test_only_this_machine_reaches_the_page_and_no_file_of_it_is_served(page, fi
     assert str(files) not in json.dumps(config)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(params=[1300, 390], ids=["wide", "narrow"])
+@pytest.fixture(params=WIDTHS.values(), ids=WIDTHS)
 def tab(browser, page, request):
     """The page in the browser; at the end it has had no errors and has asked no other machine."""
     tab = browser.new_page(viewport={"width": request.param, "height": 900})
-    problems = []
-    tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    tab.on("pageerror", lambda error: problems.append(str(error)))
-    tab.on("dialog", lambda dialog: problems.append(dialog.message))
-    ours = (page.url, "data:", "blob:")
-    tab.on("request", lambda sent: None if sent.url.startswith(ours) else problems.append(sent.url))
+    problems = problems_of(tab, page.url, "data:", "blob:")
     tab.goto(page.url)
     tab.locator(".clickable img").first.wait_for(timeout=60_000)
     yield tab
