@@ -71,24 +71,34 @@ def problems_of(tab, *ours: str) -> list[str]:
 FOCUS = """() => {
   const element = document.activeElement, style = getComputedStyle(element), box = element.getBoundingClientRect();
   const outlined = style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2;
+  const again = window.stops.has(element);
+  window.stops.add(element);
   return {
-    name: element.getAttribute("aria-label") || element.innerText?.trim() || element.querySelector("img")?.alt
-      || element.title || element.id || element.outerHTML.slice(0, 150),
+    name: element.getAttribute("aria-label") || element.innerText?.trim() || element.labels?.[0]?.innerText.trim()
+      || element.querySelector("img")?.alt || element.outerHTML.slice(0, 150),
     tag: element.tagName,
-    again: Boolean(element.seen) || !(element.seen = true),
-    visible: outlined && box.width > 0 && box.height > 0,
-    inside: box.bottom > 0 && box.top < innerHeight,
+    again,
+    visible: outlined && box.width > 0 && box.bottom > 0 && box.top < innerHeight,
   };
 }"""
 
 
-def tab_stops(tab, most: int = 300) -> list[dict]:
-    """What the Tab key comes to, in this order, from the top to where it leaves the page or begins again."""
+def tab_stops(tab, until: str | None = None) -> list[dict]:
+    """What the Tab key comes to, in this order, to what is named `until` or to where it leaves the page.
+
+    Begins at the page's top without `until`, else at what has the focus.
+    """
+    tab.evaluate("window.stops = new Set()")
+    if until is None:
+        tab.evaluate("document.body.tabIndex = -1; document.body.focus(); document.body.removeAttribute('tabindex')")
     stops: list[dict] = []
-    for _ in range(most):
+    while not until or not stops or stops[-1]["name"] != until:
         tab.keyboard.press("Tab")
         stop = tab.evaluate(FOCUS)
-        if stop["tag"] == "BODY" or stop["again"]:
-            return stops
-        stops.append(stop)
-    raise AssertionError(f"the Tab key came to more than {most} places")
+        if stop["tag"] != "BODY" and not stop["again"]:
+            stops.append(stop)
+        elif until is None:
+            break
+        else:
+            assert not stop["again"], f"the Tab key does not come to {until}"
+    return stops

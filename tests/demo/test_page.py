@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from browsing import WIDTHS, problems_of
+from browsing import WIDTHS, faint_texts, problems_of, tab_stops
 from demo_run import save_run
 from PIL import Image
 from processes import environment
@@ -141,10 +141,15 @@ def test_only_this_machine_reaches_the_page_and_no_file_of_it_is_served(page, fi
     assert str(files) not in json.dumps(config)
 
 
+@pytest.fixture
+def scheme() -> str:
+    return "light"
+
+
 @pytest.fixture(params=WIDTHS.values(), ids=WIDTHS)
-def tab(browser, page, request):
+def tab(browser, page, scheme, request):
     """The page in the browser; at the end it has had no errors and has asked no other machine."""
-    tab = browser.new_page(viewport={"width": request.param, "height": 900})
+    tab = browser.new_page(viewport={"width": request.param, "height": 900}, color_scheme=scheme)
     problems = problems_of(tab, page.url, "data:", "blob:")
     tab.goto(page.url)
     tab.locator(".clickable img").first.wait_for(timeout=60_000)
@@ -245,6 +250,56 @@ def test_every_tab_answers_for_an_example_and_for_an_upload(tab, files):
         tab.locator(".toast-close").first.click()
         until(lambda: tab.get_by_text("Drop File Here").count() == 1)
     assert (shown(tab, "Original") == before).all(), "the page still shows the image before"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_is_legible_and_the_focus_visible(tab, scheme):
+    assert (tab.locator(".dark").count() > 0) == (scheme == "dark")
+    for name in TABS:
+        tab.get_by_role("tab", name=name).click()
+        tab.locator("[role=tabpanel] img").locator("visible=true").first.wait_for()
+        assert faint_texts(tab) == {}, name
+        stops = tab_stops(tab)
+        assert len(stops) > 18 and [stop for stop in stops if not stop["visible"]] == [], name
+
+
+def test_the_keyboard_alone_works_the_page(tab):
+    def open_tab(name: str):
+        tab_stops(tab, until=name)
+        tab.keyboard.press("Enter")
+        until(lambda: tab.get_by_role("tab", name=name).get_attribute("aria-selected") == "true")
+
+    before = shown(tab, "Original")
+    tab_stops(tab, until="Thumbnail 5 of 12")
+    tab.keyboard.press("Enter")
+    until(lambda: (shown(tab, "Original") != before).any())
+
+    original = shown(tab, "Original")
+    tab_stops(tab, until="range slider for Share of hidden patches")
+    for key, fewer in (("Home", True), ("End", False)):
+        tab.keyboard.press(key)
+        until(lambda fewer=fewer: (shown(tab, SEES) == original).all() == fewer)
+    tab_stops(tab, until="Seed of the random patches")
+    random = shown(tab, SEES)
+    tab.keyboard.press("ArrowUp")
+    until(lambda: (shown(tab, SEES) != random).any())
+
+    open_tab("Attention")
+    label = "run_a: attention of the class token to every patch"
+    mean = shown(tab, label)
+    tab_stops(tab, until="2")
+    tab.keyboard.press("Space")
+    until(lambda: shown(tab, label).shape != mean.shape or (shown(tab, label) != mean).any())
+
+    open_tab("Map")
+    figure = tab.get_by_role("img", name="run_a: every image of the folder, coloured by label")
+    figure.wait_for()
+    small = figure.bounding_box()
+    tab_stops(tab, until="Fullscreen")
+    tab.keyboard.press("Enter")
+    until(lambda: figure.bounding_box()["width"] >= small["width"] + 50)
+    tab.keyboard.press("Escape")
+    until(lambda: figure.bounding_box()["width"] == small["width"])
 
 
 def test_of_two_hundred_requests_eight_at_a_time_none_is_lost(page, files):
