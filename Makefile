@@ -37,9 +37,9 @@ test-slow: $(VENV)/installed
 		--editable ".[test,demo]" ipykernel nbclient playwright
 	touch $@
 
-# The page of `umae demo` in Chromium, and the notebook
+# The page of `umae demo` and those of reports and studies in Chromium, and the notebook
 test-page: .venv-page/installed
-	.venv-page/bin/python -m pytest -m slow tests/demo tests/test_examples.py
+	.venv-page/bin/python -m pytest -m slow tests/demo tests/sharing tests/test_examples.py
 
 .venv-%/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)

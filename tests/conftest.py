@@ -27,6 +27,7 @@ tempfile.tempdir = os.environ["TMPDIR"]
 import processes
 import pytest
 import short_runs
+from browsing import CHROMIUM
 from fake_hub import FakeHub
 from hypothesis import settings
 from training_runs import SHORT, TEN, metrics
@@ -92,3 +93,15 @@ def ten_steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ten") / "run"
     processes.run("run_pretrain.py", "--output_dir", folder, *TEN)
     return metrics(folder)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A real one, of playwright."""
+    api = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()

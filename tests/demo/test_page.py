@@ -4,7 +4,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from browsing import WIDTHS, faint_texts, problems_of, tab_stops
 from demo_run import save_run
 from PIL import Image
 from processes import environment
@@ -26,7 +26,6 @@ from umae.demo.views import enlarged
 
 pytest.importorskip("gradio")
 pytestmark = pytest.mark.slow
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TABS = ("Reconstruct", "Attention", "Neighbours", "Map")
 
 
@@ -142,27 +141,16 @@ def test_only_this_machine_reaches_the_page_and_no_file_of_it_is_served(page, fi
     assert str(files) not in json.dumps(config)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+@pytest.fixture
+def scheme() -> str:
+    return "light"
 
 
-@pytest.fixture(params=[1300, 390], ids=["wide", "narrow"])
-def tab(browser, page, request):
+@pytest.fixture(params=WIDTHS.values(), ids=WIDTHS)
+def tab(browser, page, scheme, request):
     """The page in the browser; at the end it has had no errors and has asked no other machine."""
-    tab = browser.new_page(viewport={"width": request.param, "height": 900})
-    problems = []
-    tab.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    tab.on("pageerror", lambda error: problems.append(str(error)))
-    tab.on("dialog", lambda dialog: problems.append(dialog.message))
-    ours = (page.url, "data:", "blob:")
-    tab.on("request", lambda sent: None if sent.url.startswith(ours) else problems.append(sent.url))
+    tab = browser.new_page(viewport={"width": request.param, "height": 900}, color_scheme=scheme)
+    problems = problems_of(tab, page.url, "data:", "blob:")
     tab.goto(page.url)
     tab.locator(".clickable img").first.wait_for(timeout=60_000)
     yield tab
@@ -262,6 +250,56 @@ def test_every_tab_answers_for_an_example_and_for_an_upload(tab, files):
         tab.locator(".toast-close").first.click()
         until(lambda: tab.get_by_text("Drop File Here").count() == 1)
     assert (shown(tab, "Original") == before).all(), "the page still shows the image before"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_is_legible_and_the_focus_visible(tab, scheme):
+    assert (tab.locator(".dark").count() > 0) == (scheme == "dark")
+    for name in TABS:
+        tab.get_by_role("tab", name=name).click()
+        tab.locator("[role=tabpanel] img").locator("visible=true").first.wait_for()
+        assert faint_texts(tab) == {}, name
+        stops = tab_stops(tab)
+        assert len(stops) > 18 and [stop for stop in stops if not stop["visible"]] == [], name
+
+
+def test_the_keyboard_alone_works_the_page(tab):
+    def open_tab(name: str):
+        tab_stops(tab, until=name)
+        tab.keyboard.press("Enter")
+        until(lambda: tab.get_by_role("tab", name=name).get_attribute("aria-selected") == "true")
+
+    before = shown(tab, "Original")
+    tab_stops(tab, until="Thumbnail 5 of 12")
+    tab.keyboard.press("Enter")
+    until(lambda: (shown(tab, "Original") != before).any())
+
+    original = shown(tab, "Original")
+    tab_stops(tab, until="range slider for Share of hidden patches")
+    for key, fewer in (("Home", True), ("End", False)):
+        tab.keyboard.press(key)
+        until(lambda fewer=fewer: (shown(tab, SEES) == original).all() == fewer)
+    tab_stops(tab, until="Seed of the random patches")
+    random = shown(tab, SEES)
+    tab.keyboard.press("ArrowUp")
+    until(lambda: (shown(tab, SEES) != random).any())
+
+    open_tab("Attention")
+    label = "run_a: attention of the class token to every patch"
+    mean = shown(tab, label)
+    tab_stops(tab, until="2")
+    tab.keyboard.press("Space")
+    until(lambda: shown(tab, label).shape != mean.shape or (shown(tab, label) != mean).any())
+
+    open_tab("Map")
+    figure = tab.get_by_role("img", name="run_a: every image of the folder, coloured by label")
+    figure.wait_for()
+    small = figure.bounding_box()
+    tab_stops(tab, until="Fullscreen")
+    tab.keyboard.press("Enter")
+    until(lambda: figure.bounding_box()["width"] >= small["width"] + 50)
+    tab.keyboard.press("Escape")
+    until(lambda: figure.bounding_box()["width"] == small["width"])
 
 
 def test_of_two_hundred_requests_eight_at_a_time_none_is_lost(page, files):

@@ -8,6 +8,7 @@ from golden_models import fresh_config
 from modeling_umae import UMAEForPreTraining, patchify
 from umae.evaluation.reconstruction import reconstructions
 from umae.sharing import figures, gallery
+from umae.sharing.comparison import Group
 from umae.sharing.figures import class_attention, nearest_neighbours, spectrum, training_curves
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -116,3 +117,15 @@ def test_curves_have_no_offset_and_two_that_coincide_are_both_visible(monkeypatc
     assert axis.yaxis.get_offset_text().get_text() == "" and axis.yaxis.get_major_formatter().get_useOffset() is False
     first, second = axis.get_lines()
     assert first.get_linestyle() != second.get_linestyle() and first.get_linewidth() > second.get_linewidth()
+
+
+@pytest.mark.parametrize("figure", ["training_curves", "over_weights"])
+def test_a_place_without_a_curve_stays_empty(monkeypatch, figure):
+    drawn = []
+    monkeypatch.setattr(figures, "rendered", lambda figure: drawn.append(figure))
+    if figure == "training_curves":
+        figures.training_curves({"a": [{"step": 1, "reconstruction_loss": 0.4}]})
+    else:
+        groups = [Group({"uniformity_weight": weight}, [0], {"linear/top1/cls": [5.0]}, {}) for weight in (0.0, 0.1)]
+        figures.over_weights(groups, ["linear/top1/cls"])
+    assert [(bool(axis.lines), axis.axison) for axis in drawn[0].axes] == [(True, True), (False, False)]

@@ -44,7 +44,10 @@ LAUNCH: dict[str, Any] = {
     "mcp_server": False,
     "footer_links": [],
     "state_session_capacity": SESSIONS,
-    "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+    # Gradio's grey (and the orange of the selected tab, below) would be too faint on white
+    "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
+        body_text_color_subdued="*neutral_600"
+    ),
     "css": """
         .gradio-container {max-width: 1280px !important; margin: auto}
         .clickable img {cursor: crosshair}
@@ -60,6 +63,11 @@ LAUNCH: dict[str, Any] = {
             position: static; width: 100%; max-width: 100%; border: 0; text-align: center; white-space: normal
         }
         .thumbnail-item img {height: auto !important}
+        .tab-container > .selected {color: #c2410c}
+        .dark .tab-container > .selected {color: var(--color-accent)}
+        :focus-visible {outline: 3px solid #0b57d0 !important; outline-offset: -3px}
+        .dark :focus-visible {outline-color: #8ab4f8 !important}
+        input:focus-visible {outline-offset: 1px}
         .measures :is(th, td):not(:first-child) {white-space: nowrap}
         .tabs, .tab-wrapper, .tab-container {min-width: 0 !important}
         @media (max-width: 600px) {

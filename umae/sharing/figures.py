@@ -95,7 +95,10 @@ def training_curves(runs: dict[str, Sequence[dict[str, Any]]]) -> Image.Image:
     figure = Figure(figsize=(8, 2.4 * rows), dpi=100)
     # In shares of the figure's size; matplotlib's own layouts draw everything twice
     figure.subplots_adjust(left=0.075, right=0.985, bottom=0.2 / rows, top=1 - 0.1 / rows, wspace=0.2, hspace=0.5)
-    for axis, (metric, title) in zip(figure.subplots(rows, 2, squeeze=False).flat, panels.items(), strict=False):
+    axes = figure.subplots(rows, 2, squeeze=False).flat
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (metric, title) in zip(axes, panels.items(), strict=False):
         for position, (name, lines) in enumerate(runs.items()):
             points = [(line["step"], line[metric]) for line in lines if metric in line]
             steps, values = ([point[column] for point in points] for column in (0, 1))
@@ -126,6 +129,8 @@ def over_weights(groups: Sequence[Group], metrics: Sequence[str]) -> Image.Image
     figure = Figure(figsize=(8, 2.6 * rows), dpi=100)
     figure.subplots_adjust(left=0.075, right=0.985, bottom=0.25 / rows, top=1 - 0.4 / rows, wspace=0.2, hspace=0.5)
     axes = figure.subplots(rows, 2, squeeze=False).flat
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
     for axis, (panel, names) in zip(axes, panels.items(), strict=False):
         for position, variant in enumerate(variants or [""]):
             of_variant = [group for group in groups if variant_of(group) in ("", variant)]
@@ -151,8 +156,6 @@ def over_weights(groups: Sequence[Group], metrics: Sequence[str]) -> Image.Image
         axis.set_title(title_of(panel), fontsize=10)
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=8)
-    for axis in list(axes):
-        axis.set_axis_off()
     handles = {
         label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }

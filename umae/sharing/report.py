@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template
 from PIL import Image
 
 from configuration_umae import UMAEConfig
@@ -25,12 +24,23 @@ from umae.files import write_text
 from umae.sharing.cards import duration, most_dimensions, read_metrics
 from umae.sharing.comparison import metrics_of_evaluation
 from umae.sharing.figures import data_url, spectrum, title_of, training_curves
+from umae.sharing.web_page import template
 
+# File -> title and caption
 FIGURES = {
-    "progress.png": "Reconstructions during training",
-    "reconstructions.png": "Reconstructions after training",
-    "neighbours.png": "Nearest neighbours",
-    "attention.png": "Attention of the class token",
+    "progress.png": (
+        "Reconstructions during training",
+        "Hidden patches are grey. Below: the visible patches and the predictions of the hidden ones.",
+    ),
+    "reconstructions.png": (
+        "Reconstructions after training",
+        'Hidden patches are grey in "visible", visible ones in "predicted"; "pasted" has both.',
+    ),
+    "neighbours.png": ("Nearest neighbours", "Below each image those with the largest cosine of the features."),
+    "attention.png": (
+        "Attention of the class token",
+        "To every patch, in the last layer, mean of the heads. Each map goes from 0 (blue) to its maximum (yellow).",
+    ),
 }
 # Row title -> metric of the evaluations during training, and its format
 EVALUATION_METRICS = {
@@ -39,31 +49,20 @@ EVALUATION_METRICS = {
     "online linear classifier": ("online_top1", ".1%"),
     "online k-NN": ("online_knn_top1", ".1%"),
 }
-PAGE = Template(
+PAGE = template(
     """\
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{{ names | join(", ") }}</title>
-<style>
-  body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-  table { border-collapse: collapse; margin: 1rem 0; }
-  th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
-  tr.differs { background: #fff3d6; }
-  img { max-width: 100%; height: auto; }
-  .side { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 1rem; }
-</style>
-<h1>{{ names | join(", ") }}</h1>
 {% macro table(header, rows, marked=false) %}
-<table>
+<div class="wide"><table>
 <tr><th></th>{% for name in header %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for name, values in rows.items() %}
 <tr{% if marked and (values | unique | list | length) > 1 %} class="differs"{% endif %}><th>{{ name }}</th>
 {% for value in values %}<td>{{ value }}</td>{% endfor %}</tr>
 {% endfor %}
-</table>
+</table></div>
 {% endmacro %}
+{% if groups | length > 1 or probes | length > 1 %}
+<p class="interactive">To sort the columns by a row, click its name.</p>
+{% endif %}
 {% if runs %}
 <h2>Results</h2>
 {{ table(groups, results) }}
@@ -76,8 +75,9 @@ PAGE = Template(
 <p>The slower a line falls, the more dimensions the features fill; a line that falls steeply shows collapse.</p>
 <img alt="Singular values of the features of every run" src="{{ spectra }}">
 {% endif %}
-{% for title, sources in figures.items() %}
+{% for title, (caption, sources) in figures.items() %}
 <h2>{{ title }}</h2>
+<p>{{ caption }}</p>
 <div class="side">
 {% for name, source in sources.items() %}<figure><figcaption>{{ name }}</figcaption>
 <img alt="{{ title }} of {{ name }}" src="{{ source }}"></figure>{% endfor %}
@@ -92,11 +92,7 @@ PAGE = Template(
 {{ table(probes, accuracies) }}
 <p>Accuracies in percent, on test images; the complete protocol is in each probe's folder.</p>
 {% endif %}
-</html>
-""",
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
+"""
 )
 
 
@@ -153,12 +149,14 @@ def page(contents: Contents) -> str:
     names, runs = contents.names, contents.runs
     settings = _side_by_side([_settings(run) for run in runs.values()])
     figures = {}
-    for file, title in FIGURES.items():
+    for file, (title, caption) in FIGURES.items():
         paths = {names[folder]: folder / file for folder in runs}
-        figures[title] = {name: data_url(Image.open(path)) for name, path in paths.items() if path.exists()}
+        sources = {name: data_url(Image.open(path)) for name, path in paths.items() if path.exists()}
+        if sources:
+            figures[title] = (caption, sources)
     groups = _groups(contents)
     return PAGE.render(
-        names=list(names.values()),
+        title=", ".join(names.values()),
         runs=[names[folder] for folder in runs],
         probes=[names[folder] for folder in contents.probes],
         groups=groups,
@@ -302,7 +300,8 @@ def _accuracies(results: Mapping[str, Any]) -> dict[str, Any]:
         for name in ("top1", "top5", "knn20_top1", "effective_rank"):
             rows[f"{name}, {feature}"] = results[feature][name]
     attentive = results.get("attentive", {})  # with top1 and top5
-    return rows | {f"{name}, attentive": attentive[name] for name in ("top1", "top5") if attentive}
+    rows |= {f"{name}, attentive": attentive[name] for name in ("top1", "top5") if attentive}
+    return {name: value for name, value in rows.items() if value is not None}
 
 
 def _side_by_side(columns: list[dict[str, Any]]) -> dict[str, list[str]]:

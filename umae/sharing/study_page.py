@@ -4,31 +4,18 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import Template
-
 from umae.sharing.comparison import Group
 from umae.sharing.figures import data_url, over_weights, title_of
+from umae.sharing.web_page import template
 
 DIGITS = {"loss": 4, "alignment": 3}  # after the point, of the metrics with such names; others are percent and ranks
-PAGE = Template(
+PAGE = template(
     """\
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{{ title }}</title>
-<style>
-  body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-  .wide { overflow-x: auto; }
-  table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-  th, td { padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
-  td small { display: block; color: #555; }
-  img { max-width: 100%; height: auto; }
-  pre { overflow-x: auto; background: #f5f5f5; padding: 1rem; }
-</style>
-<h1>{{ title }}</h1>
 <p>{{ state }} Made by <code>{{ command }}</code>.</p>
 {% if notes %}{% for note in notes %}<p>{{ note }}</p>{% endfor %}{% endif %}
+{% if columns | length > 1 %}
+<p class="interactive">To sort the columns by a row, click its name.</p>
+{% endif %}
 <div class="wide"><table>
 <tr><th></th>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for name, cells in rows.items() %}
@@ -40,15 +27,14 @@ PAGE = Template(
 <p>Accuracies in percent, on test images. &plusmn; is the standard deviation over the seeds. Below each value stands its
 difference to the runs with {{ baseline }} that have the same seed and settings otherwise, in brackets its 95 %
 confidence interval; with one pair there is none. {{ unmasked }}</p>
-{% if figure %}<img alt="Metrics over the weight of the term" src="{{ figure }}">{% endif %}
+{% if figure %}
+<p>Every point is a run; the lines go through the means over the seeds.</p>
+<img alt="Metrics over the weight of the term" src="{{ figure }}">
+{% endif %}
 <h2>Protocols</h2>
 {% for name, protocol in protocols.items() %}<details><summary>{{ name }}</summary><pre>{{ protocol }}</pre></details>
 {% endfor %}
-</html>
-""",
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
+"""
 )
 UNMASKED = "What begins with pretraining is of the log's last lines: losses on masked training images, ranks and "
 UNMASKED += "alignment of the probe images; these are no accuracies."
