@@ -7,8 +7,8 @@ A table follows a comment that says where its numbers come from:
     rows: {without the term: {uniformity_weight: 0}}
     -->
 
-A row is the only group of runs with these settings. Its cells are the mean over the seeds with the standard deviation,
-and the mean difference to the baseline with the 95 % confidence interval.
+A row is the only group of runs with these settings (`null`: one that it leaves alone). Its cells are the mean over
+the seeds with the standard deviation, and the mean difference to the baseline with the 95 % confidence interval.
 """
 
 import json
@@ -24,7 +24,7 @@ from umae.sharing.study_page import cell
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = sorted((ROOT / "studies" / "results").glob("*.json"))
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SOURCE = re.compile(r"<!-- (studies/results/\w+\.json)\n(.*?)-->\n+((?:\|.*\n)+)", re.DOTALL)
+SOURCE = re.compile(r"<!-- (studies/results/\w+\.json)\n(.*?)-->\n+((?:\|[^\n]*\n)+)", re.DOTALL)
 
 
 def groups_of(content: dict) -> list[Group]:
@@ -36,7 +36,7 @@ def table(content: dict, columns: dict[str, str], rows: dict[str, dict]) -> str:
     groups = groups_of(content)
     lines = [["", *columns], ["---", *("---:" for _ in columns)]]
     for name, settings in rows.items():
-        (group,) = [group for group in groups if settings.items() <= group.settings.items()]
+        (group,) = [group for group in groups if all(group.settings.get(key) == settings[key] for key in settings)]
         lines.append([name, *(" ".join(filter(None, cell(group, metric))) for metric in columns.values())])
     return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
 
