@@ -64,7 +64,7 @@ LAUNCH: dict[str, Any] = {
         }
         .thumbnail-item img {height: auto !important}
         .tab-container > .selected {color: #c2410c}
-        .dark .tab-container > .selected {color: var(--color-accent)}
+        .dark .tab-container > .selected {color: #f97316}
         :focus-visible {outline: 3px solid #0b57d0 !important; outline-offset: -3px}
         .dark :focus-visible {outline-color: #8ab4f8 !important}
         input:focus-visible {outline-offset: 1px}

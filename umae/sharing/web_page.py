@@ -6,43 +6,32 @@ A page is one file without network. Without JavaScript, and printed, it shows th
 from jinja2 import Template
 
 STYLE = """\
-:root {
-  color-scheme: light dark;
-  --text: #222; --faint: #555; --page: #fff; --line: #ddd; --box: #f5f5f5; --differs: #fff3d6; --focus: #0b57d0;
-}
-@media screen and (prefers-color-scheme: dark) {
-  :root {
-    --text: #e6e6e6; --faint: #b0b0b0; --page: #17191c; --line: #44484d; --box: #24272b; --differs: #463a17;
-    --focus: #8ab4f8;
-  }
-}
+:root { color-scheme: light dark; }
 body {
-  font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: var(--text);
-  background: var(--page); overflow-wrap: break-word;
+  font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
+  color: light-dark(#222, #e6e6e6); background: Canvas; overflow-wrap: break-word;
 }
 h1 { font-size: 1.7rem; line-height: 1.25; }
-:focus-visible { outline: 3px solid var(--focus); outline-offset: 2px; }
+:focus-visible { outline: 3px solid light-dark(#0b57d0, #8ab4f8); outline-offset: 2px; }
 .wide { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-tr { background: var(--page); }
-tr.differs { background: var(--differs); }
-th, td { padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+tr { background: Canvas; }
+tr.differs { background: light-dark(#fff3d6, #463a17); }
+th, td { padding: .3rem .8rem; text-align: left; vertical-align: top; border-bottom: 1px solid light-dark(#ddd, #555); }
 th:first-child { position: sticky; left: 0; background: inherit; min-width: 7rem; }
-td small { display: block; color: var(--faint); }
-pre { overflow-x: auto; background: var(--box); padding: 1rem; }
+td small { display: block; }
+td small, th button::after { color: light-dark(#555, #b0b0b0); }
+pre { overflow-x: auto; background: light-dark(#f5f5f5, #24272b); padding: 1rem; }
 figure { margin: 0; }
 img { max-width: 100%; height: auto; background: #fff; border-radius: 4px; vertical-align: top; }
 .side { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1rem; }
 button { font: inherit; color: inherit; text-align: inherit; background: none; border: 0; padding: 0; cursor: pointer; }
 th button { font-weight: inherit; max-width: 100%; overflow-wrap: anywhere; }
-th button::after { content: " \\2194" / ""; color: var(--faint); }
+th button::after { content: " \\2194" / ""; }
 th[aria-sort=ascending] button::after { content: " \\2192" / ""; color: inherit; }
 th[aria-sort=descending] button::after { content: " \\2190" / ""; color: inherit; }
 .enlarge { display: block; cursor: zoom-in; }
-dialog {
-  border: 0; padding: .5rem; width: 96vw; max-width: 96vw; max-height: 96vh; color: var(--text);
-  background: var(--page);
-}
+dialog { border: 0; padding: .5rem; width: 96vw; max-width: 96vw; max-height: 96vh; background: Canvas; }
 dialog img { min-width: 100%; max-width: none; cursor: zoom-out; }
 dialog button { position: sticky; left: 0; padding: .5rem; display: block; }
 ::backdrop { background: rgb(0 0 0 / 75%); }
@@ -51,7 +40,10 @@ dialog button { position: sticky; left: 0; padding: .5rem; display: block; }
   th { min-width: 6rem; overflow-wrap: anywhere; }
   th:first-child { min-width: 9rem; max-width: 9rem; }
 }
-@media print { th button::after { content: none; } }
+@media print {
+  :root { color-scheme: light; }
+  th button::after { content: none; }
+}
 @media print, (scripting: none) { .interactive { display: none; } }
 """
 SCRIPT = """\
