@@ -69,6 +69,10 @@ docs: $(VENV)/docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	! grep -rE '<(script|link|img)[^>]*(src|href)="?https?:' --include='*.html' site
 
+# The models in weights/ and a collection of them; HUB is a user or an organisation on the Hub. Log in first: hf auth login
+publish: $(VENV)/installed
+	$(BIN)/python weights/publish.py $(HUB)
+
 soak: $(VENV)/installed
 	$(BIN)/python -m benchmarks.soak
 

@@ -1,6 +1,7 @@
 """Cards say what the Hub reads: data, base model and its relation, papers, limitations, and where curves are."""
 
 import json
+import shutil
 
 import pytest
 from accelerate import tracking
@@ -103,3 +104,11 @@ def test_the_space_that_trackio_logs_to_is_on_the_card(tmp_path, monkeypatch, re
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert ("[Curves in a Space](https://huggingface.co/spaces/me/curves)" in card.text) == (report_to == "trackio")
     assert "one of the 10 classes that it was trained on" in card.text and all(paper in card.text for paper in PAPERS)
+
+
+def test_the_card_of_a_run_without_the_term_does_not_claim_it(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    for weight, said in ((0.01, "with a uniformity term that keeps"), (0, "(MAE), without the term of U-MAE.")):
+        (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "uniformity_weight": weight}))
+        assert said in cards.model_card(tmp_path / "run")

@@ -203,6 +203,14 @@ def most_dimensions(identity: dict[str, Any]) -> int:
     return min(identity["pictures_per_step"] // passes, identity["config"]["hidden_size"])
 
 
+def _kind(config: dict[str, Any], term: str) -> str:
+    """What a model is, in one sentence."""
+    kind = "A vision transformer pre-trained by masked reconstruction (MAE)"
+    if config["uniformity_weight"] == 0:
+        return f"{kind}, without the term of U-MAE."
+    return f"{kind} with {term} that keeps its features from\ncollapsing into a few dimensions."
+
+
 def model_card(folder: Path, checkpoint: Path | None = None) -> str:
     """The text of `README.md` for a run folder, or for a checkpoint in it."""
     run = json.loads((folder / "run.json").read_text())
@@ -274,8 +282,7 @@ def model_card(folder: Path, checkpoint: Path | None = None) -> str:
 
 # U-MAE
 
-A vision transformer pre-trained by masked reconstruction (MAE) with {term} that keeps its features from
-collapsing into a few dimensions.
+{_kind(config, term)}
 
 ## Use
 
