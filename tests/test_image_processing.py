@@ -52,9 +52,10 @@ KINDS = [
 def folder(tmp_path):
     """A folder of pre-training."""
     torch.manual_seed(0)
-    umae.UMAEForPreTraining(fresh_config()).save_pretrained(tmp_path / "runs" / "digits")
-    evaluation_processor((16, 16)).save_pretrained(tmp_path / "runs" / "digits")
-    return tmp_path / "runs" / "digits"
+    folder = tmp_path / "weights" / "umae-vit-mini-64"  # the name in README
+    umae.UMAEForPreTraining(fresh_config()).save_pretrained(folder)
+    evaluation_processor((16, 16)).save_pretrained(folder)
+    return folder
 
 
 def python_block(text: str) -> str:
