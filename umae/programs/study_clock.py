@@ -4,7 +4,7 @@ import json
 import statistics
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 
@@ -32,7 +32,6 @@ class Clock:
     def __init__(self, study: Study, jobs: int):
         self._study, self._jobs, self._file = study, jobs, study.output_dir / FILE
         self.seconds: dict[str, float] = json.loads(self._file.read_text()) if self._file.exists() else {}
-        self._works: dict[str, float] = {}
 
     def add(self, task: Task, seconds: float) -> None:
         """A task has run for so long, once more if it was interrupted."""
@@ -67,7 +66,7 @@ class Clock:
         for task in tasks:
             if task.kind == RUNS:
                 progress = _progress(task)
-                known.append(means[RUNS] * self._work(task) if progress is None else progress.seconds_left)
+                known.append(means[RUNS] * self._works[task.name] if progress is None else progress.seconds_left)
             elif task.kind in means:
                 known.append(means[task.kind])
         return known
@@ -79,7 +78,9 @@ class Clock:
             tasks = [task for task in self._study.tasks if task.kind == kind]
             if kind == RUNS:
                 rates = [
-                    progress.seconds / self._work(task) for task in tasks if (progress := _progress(task)) is not None
+                    progress.seconds / self._works[task.name]
+                    for task in tasks
+                    if (progress := _progress(task)) is not None
                 ]
                 means[kind] = statistics.mean(rates) if rates else 1 / (_matmul_rate(self._jobs) * USUAL_SHARE)
             elif seconds := [
@@ -88,11 +89,10 @@ class Clock:
                 means[kind] = statistics.mean(seconds)
         return means
 
-    def _work(self, task: Task) -> float:
-        """Floating-point operations of a run."""
-        if task.name not in self._works:
-            self._works[task.name] = _work(task)
-        return self._works[task.name]
+    @cached_property
+    def _works(self) -> dict[str, float]:
+        """Floating-point operations of every run, by its name."""
+        return {task.name: _work(task) for task in self._study.tasks if task.kind == RUNS}
 
 
 @dataclass(frozen=True)

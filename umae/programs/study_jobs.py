@@ -15,7 +15,7 @@ from umae.training.hardware import usable_cores
 from umae.training.signals import StopRequest
 
 INTERVAL = 0.2  # seconds between two looks at the processes
-WATCH = 10.0  # seconds between two looks at what they have written
+WATCH = 5.0  # seconds between two looks at what they have written
 
 
 @dataclass
