@@ -247,24 +247,30 @@ def test_gpus_are_handed_out_one_each_and_cores_in_shares(monkeypatch):
 # The whole
 
 
-def test_the_results_are_those_of_the_folders_and_nothing_finished_is_done_again(
-    tmp_path, finished, monkeypatch, capsys
-):
-    """Here every run ends with the folder of a finished one, and every evaluation with a report of its own."""
-    protocol = {"model": "run", "linear_protocol": "cached", "test": {"data": "digits (test)"}, "seeds": [0]}
-    accuracies = iter((50.0, 52.5))
+PROTOCOL = {"model": "run", "linear_protocol": "cached", "test": {"data": "digits (test)"}, "seeds": [0]}
+
+
+@pytest.fixture
+def at_once(finished, monkeypatch):
+    """Every run ends with the folder of a finished one, and every evaluation with a report of its own; what starts."""
+    started = []
 
     def start(words, environ, log):
         folder = Path(words[-1])
+        started.append(f"{folder.parent.name}/{folder.name}")
         if words[0] == "pretrain":
             return subprocess.Popen(["cp", "-r", str(finished[0]), str(folder)], stdout=log, stderr=log)
-        numbers = {"top1": next(accuracies), "top5": None, "knn20_top1": 40.0, "effective_rank": 3.0}
+        top1 = 50 + 2.5 * sum(name.startswith("linear/") for name in started[:-1])
+        numbers = {"top1": top1, "top5": None, "knn20_top1": 40.0, "effective_rank": 3.0}
         folder.mkdir(parents=True)
-        report = {"cls": numbers, "mean": numbers, "protocol": protocol}
-        (folder / "linear_probe.json").write_text(json.dumps(report))
+        (folder / "linear_probe.json").write_text(json.dumps({"cls": numbers, "mean": numbers, "protocol": PROTOCOL}))
         return subprocess.Popen(["true"])
 
     monkeypatch.setattr(study_jobs, "start_process", start)
+    return started
+
+
+def test_the_results_are_those_of_the_folders_and_nothing_finished_is_done_again(tmp_path, finished, at_once, capsys):
     args = arguments(tmp_path)
     content = study.run(args)
     out = tmp_path / "out"
@@ -275,14 +281,46 @@ def test_the_results_are_those_of_the_folders_and_nothing_finished_is_done_again
         assert run["values"]["pretraining/reconstruction_loss"] == last["reconstruction_loss"]
         assert [command.split()[:2] for command in run["commands"]] == [["umae", "pretrain"], ["umae", "probe"]]
     assert content["groups"][1]["metrics"]["linear/top1/cls"]["difference"] == 2.5
-    assert content["protocols"]["linear"] == {key: value for key, value in protocol.items() if key != "model"}
+    assert content["protocols"]["linear"] == {key: value for key, value in PROTOCOL.items() if key != "model"}
     assert content["protocols"]["pretraining"]["total_steps"] == 12
     assert str(tmp_path) not in (out / "study.json").read_text() + (out / "study.html").read_text()
     assert "| linear, class token | 50.0 | 52.5 +2.5 |" in (out / "study.md").read_text()
     capsys.readouterr()
-    monkeypatch.delattr(study_jobs, "start_process")
+    at_once.clear()
     assert study.run(args) == content
-    assert "2 of 2 finished" in capsys.readouterr().out
+    assert "2 of 2 finished" in capsys.readouterr().out and at_once == []
+
+
+def test_a_results_file_is_enough_to_continue_and_keeps_what_would_be_lost(tmp_path, at_once):
+    content = study.run(arguments(tmp_path))
+    file = tmp_path / "out/study.json"
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "out").mkdir(parents=True)
+    (elsewhere / "out/study.json").write_bytes(file.read_bytes())
+    at_once.clear()
+    assert study.run(arguments(elsewhere)) == content and at_once == []
+    assert (elsewhere / "out/study.json").read_bytes() == file.read_bytes()
+
+    grown = study.run(arguments(elsewhere, STUDY.replace("[0, 0.1]", "[0, 0.1, 1]")))
+    assert at_once == ["runs/uniformity_weight=1,seed=0", "linear/uniformity_weight=1,seed=0"]
+    assert grown["runs"][:2] == content["runs"] and len(grown["runs"]) == 3
+
+    # With another evaluation the first two runs, whose folders are not there, have to be done again
+    study.run(arguments(elsewhere, STUDY.replace("[0, 0.1]", "[0, 0.1, 1]") + "  again: {}\n"))
+    assert at_once[2:4] == ["runs/uniformity_weight=0,seed=0", "linear/uniformity_weight=0,seed=0"]
+    assert "runs/uniformity_weight=1,seed=0" not in at_once[2:]
+
+    (tmp_path / "third/out").mkdir(parents=True)
+    third = tmp_path / "third/out/study.json"
+    third.write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match=r"results of uniformity_weight=0,seed=0 by a command .*--max_train_steps 1 "):
+        study.run(arguments(tmp_path / "third", STUDY.replace("max_train_steps: 1,", "max_train_steps: 2,")))
+    with pytest.raises(ValueError, match=r"results of uniformity_weight=0.1,seed=0 by a command"):
+        study.run(arguments(tmp_path / "third", STUDY.replace("[0, 0.1]", "[0]")))
+    assert third.read_bytes() == file.read_bytes()
+    third.write_text("[]")
+    with pytest.raises(ValueError, match="does not hold the results of a study"):
+        study.run(arguments(tmp_path / "third"))
 
 
 @pytest.mark.slow

@@ -45,6 +45,7 @@ def study(**given: Any) -> dict[str, Any]:
 
 def run(args: StudyArguments) -> dict[str, Any]:
     study, notes = without_labels(read_study(args))
+    study = with_recorded(study)
     slots = study_jobs.slots(os.environ, args.jobs)
     clock = Clock(study, len(slots))
     missing = [task for task in study.tasks if not task.is_finished]
@@ -90,6 +91,36 @@ def without_labels(study: Study) -> tuple[Study, list[str]]:
             f"and alignment tell the runs apart, but a higher rank alone does not make better features."
         )
     return dataclasses.replace(study, tasks=tasks), notes
+
+
+def with_recorded(study: Study) -> Study:
+    """The study with those runs finished whose folder is not there, but whose results, with those of all their
+    evaluations, are in `study.json`.
+
+    Raises:
+        ValueError: the file holds other results without a folder, which would be lost.
+    """
+    file, tasks = study.output_dir / RESULTS, list(study.tasks)
+    if not file.exists():
+        return study
+    try:
+        earlier = json.loads(file.read_text())
+        commands = {entry["run"]: set(entry["commands"]) for entry in earlier["runs"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} does not hold the results of a study ({error!r:.80}); move it away") from error
+    for run, recorded in commands.items():
+        if (study.output_dir / RUNS / run).exists():
+            continue
+        expected = {command(study, task) for task in tasks if task.run == run}
+        if not recorded <= expected:
+            other = min(recorded - expected)
+            raise ValueError(
+                f"{file} holds results of {run} by a command that the study does not have: {other}. Its folder is not "
+                f"there, so they would be lost; change the study back, or move the file away"
+            )
+        if recorded == expected:
+            tasks = [dataclasses.replace(task, is_recorded=task.is_recorded or task.run == run) for task in tasks]
+    return dataclasses.replace(study, tasks=tasks, earlier=earlier)
 
 
 def carry_out(
@@ -149,49 +180,55 @@ def write_results(args: StudyArguments, study: Study, notes: Sequence[str]) -> d
 
 def results_of_runs(study: Study) -> list[Result]:
     """Of every finished run, with the evaluations that are finished."""
+    entries = {entry["run"]: entry for entry in study.earlier.get("runs", [])}
     found = []
     for name, settings in study.runs.items():
         training, *evaluations = [task for task in study.tasks if task.run == name]
-        if training.is_finished:
+        if not training.is_finished:
+            continue
+        if training.is_recorded:
+            values = entries[name]["values"]
+        else:
             values = metrics_of_run(training.folder)
             for task in evaluations:
                 if task.is_finished:
                     values |= metrics_of_evaluation(task.kind, _report(task))
-            settings = {key: value for key, value in settings.items() if key != "seed"}
-            found.append(Result(name, settings, study.runs[name]["seed"], values))
+        found.append(
+            Result(name, {key: value for key, value in settings.items() if key != "seed"}, settings["seed"], values)
+        )
     return found
 
 
 def results(args: StudyArguments, study: Study, notes: Sequence[str]) -> dict[str, Any]:
     """What `study.json` holds. No time and no path is in it, so that the same study gives the same file."""
-    found = {result.name: result for result in results_of_runs(study)}
+    entries = {entry["run"]: entry for entry in study.earlier.get("runs", [])}
+    found = results_of_runs(study)
     runs: list[dict[str, Any]] = []
     protocols: dict[str, Any] = {}
-    for task in study.tasks:
-        if task.run not in found or not task.is_finished:
+    for result in found:
+        training, *evaluations = [task for task in study.tasks if task.run == result.name and task.is_finished]
+        if training.is_recorded:
+            runs.append(entries[result.name])
             continue
-        if task.kind == RUNS:
-            record, result = json.loads((task.folder / RUN_FILE).read_text()), found[task.run]
-            protocols.setdefault(
-                "pretraining", {key: value for key, value in record["identity"].items() if key != "seed"}
-            )
-            runs.append(
-                {
-                    "run": task.run,
-                    "settings": dict(result.settings),
-                    "seed": result.seed,
-                    "hardware": record["hardware"],
-                    "versions": record["versions"],
-                    "commands": [_command(task)],
-                    "values": dict(result.values),
-                }
-            )
-        else:
-            runs[-1]["commands"].append(_command(task))
+        record = json.loads((training.folder / RUN_FILE).read_text())
+        protocols.setdefault("pretraining", {key: value for key, value in record["identity"].items() if key != "seed"})
+        for task in evaluations:
             protocol = _report(task)["protocol"]
             protocols.setdefault(
                 task.kind, {key: protocol[key] for key in protocol if key not in ("model", "base_model")}
             )
+        runs.append(
+            {
+                "run": result.name,
+                "settings": dict(result.settings),
+                "seed": result.seed,
+                "hardware": record["hardware"],
+                "versions": record["versions"],
+                "commands": [command(study, task) for task in (training, *evaluations)],
+                "values": dict(result.values),
+            }
+        )
+    protocols = study.earlier.get("protocols", {}) | protocols
     finished = sum(task.is_finished for task in study.tasks)
     state = "All runs and evaluations are finished."
     if finished < len(study.tasks):
@@ -202,9 +239,9 @@ def results(args: StudyArguments, study: Study, notes: Sequence[str]) -> dict[st
         "state": state,
         "notes": list(notes),
         "baseline": dict(study.baseline),
-        "groups": [summary(group) for group in compare(list(found.values()), study.baseline)],
+        "groups": [summary(group) for group in compare(found, study.baseline)],
         "runs": runs,
-        "protocols": protocols,
+        "protocols": {kind: protocols[kind] for kind in ("pretraining", *study.kinds) if kind in protocols},
     }
 
 
@@ -212,7 +249,15 @@ def _report(task: Task) -> dict[str, Any]:
     return json.loads((task.folder / REPORTS[task.program]).read_text())
 
 
-def _command(task: Task) -> str:
-    """As one would type it, without paths."""
-    words = [Path(word).name if "/" in word and Path(word).exists() else word for word in task.command_line]
+def command(study: Study, task: Task) -> str:
+    """As one would type it in the study's folder, with nothing that is only so on one machine: of data sets in
+    `data_dir` and of absolute paths the last part."""
+    words = []
+    for word in task.command_line:
+        path = Path(word)
+        if path.is_relative_to(study.output_dir):
+            word = path.relative_to(study.output_dir).as_posix()
+        elif path.is_absolute() or path.parts[:1] == ("..",):
+            word = path.name
+        words.append(word)
     return " ".join(["umae", *words])

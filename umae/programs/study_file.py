@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Task:
         program: one of `arguments_umae.PROGRAMS`.
         arguments: of the program, by name.
         folder: its `output_dir`.
+        is_recorded: whether its results are in the study's results file, so that it needs no folder.
     """
 
     kind: str
@@ -34,6 +35,7 @@ class Task:
     program: str
     arguments: Mapping[str, Any]
     folder: Path
+    is_recorded: bool = False
 
     @property
     def name(self) -> str:
@@ -41,6 +43,8 @@ class Task:
 
     @property
     def is_finished(self) -> bool:
+        if self.is_recorded:
+            return True
         if self.kind != RUNS:
             return (self.folder / REPORTS[self.program]).exists()
         record = self.folder / RUN_FILE
@@ -64,6 +68,7 @@ class Study:
         runs: by name, the settings that differ among the runs, `seed` among them.
         tasks: every run, and after each its evaluations.
         baseline: the settings of the runs that the others are compared with.
+        earlier: what its results file holds, with the results of the tasks that are recorded.
     """
 
     title: str
@@ -71,6 +76,7 @@ class Study:
     runs: Mapping[str, Mapping[str, Any]]
     tasks: Sequence[Task]
     baseline: Mapping[str, Any]
+    earlier: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def kinds(self) -> list[str]:
@@ -178,10 +184,14 @@ def _mapping(path: Path, key: str, value: Any) -> dict[str, Any]:
 
 
 def _local_data(arguments: Mapping[str, Any], data_dir: str | None) -> dict[str, Any]:
-    """With the data set in `data_dir`, if it is there."""
+    """With the data set in `data_dir`, by its absolute path, if it is there."""
     name = arguments.get("dataset_name")
     local = Path(data_dir) / str(name).rsplit("/", 1)[-1] if data_dir is not None and name is not None else None
-    return {**arguments, "dataset_name": str(local)} if local is not None and local.exists() else dict(arguments)
+    return (
+        {**arguments, "dataset_name": str(local.absolute())}
+        if local is not None and local.exists()
+        else dict(arguments)
+    )
 
 
 def _in_a_name(value: Any) -> str:
