@@ -285,6 +285,8 @@ def test_the_results_are_those_of_the_folders_and_nothing_finished_is_done_again
     assert content["protocols"]["pretraining"]["total_steps"] == 12
     assert str(tmp_path) not in (out / "study.json").read_text() + (out / "study.html").read_text()
     assert "| linear, class token | 50.0 | 52.5 +2.5 |" in (out / "study.md").read_text()
+    with Image.open(out / "study.png") as figure:
+        assert figure.width == 800
     capsys.readouterr()
     at_once.clear()
     assert study.run(args) == content
@@ -424,7 +426,7 @@ def test_an_interrupted_study_continues_to_the_same_results(tmp_path):
     assert interrupted.wait(120) == 128 + signal.SIGTERM
     assert not json.loads((first / "run.json").read_text())["finished"]
     assert start("interrupted").wait(600) == 0
-    names = ("study.json", "study.md", "study.html")
+    names = ("study.json", "study.md", "study.png", "study.html")
     whole, continued = (
         [(tmp_path / folder / name).read_bytes() for name in names] for folder in ("whole", "interrupted")
     )

@@ -7,7 +7,7 @@ from browsing import WIDTHS, faint_texts, problems_of, tab_stops
 
 from umae.sharing.comparison import Result, compare
 from umae.sharing.report import report
-from umae.sharing.study_page import study_page
+from umae.sharing.study_page import study_figure, study_page
 from umae.sharing.web_page import template
 
 NAMES = ["uniformity_weight 0", "uniformity_weight 0.001", "uniformity_weight 0.01", "uniformity_weight 0.1"]
@@ -30,7 +30,8 @@ def study() -> str:
         "notes": ["A note."], "baseline": {"uniformity_weight": 0},
         "protocols": {"probe": {"linear_epochs": 90, "words": "long " * 100}},
     }  # fmt: skip
-    return study_page(content, compare(results))
+    groups = compare(results)
+    return study_page(content, groups, study_figure(groups))
 
 
 @pytest.fixture(scope="session")

@@ -21,11 +21,11 @@ from umae.programs.study_jobs import Job
 from umae.progress_bar import progress_bar
 from umae.sharing.cards import duration
 from umae.sharing.comparison import Result, compare, metrics_of_evaluation, metrics_of_run, summary
-from umae.sharing.study_page import markdown, study_page
+from umae.sharing.study_page import markdown, study_figure, study_page
 from umae.training.folder import RUN_FILE
 from umae.training.signals import StopRequest
 
-RESULTS, TABLE, PAGE, LOCK = "study.json", "study.md", "study.html", "study.lock"
+RESULTS, TABLE, FIGURE, PAGE, LOCK = "study.json", "study.md", "study.png", "study.html", "study.lock"
 
 
 @keywords("study")
@@ -169,12 +169,14 @@ def _last_line(log: Path) -> str:
 
 
 def write_results(args: StudyArguments, study: Study, notes: Sequence[str]) -> dict[str, Any]:
-    """Write `study.json`, the table and the page, as far as there are results."""
+    """Write `study.json`, the table, the figure and the page, as far as there are results."""
     content = results(args, study, notes)
     groups = compare(results_of_runs(study), study.baseline)
     write_text(study.output_dir / RESULTS, json.dumps(content, indent=2) + "\n")
     write_text(study.output_dir / TABLE, markdown(groups))
-    write_text(study.output_dir / PAGE, study_page(content, groups))
+    if figure := study_figure(groups):
+        figure.save(study.output_dir / FIGURE)
+    write_text(study.output_dir / PAGE, study_page(content, groups, figure))
     return content
 
 

@@ -14,7 +14,7 @@ from umae.files import write_text
 from umae.programs.initial_model import make_config
 from umae.programs.study_file import RUNS, Study, Task
 from umae.sharing.cards import duration, read_metrics
-from umae.speed import matmul_rate, training_flops
+from umae.speed import has_fast_bf16, matmul_rate, training_flops
 from umae.training.folder import METRICS_FILE, RUN_FILE
 from umae.training.hardware import usable_cores
 
@@ -82,7 +82,8 @@ class Clock:
                     for task in tasks
                     if (progress := _progress(task)) is not None
                 ]
-                means[kind] = statistics.mean(rates) if rates else 1 / (_matmul_rate(self._jobs) * USUAL_SHARE)
+                precision = pretraining_arguments(tasks[0].arguments)[2].mixed_precision
+                means[kind] = statistics.mean(rates or [1 / (USUAL_SHARE * _matmul_rate(self._jobs, precision))])
             elif seconds := [
                 self.seconds[task.name] for task in tasks if task.is_finished and task.name in self.seconds
             ]:
@@ -144,12 +145,13 @@ def num_images(name: str, config_name: str | None, split: str) -> int:
 
 
 @cache
-def _matmul_rate(jobs: int) -> float:
+def _matmul_rate(jobs: int, mixed_precision: str | None) -> float:
     """Of one of the jobs side by side."""
-    if torch.cuda.is_available():
-        return matmul_rate(torch.device("cuda"), torch.bfloat16)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    is_fast = mixed_precision in ("bf16", "fp16") or (mixed_precision is None and has_fast_bf16(device))
     threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, usable_cores() // jobs))
-    rate = matmul_rate(torch.device("cpu"), torch.float32)
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, usable_cores() // jobs))
+    rate = matmul_rate(device, torch.bfloat16 if is_fast else torch.float32)
     torch.set_num_threads(threads)
     return rate

@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from PIL import Image
+
 from umae.sharing.comparison import Group
 from umae.sharing.figures import data_url, over_weights, title_of
 from umae.sharing.web_page import template
@@ -40,12 +42,13 @@ UNMASKED = "What begins with pretraining is of the log's last lines: losses on m
 UNMASKED += "alignment of the probe images; these are no accuracies."
 
 
-def study_page(content: Mapping[str, Any], groups: Sequence[Group]) -> str:
+def study_page(content: Mapping[str, Any], groups: Sequence[Group], figure: Image.Image | None) -> str:
     """The HTML page of a study, self-contained.
 
     Args:
         content: of `study.json`.
         groups: of its runs.
+        figure: see `study_figure`.
     """
     metrics = _metrics(groups)
     return PAGE.render(
@@ -57,7 +60,7 @@ def study_page(content: Mapping[str, Any], groups: Sequence[Group]) -> str:
         columns=[_title(group) for group in groups],
         rows={title_of(metric): [cell(group, metric) for group in groups] for metric in metrics},
         unmasked=UNMASKED,
-        figure=_figure(groups, metrics),
+        figure=data_url(figure) if figure else "",
         protocols={name: json.dumps(protocol, indent=2) for name, protocol in content["protocols"].items()},
     )
 
@@ -104,11 +107,11 @@ def cell(group: Group, metric: str) -> tuple[str, str]:
     return value, text
 
 
-def _figure(groups: Sequence[Group], metrics: Sequence[str]) -> str:
-    """As a `data:` URL; empty where weights do not differ."""
+def study_figure(groups: Sequence[Group]) -> Image.Image | None:
+    """The metrics over the weight of the term; None where weights do not differ."""
     weighted = [group for group in groups if "uniformity_weight" in group.settings]
     if len({group.settings["uniformity_weight"] for group in weighted}) < 2:
-        return ""
+        return None
+    metrics = _metrics(groups)
     evaluated = [name for name in metrics if not name.startswith("pretraining/")]
-    shown = evaluated or [name for name in metrics if "effective_rank" in name]
-    return data_url(over_weights(weighted, shown))
+    return over_weights(weighted, evaluated or [name for name in metrics if "effective_rank" in name])
