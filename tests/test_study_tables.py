@@ -66,8 +66,9 @@ def test_results_are_those_of_their_study_and_agree_with_themselves(file, tmp_pa
     assert content["groups"] == json.loads(json.dumps([summary(group) for group in groups_of(content)]))
     assert all(run["commands"] and run["versions"] for run in content["runs"])
     (tmp_path / "data" / "cifar10").mkdir(parents=True)
-    args = StudyArguments(study=file.stem, data_dir=str(tmp_path / "data"), output_dir=str(tmp_path))
-    (tmp_path / "study.json").write_bytes(file.read_bytes())
+    args = StudyArguments(study=file.stem, data_dir=str(tmp_path / "data"), output_dir=str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/study.json").write_bytes(file.read_bytes())
     study = with_recorded(read_study(args))  # which refuses results of other settings
     assert content["title"] == study.title
     assert {task.run for task in study.tasks if task.is_recorded} == {run["run"] for run in content["runs"]}
