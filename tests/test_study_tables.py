@@ -19,9 +19,9 @@ import pytest
 import yaml
 
 from arguments_umae import StudyArguments
-from umae.programs.study import with_recorded
+from umae.programs.study import groups_of, with_recorded
 from umae.programs.study_file import read_study
-from umae.sharing.comparison import Group, Result, compare, summary
+from umae.sharing.comparison import summary
 from umae.sharing.study_page import cell
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,13 +30,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCE = re.compile(r"<!-- (studies/results/\w+\.json)\n(.*?)-->\n+((?:\|[^\n]*\n)+)", re.DOTALL)
 
 
-def groups_of(content: dict) -> list[Group]:
-    runs = [Result(run["run"], run["settings"], run["seed"], run["values"]) for run in content["runs"]]
-    return compare(runs, content["baseline"])
-
-
 def table(content: dict, columns: dict[str, str], rows: dict[str, dict]) -> str:
-    groups = groups_of(content)
+    groups = groups_of(content["runs"], content["baseline"])
     lines = [["", *columns], ["---", *("---:" for _ in columns)]]
     for name, settings in rows.items():
         (group,) = [group for group in groups if all(group.settings.get(key) == settings[key] for key in settings)]
@@ -63,7 +58,8 @@ def test_tables_are_those_of_the_results(page):
 @pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
 def test_results_are_those_of_their_study_and_agree_with_themselves(file, tmp_path):
     content = json.loads(file.read_text())
-    assert content["groups"] == json.loads(json.dumps([summary(group) for group in groups_of(content)]))
+    groups = groups_of(content["runs"], content["baseline"])
+    assert content["groups"] == json.loads(json.dumps([summary(group) for group in groups]))
     assert all(run["commands"] and run["versions"] for run in content["runs"])
     (tmp_path / "data" / "cifar10").mkdir(parents=True)
     args = StudyArguments(study=file.stem, data_dir=str(tmp_path / "data"), output_dir=str(tmp_path / "out"))

@@ -1,5 +1,6 @@
 """Studies: their files, their processes side by side, and their results."""
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -307,8 +308,10 @@ def test_a_results_file_is_enough_to_continue_and_keeps_what_would_be_lost(tmp_p
     assert at_once == ["runs/uniformity_weight=1,seed=0", "linear/uniformity_weight=1,seed=0"]
     assert grown["runs"][:2] == content["runs"] and len(grown["runs"]) == 3
 
-    # With another evaluation the first two runs, whose folders are not there, have to be done again
-    study.run(arguments(elsewhere, STUDY.replace("[0, 0.1]", "[0, 0.1, 1]") + "  again: {}\n"))
+    # With another evaluation the first two runs, whose folders are gone, are done again; until then the file keeps them
+    more = arguments(elsewhere, STUDY.replace("[0, 0.1]", "[0, 0.1, 1]") + "  again: {}\n")
+    assert study.run(dataclasses.replace(more, plan=True))["runs"] == grown["runs"]
+    study.run(more)
     assert at_once[2:4] == ["runs/uniformity_weight=0,seed=0", "linear/uniformity_weight=0,seed=0"]
     assert "runs/uniformity_weight=1,seed=0" not in at_once[2:]
 

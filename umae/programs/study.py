@@ -20,7 +20,7 @@ from umae.programs.study_file import DATA, REPORTS, RUNS, Study, Task, read_stud
 from umae.programs.study_jobs import Job
 from umae.progress_bar import progress_bar
 from umae.sharing.cards import duration
-from umae.sharing.comparison import Result, compare, metrics_of_evaluation, metrics_of_run, summary
+from umae.sharing.comparison import Group, Result, compare, metrics_of_evaluation, metrics_of_run, summary
 from umae.sharing.study_page import markdown, study_figure, study_page
 from umae.training.folder import RUN_FILE
 from umae.training.signals import StopRequest
@@ -171,7 +171,7 @@ def _last_line(log: Path) -> str:
 def write_results(args: StudyArguments, study: Study, notes: Sequence[str]) -> dict[str, Any]:
     """Write `study.json`, the table, the figure and the page, as far as there are results."""
     content = results(args, study, notes)
-    groups = compare(results_of_runs(study), study.baseline)
+    groups = groups_of(content["runs"], study.baseline)
     write_text(study.output_dir / RESULTS, json.dumps(content, indent=2) + "\n")
     write_text(study.output_dir / TABLE, markdown(groups))
     if figure := study_figure(groups):
@@ -180,57 +180,21 @@ def write_results(args: StudyArguments, study: Study, notes: Sequence[str]) -> d
     return content
 
 
-def results_of_runs(study: Study) -> list[Result]:
-    """Of every finished run, with the evaluations that are finished."""
-    entries = {entry["run"]: entry for entry in study.earlier.get("runs", [])}
-    found = []
-    for name, settings in study.runs.items():
-        training, *evaluations = [task for task in study.tasks if task.run == name]
-        if not training.is_finished:
-            continue
-        if training.is_recorded:
-            values = entries[name]["values"]
-        else:
-            values = metrics_of_run(training.folder)
-            for task in evaluations:
-                if task.is_finished:
-                    values |= metrics_of_evaluation(task.kind, _report(task))
-        found.append(
-            Result(name, {key: value for key, value in settings.items() if key != "seed"}, settings["seed"], values)
-        )
-    return found
+def groups_of(runs: Sequence[Mapping[str, Any]], baseline: Mapping[str, Any]) -> list[Group]:
+    """The runs in `study.json`, by settings."""
+    return compare([Result(run["run"], run["settings"], run["seed"], run["values"]) for run in runs], baseline)
 
 
 def results(args: StudyArguments, study: Study, notes: Sequence[str]) -> dict[str, Any]:
     """What `study.json` holds. No time and no path is in it, so that the same study gives the same file."""
-    entries = {entry["run"]: entry for entry in study.earlier.get("runs", [])}
-    found = results_of_runs(study)
+    earlier = {entry["run"]: entry for entry in study.earlier.get("runs", [])}
     runs: list[dict[str, Any]] = []
-    protocols: dict[str, Any] = {}
-    for result in found:
-        training, *evaluations = [task for task in study.tasks if task.run == result.name and task.is_finished]
-        if training.is_recorded:
-            runs.append(entries[result.name])
-            continue
-        record = json.loads((training.folder / RUN_FILE).read_text())
-        protocols.setdefault("pretraining", {key: value for key, value in record["identity"].items() if key != "seed"})
-        for task in evaluations:
-            protocol = _report(task)["protocol"]
-            protocols.setdefault(
-                task.kind, {key: protocol[key] for key in protocol if key not in ("model", "base_model")}
-            )
-        runs.append(
-            {
-                "run": result.name,
-                "settings": dict(result.settings),
-                "seed": result.seed,
-                "hardware": record["hardware"],
-                "versions": record["versions"],
-                "commands": [command(study, task) for task in (training, *evaluations)],
-                "values": dict(result.values),
-            }
-        )
-    protocols = study.earlier.get("protocols", {}) | protocols
+    for name in study.runs:
+        training, *evaluations = [task for task in study.tasks if task.run == name]
+        if training.is_finished and not training.is_recorded:
+            runs.append(_entry(study, training, [task for task in evaluations if task.is_finished]))
+        elif name in earlier:  # also while it is done again
+            runs.append(earlier[name])
     finished = sum(task.is_finished for task in study.tasks)
     state = "All runs and evaluations are finished."
     if finished < len(study.tasks):
@@ -241,10 +205,44 @@ def results(args: StudyArguments, study: Study, notes: Sequence[str]) -> dict[st
         "state": state,
         "notes": list(notes),
         "baseline": dict(study.baseline),
-        "groups": [summary(group) for group in compare(found, study.baseline)],
+        "groups": [summary(group) for group in groups_of(runs, study.baseline)],
         "runs": runs,
-        "protocols": {kind: protocols[kind] for kind in ("pretraining", *study.kinds) if kind in protocols},
+        "protocols": _protocols(study),
     }
+
+
+def _entry(study: Study, training: Task, evaluations: Sequence[Task]) -> dict[str, Any]:
+    """What `study.json` holds of a finished run and its finished evaluations."""
+    record = json.loads((training.folder / RUN_FILE).read_text())
+    values = metrics_of_run(training.folder)
+    for task in evaluations:
+        values |= metrics_of_evaluation(task.kind, _report(task))
+    settings = study.runs[training.run]
+    return {
+        "run": training.run,
+        "settings": {name: value for name, value in settings.items() if name != "seed"},
+        "seed": settings["seed"],
+        "hardware": record["hardware"],
+        "versions": record["versions"],
+        "commands": [command(study, task) for task in (training, *evaluations)],
+        "values": values,
+    }
+
+
+def _protocols(study: Study) -> dict[str, Any]:
+    """By kind of task: of the first that is finished in its folder, or else as it was recorded."""
+    protocols: dict[str, Any] = {}
+    for task in study.tasks:
+        kind = "pretraining" if task.kind == RUNS else task.kind
+        if kind in protocols or task.is_recorded or not task.is_finished:
+            continue
+        if task.kind == RUNS:
+            protocol = json.loads((task.folder / RUN_FILE).read_text())["identity"]
+        else:
+            protocol = _report(task)["protocol"]
+        protocols[kind] = {name: protocol[name] for name in protocol if name not in ("seed", "model", "base_model")}
+    protocols = study.earlier.get("protocols", {}) | protocols
+    return {kind: protocols[kind] for kind in ("pretraining", *study.kinds) if kind in protocols}
 
 
 def _report(task: Task) -> dict[str, Any]:
