@@ -127,7 +127,7 @@ def over_weights(groups: Sequence[Group], metrics: Sequence[str]) -> Image.Image
         panels.setdefault(_of_feature(metric)[0], []).append(metric)
     rows = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(8, 2.6 * rows), dpi=100)
-    figure.subplots_adjust(left=0.075, right=0.985, bottom=0.25 / rows, top=1 - 0.4 / rows, wspace=0.2, hspace=0.5)
+    figure.subplots_adjust(left=0.075, right=0.985, bottom=0.25 / rows, top=1 - 0.3 / rows, wspace=0.2, hspace=0.5)
     axes = figure.subplots(rows, 2, squeeze=False).flat
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
