@@ -130,7 +130,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(tmp_path, 
 
 def test_two_processes_measure_once_and_train_as_one(tmp_path):
     data = digits_of(tmp_path / "data", 7, "float32")
-    told = ("--intensity_range", "percentiles")
+    told = ("--intensity_range", "percentiles", "--mixed_precision", "no")  # gradients in bf16 depend on the batch
     run("run_pretrain.py", *words(data, tmp_path / "one", *told))
     together(2, "run_pretrain.py", *words(data, tmp_path / "two", *told, "--per_device_train_batch_size", 8))
     one, two = ((tmp_path / name / "preprocessor_config.json").read_bytes() for name in ("one", "two"))

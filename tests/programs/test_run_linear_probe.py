@@ -345,11 +345,10 @@ def test_the_precision_that_is_reported_is_that_of_training_and_of_evaluation(
 
         return call
 
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", mixed)
     monkeypatch.setattr(mae, "frozen_features", recorded("training", mae.frozen_features))
     monkeypatch.setattr(features, "_encode", recorded("evaluation", features._encode))
     epochs = ("--num_train_epochs", "2", "--warmup_epochs", "1", "--per_device_train_batch_size", "60")
-    probe(model, folder, tmp_path / "out", "--protocol", "mae", *epochs)
+    probe(model, folder, tmp_path / "out", "--protocol", "mae", "--mixed_precision", mixed, *epochs)
     expected = {"training": {torch.bfloat16 if mixed == "bf16" else torch.float32}, "evaluation": {torch.float32}}
     assert precisions == expected
     trained = {"no": "float32", "bf16": "encoder in bf16 autocast, heads in float32"}[mixed]
