@@ -19,7 +19,7 @@ from umae import seeding
 from umae.data import inputs
 from umae.data.inputs import evaluation_processor
 from umae.programs import pretrain
-from umae.training import loop, pretraining
+from umae.training import failures, loop, pretraining
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -209,6 +209,16 @@ def test_too_little_memory_is_named_with_the_flags_that_help(tmp_path):
     result = run(tmp_path / "cramped.py", *command, check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "out of memory with --per_device_train_batch_size 1024; lower it" in result.stderr
+
+
+def test_what_libraries_say_of_too_little_memory_on_a_cpu_is_known_and_other_errors_pass():
+    for words, kind in (
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes", ValueError),  # torch
+        ("could not create a primitive", ValueError),  # oneDNN
+        ("mat1 and mat2 shapes cannot be multiplied", RuntimeError),
+    ):
+        with pytest.raises(kind, match=words[:20]), failures.explained_out_of_memory(8):
+            raise RuntimeError(words)
 
 
 def test_features_of_zeros_are_warned_of(capsys):

@@ -69,11 +69,12 @@ def log_on(is_main_process: bool) -> Callable[[str], None]:
 
 @contextmanager
 def explained_out_of_memory(batch_size: int) -> Iterator[None]:
-    """Say what would need less memory. On CPUs torch has no error of its own for it."""
+    """Say what would need less memory. On CPUs neither torch nor oneDNN has an error of its own for it."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        of_cpus = ("allocate memory", "could not create a primitive")
+        if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in of_cpus):
             raise
         raise ValueError(
             f"out of memory with per_device_train_batch_size {batch_size}; lower it (and raise "
