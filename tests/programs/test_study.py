@@ -396,6 +396,20 @@ def test_the_time_to_the_end_follows_the_pace_of_the_runs_and_what_evaluations_t
     assert Clock(read, 2).left() == "about 10.0 minutes to the end"
 
 
+def test_a_run_of_one_step_says_nothing_of_how_long_others_take(tmp_path):
+    """Its step is mostly compilation."""
+    text = STUDY.replace("max_train_steps: 1,", "max_train_steps: 1200,").replace("[0, 0.1]", "[0, 0.1, 0.2, 0.3]")
+    read = read_study(arguments(tmp_path, text))
+    runs = [task for task in read.tasks if task.kind == "runs"]
+    for run, (steps, pace) in zip(runs, ((1, 0.01), (1200, 256.0), (1200, 256.0)), strict=False):
+        run.folder.mkdir(parents=True)
+        identity = {"total_steps": steps, "pictures_per_step": 128}
+        (run.folder / "run.json").write_text(json.dumps({"finished": True, "identity": identity}))
+        (run.folder / "metrics.jsonl").write_text(json.dumps({"step": steps, "pictures_per_second": pace}) + "\n")
+    without_evaluations = dataclasses.replace(read, tasks=runs)
+    assert Clock(without_evaluations, 1).left() == "about 10.0 minutes to the end"  # of the fourth
+
+
 def test_to_estimate_the_time_reads_every_run_a_few_times_however_many_there_are(tmp_path, monkeypatch):
     """It is asked for every few seconds, and must not take the time of the runs."""
     read = read_study(arguments(tmp_path, STUDY.replace("[0, 0.1]", f"[{', '.join(str(n / 20) for n in range(20))}]")))

@@ -62,18 +62,18 @@ class Clock:
 
     def _known_seconds(self, tasks: Collection[Task]) -> list[float]:
         """What is left of those tasks of which that is known."""
-        known, means = [], self._mean_seconds()
+        known, usual = [], self._usual_seconds()
         for task in tasks:
             if task.kind == RUNS:
                 progress = _progress(task)
-                known.append(means[RUNS] * self._works[task.name] if progress is None else progress.seconds_left)
-            elif task.kind in means:
-                known.append(means[task.kind])
+                known.append(usual[RUNS] * self._works[task.name] if progress is None else progress.seconds_left)
+            elif task.kind in usual:
+                known.append(usual[task.kind])
         return known
 
-    def _mean_seconds(self) -> dict[str, float]:
-        """Of a finished evaluation, by kind; of a floating-point operation of a run."""
-        means = {}
+    def _usual_seconds(self) -> dict[str, float]:
+        """Usual ones of a finished evaluation, by kind; of a floating-point operation of a run."""
+        usual = {}
         for kind in self._study.kinds:
             tasks = [task for task in self._study.tasks if task.kind == kind]
             if kind == RUNS:
@@ -83,12 +83,13 @@ class Clock:
                     if (progress := _progress(task)) is not None
                 ]
                 precision = pretraining_arguments(tasks[0].arguments)[2].mixed_precision
-                means[kind] = statistics.mean(rates or [1 / (USUAL_SHARE * _matmul_rate(self._jobs, precision))])
+                # Not the mean: a run of a step or two is mostly compilation
+                usual[kind] = statistics.median(rates or [1 / (USUAL_SHARE * _matmul_rate(self._jobs, precision))])
             elif seconds := [
                 self.seconds[task.name] for task in tasks if task.is_finished and task.name in self.seconds
             ]:
-                means[kind] = statistics.mean(seconds)
-        return means
+                usual[kind] = statistics.mean(seconds)
+        return usual
 
     @cached_property
     def _works(self) -> dict[str, float]:
