@@ -1,5 +1,6 @@
 """Evaluation during training, which must not change it."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -76,6 +77,20 @@ def test_an_evaluation_measures_the_features_of_the_unmasked_images(pooling):
     values, _ = monitor.evaluate(model, micro_batch(), step=2)
     assert 0 <= values["online_top1"] <= 1 and 0 <= values["online_knn_top1"] <= 1
     assert [row.shape for row in images_by_name.values()] == [(8, 16, 16, 3)] * 4
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_the_reconstruction_loss_is_that_of_held_out_images_alone(norm_pix_loss):
+    """Each counts once, under a mask of its own; of images that are trained on there is none."""
+    monitor, model = make_monitor(Accelerator(cpu=True), norm_pix_loss=norm_pix_loss)  # 359 images in batches of 50
+    value = monitor.evaluate(model, micro_batch(), step=1)[0]["heldout_reconstruction_loss"]
+    images, processor = load_images("digits", split="test"), evaluation_processor((16, 16))
+    pixel_values = torch.cat([processor(images.read(i), return_tensors="pt")["pixel_values"] for i in range(359)])
+    with torch.no_grad():
+        output = model.eval()(pixel_values, noise=seeding.uniform(0, seeding.MASK, 1, torch.arange(359), 16))
+    assert value == pytest.approx(output.reconstruction_loss.item(), rel=1e-5)
+    monitor.probe_images = dataclasses.replace(monitor.probe_images, trained_on=torch.arange(359))
+    assert "heldout_reconstruction_loss" not in monitor.evaluate(model.train(), micro_batch(), step=2)[0]
 
 
 def test_an_evaluation_changes_neither_model_nor_gradients_nor_random_numbers_of_training():
@@ -179,7 +194,7 @@ def test_the_rank_is_printed_with_the_largest_one_that_this_many_images_can_have
 def test_evaluation_takes_its_share_of_the_trainings_flops():
     config = fresh_config()
     plan = Plan(images=1000, batch_size=8, accumulation=2, processes=2, seed=0)
-    steps = estimated_steps(config, plan, count=100)
+    steps = estimated_steps(config, plan, count=100, held_out=False)
     monitor, model = make_monitor(Accelerator(cpu=True), batch_size=60)
     with FlopCounterMode(display=False) as counter:
         monitor._encode(model.eval(), 0)
@@ -187,6 +202,13 @@ def test_evaluation_takes_its_share_of_the_trainings_flops():
     assert counter.get_total_flops() == 60 * views
     evaluation = 100 * views + 2 * 16 * training_flops(config)
     assert evaluation / (steps * 32 * training_flops(config)) == pytest.approx(SHARE, rel=0.02)
+    with FlopCounterMode(display=False) as counter:
+        monitor._reconstruction_losses(model, 0)
+    with_losses = estimated_steps(config, plan, count=100, held_out=True)
+    reconstructing = (with_losses - steps) * SHARE * 32 * training_flops(config)
+    assert reconstructing == pytest.approx(counter.get_total_flops() / 60 * 100, rel=0.25), (
+        "all patches, not the hidden"
+    )
 
 
 def images_of(labels: list[int], names: list[str]) -> Images:
@@ -236,6 +258,7 @@ def test_images_that_cannot_be_read_do_not_count(tmp_path):
     monitor = Monitor(accelerator, model.config, probe_images, None, None, evaluation_processor((16, 16)), seed=0)
     values, _ = monitor.evaluate(model, micro_batch(), step=1)
     assert 1 <= values["effective_rank_cls"] <= 5 and "online_top1" not in values
+    assert 0 < values["heldout_reconstruction_loss"] < 10
 
 
 @pytest.mark.parametrize("record", [{}, {"eval_steps": 100_000}], ids=str)
@@ -244,7 +267,7 @@ def test_a_run_is_evaluated_at_least_eight_times_and_first_within_its_first_eigh
     """1 % of the time would be steps 850 and 920 of 920, and one evaluation of 150 steps."""
     job = SimpleNamespace(
         args=SimpleNamespace(eval_steps=None, logging_steps=None), probe_images=load_images("digits", split="test"),
-        config=fresh_config(), plan=Plan(images=1438, batch_size=8, accumulation=1, processes=1, seed=0),
+        images=None, config=fresh_config(), plan=Plan(images=1438, batch_size=8, accumulation=1, processes=1, seed=0),
         schedule=SimpleNamespace(total_steps=total),
     )  # fmt: skip
     every = evaluations.logging_steps(job)

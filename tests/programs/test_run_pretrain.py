@@ -235,7 +235,7 @@ def test_evaluations_are_spaced_by_the_time_that_they_take_and_a_resumed_run_kee
     evaluate = pretrain.evaluate_features
     monkeypatch.setattr(pretrain, "evaluate_features", lambda *arguments: time.sleep(0.2) or evaluate(*arguments))
     monkeypatch.setattr(evaluations, "EVALUATIONS", 1)
-    monkeypatch.setattr(evaluations, "estimated_steps", lambda *_: 2)
+    monkeypatch.setattr(evaluations, "estimated_steps", lambda *_, **__: 2)
     for resumed in (False, True):
         if resumed:
             record = json.loads((tmp_path / "run" / "run.json").read_text())

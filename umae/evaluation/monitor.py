@@ -5,6 +5,7 @@ Nothing here changes the model's weights or the random numbers of the training.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from transformers import ViTImageProcessorPil
 
 from configuration_umae import UMAEConfig
 from image_processing_umae import UnreadableImage
+from modeling_umae import patchify, reconstruction_loss
 from umae import seeding
 from umae.data.batches import Plan
 from umae.data.decoding import reading_of, stacked
@@ -38,16 +40,18 @@ BANK = 16_384  # training features kept for k-NN, at most one per training image
 NEIGHBOURS = 20  # k of k-NN
 
 
-def estimated_steps(config: UMAEConfig, plan: Plan, count: int) -> int:
+def estimated_steps(config: UMAEConfig, plan: Plan, count: int, held_out: bool) -> int:
     """Steps between evaluations with which these take SHARE of the training's FLOPs: of the time at the least, as
     statistics on the CPU and images to save come on top.
 
     Args:
         count: number of probe images.
+        held_out: whether they are reconstructed, which takes about a third of training on them.
     """
     patches, trained = config.grid[0] * config.grid[1], training_flops(config)
     visible = patches - config.num_hidden_patches
     views = encoder_flops(config, patches) + (VIEWS - 1) * encoder_flops(config, visible)
+    views += trained // 3 if held_out else 0
     gradients = 2 * plan.batch_size * plan.processes * trained
     return math.ceil((count * views + gradients) / (SHARE * plan.images_per_step * trained))
 
@@ -200,21 +204,28 @@ class Monitor:
             step: optimiser steps done.
 
         Returns:
-            On the main process: measures by name, those of `Diagnosis` as `name_pooling`, `online_top1` and
-            `online_knn_top1` in [0, 1] if labelled features have been observed, and the gradient norms; and the images
-            of `reconstructions`. On the others nothing.
+            On the main process: measures by name, those of `Diagnosis` as `name_pooling`, of images that are held out
+            `heldout_reconstruction_loss`, `online_top1` and `online_knn_top1` in [0, 1] if labelled features have been
+            observed, and the gradient norms; and the images of `reconstructions`. On the others nothing.
         """
         norms = self.gradient_norms(model, batch, step)
         model.eval()
         with torch.compiler.set_stance("force_eager"):  # compiling for the shapes of the evaluation does not pay
-            encoded = torch.cat([self._encode(model, position) for position in range(len(self.probe_images.index))])
-            encoded = encoded[: self.probe_images.count]
+            positions = range(len(self.probe_images.index))
+            encoded = torch.cat([self._encode(model, position) for position in positions])
+            losses = []
+            if self.probe_images.trained_on is None:
+                losses = [self._reconstruction_losses(model, position) for position in positions]
             images = self._reconstruct(model)
         model.train()
         bank = {} if self.bank is None else self.bank.gathered()
         if not self.accelerator.is_main_process:
             return {}, {}
-        return {**self._measures(encoded.cpu(), bank), **norms}, images
+        count = self.probe_images.count
+        values: dict[str, float | None] = {**self._measures(encoded[:count].cpu(), bank), **norms}
+        if losses and math.isfinite(loss := torch.cat(losses)[:count].nanmean().item()):
+            values["heldout_reconstruction_loss"] = loss
+        return values, images
 
     @torch.no_grad()
     def untrained_ranks(self) -> dict[str, float]:
@@ -276,6 +287,17 @@ class Monitor:
         encoded = torch.stack([*views, training_feature], dim=1)
         readable = self.probe_images.readable[position].to(encoded.device)
         return self.accelerator.gather(encoded.where(readable[:, None, None], torch.nan))
+
+    @torch.no_grad()
+    def _reconstruction_losses(self, model: nn.Module, position: int) -> torch.Tensor:
+        """(images of one batch of every process,), each under one mask that stays the same; NaN where unreadable."""
+        pixel_values = self._pixel_values(position)
+        output = model(pixel_values, noise=self._noise(position, 1), output_logits=True)
+        target = patchify(pixel_values, self.config.patch_height_width)
+        of_image = partial(reconstruction_loss, norm_pix_loss=self.config.norm_pix_loss)
+        losses = torch.vmap(of_image)(output.logits.float(), target, output.mask)
+        readable = self.probe_images.readable[position].to(losses.device)
+        return self.accelerator.gather(losses.where(readable, torch.nan))
 
     def _pixel_values(self, position: int) -> torch.Tensor:
         """(batch, channels, height, width), normalised, on the device."""

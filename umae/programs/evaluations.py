@@ -36,7 +36,8 @@ def eval_steps(job: Job, record: dict[str, Any]) -> int:
     """
     count = job.probe_images.num_images if job.probe_images is not None else None
     images = min(MOST_IMAGES, count or MOST_IMAGES)
-    usual = record.get("eval_steps") or estimated_steps(job.config, job.plan, images)
+    held_out = job.probe_images is not job.images
+    usual = record.get("eval_steps") or estimated_steps(job.config, job.plan, images, held_out)
     return job.args.eval_steps or min(usual, max(1, job.schedule.total_steps // EVALUATIONS))
 
 

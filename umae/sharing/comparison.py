@@ -14,8 +14,8 @@ from umae.sharing.cards import read_metrics
 
 # Of the last line of metrics.jsonl, or of the last that has them; these need no labels
 PRETRAINING = (
-    "reconstruction_loss", "uniformity_loss", "coding_rate_loss", "effective_rank_cls", "effective_rank_mean",
-    "alignment_cls", "alignment_mean",
+    "reconstruction_loss", "heldout_reconstruction_loss", "uniformity_loss", "coding_rate_loss",
+    "effective_rank_cls", "effective_rank_mean", "alignment_cls", "alignment_mean",
 )  # fmt: skip
 ACCURACIES = ("top1", "top5", "mAP", "f1_micro", "f1_macro")  # one class an image, and several
 OF_FEATURES = ("knn20_top1", "effective_rank")  # the same whatever heads are trained

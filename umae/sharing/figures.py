@@ -79,6 +79,7 @@ def spectrum(runs: dict[str, dict[str, Sequence[float]]]) -> Image.Image:
 
 CURVES = {
     "reconstruction_loss": "reconstruction loss",
+    "heldout_reconstruction_loss": "reconstruction loss, held-out images",
     "participation_ratio": "dimensions filled in training",
     "effective_rank_cls": "effective rank, class token",
     "effective_rank_mean": "effective rank, mean of the patches",

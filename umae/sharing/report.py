@@ -44,6 +44,7 @@ FIGURES = {
 }
 # Row title -> metric of the evaluations during training, and its format
 EVALUATION_METRICS = {
+    "reconstruction loss, held-out images": ("heldout_reconstruction_loss", ".4f"),
     "effective rank, class token": ("effective_rank_cls", ".1f"),
     "effective rank, mean of the patches": ("effective_rank_mean", ".1f"),
     "online linear classifier": ("online_top1", ".1%"),
