@@ -35,8 +35,13 @@ def table(content: dict, columns: dict[str, str], rows: dict[str, dict]) -> str:
     lines = [["", *columns], ["---", *("---:" for _ in columns)]]
     for name, settings in rows.items():
         (group,) = [group for group in groups if all(group.settings.get(key) == settings[key] for key in settings)]
-        lines.append([name, *(" ".join(filter(None, cell(group, metric))) for metric in columns.values())])
+        lines.append([name, *(_in_a_line(*cell(group, metric)) for metric in columns.values())])
     return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
+
+
+def _in_a_line(value: str, difference: str) -> str:
+    """In two lines where there is an interval, or the table would be too wide."""
+    return ("<br>" if "[" in difference else " ").join(filter(None, (value, difference)))
 
 
 def wrong_tables(text: str) -> list[str]:
