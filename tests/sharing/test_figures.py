@@ -8,7 +8,7 @@ from golden_models import fresh_config
 from modeling_umae import UMAEForPreTraining, patchify
 from umae.evaluation.reconstruction import reconstructions
 from umae.sharing import figures, gallery
-from umae.sharing.comparison import Group
+from umae.sharing.comparison import Result, compare
 from umae.sharing.figures import class_attention, nearest_neighbours, spectrum, training_curves
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -126,6 +126,20 @@ def test_a_place_without_a_curve_stays_empty(monkeypatch, figure):
     if figure == "training_curves":
         figures.training_curves({"a": [{"step": 1, "reconstruction_loss": 0.4}]})
     else:
-        groups = [Group({"uniformity_weight": weight}, [0], {"linear/top1/cls": [5.0]}, {}) for weight in (0.0, 0.1)]
-        figures.over_weights(groups, ["linear/top1/cls"])
+        results = [Result("", {"uniformity_weight": weight}, 0, {"linear/top1/cls": 5.0}) for weight in (0.0, 0.1)]
+        figures.over_weights(compare(results), ["linear/top1/cls"])
     assert [(bool(axis.lines), axis.axison) for axis in drawn[0].axes] == [(True, True), (False, False)]
+
+
+def test_a_line_over_the_weights_has_the_same_seeds_at_every_point(monkeypatch):
+    """Seed 1 is far worse, and was not done with weight 0.1; the line must not seem to rise for that."""
+    drawn, values = [], {(0.0, 0): 50.0, (0.0, 1): 10.0, (0.1, 0): 49.0}
+    monkeypatch.setattr(figures, "rendered", lambda figure: drawn.append(figure))
+    results = [
+        Result("", {"uniformity_weight": weight}, seed, {"linear/top1/cls": value})
+        for (weight, seed), value in values.items()
+    ]
+    figures.over_weights(compare(results), ["linear/top1/cls"])
+    line, *points = drawn[0].axes[0].lines
+    assert list(line.get_ydata()) == [50.0, 49.0]
+    assert sorted(value for of_group in points for value in of_group.get_ydata()) == [10.0, 49.0, 50.0]

@@ -3,8 +3,9 @@
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +60,34 @@ class Group:
     """The runs of the same settings.
 
     Args:
-        values: by metric, of every seed that has it.
+        results: of every run, in the order of their seeds.
         differences: to the baselines, by metric; empty for those themselves, and where there are none.
     """
 
-    settings: Mapping[str, Any]
-    seeds: Sequence[int]
-    values: Mapping[str, Sequence[float]]
+    results: Sequence[Result]
     differences: Mapping[str, Difference]
 
-    def mean(self, metric: str) -> float:
-        return statistics.mean(self.values[metric])
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return self.results[0].settings
+
+    @property
+    def seeds(self) -> list[int]:
+        return [result.seed for result in self.results]
+
+    @cached_property
+    def values(self) -> dict[str, list[float]]:
+        """By metric, of every run that has it."""
+        metrics = dict.fromkeys(metric for result in self.results for metric in result.values)
+        return {metric: [of.values[metric] for of in self.results if metric in of.values] for metric in metrics}
+
+    def mean(self, metric: str, seeds: Collection[int] | None = None) -> float:
+        """Over all seeds or some of them."""
+        return statistics.mean(
+            result.values[metric]
+            for result in self.results
+            if metric in result.values and (seeds is None or result.seed in seeds)
+        )
 
     def deviation(self, metric: str) -> float | None:
         """Standard deviation of the sample (n - 1); None for one seed."""
@@ -140,20 +158,15 @@ def compare(results: Sequence[Result], baseline: Mapping[str, Any] = WITHOUT_TER
 
 
 def _group(results: Sequence[Result], baseline: Mapping[str, Any], baselines: Mapping[Any, Result]) -> Group:
-    metrics = dict.fromkeys(metric for result in results for metric in result.values)
-    differences = {}
-    if not _is_baseline(results[0], baseline):
-        pairs = [(result, baselines.get(_rest(result, baseline))) for result in results]
-        for metric in metrics:
-            of_pairs = [
-                result.values[metric] - other.values[metric]
-                for result, other in pairs
-                if other is not None and metric in result.values and metric in other.values
-            ]
-            if of_pairs:
-                differences[metric] = _difference(of_pairs)
-    values = {metric: [result.values[metric] for result in results if metric in result.values] for metric in metrics}
-    return Group(results[0].settings, [result.seed for result in results], values, differences)
+    if _is_baseline(results[0], baseline):
+        return Group(results, {})
+    pairs = [(result, baselines.get(_rest(result, baseline))) for result in results]
+    differences: dict[str, list[float]] = {}
+    for result, other in pairs:
+        for metric, value in result.values.items():
+            if other is not None and metric in other.values:
+                differences.setdefault(metric, []).append(value - other.values[metric])
+    return Group(results, {metric: _difference(of_pairs) for metric, of_pairs in differences.items()})
 
 
 def _difference(values: Sequence[float]) -> Difference:

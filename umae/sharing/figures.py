@@ -114,7 +114,8 @@ def training_curves(runs: dict[str, Sequence[dict[str, Any]]]) -> Image.Image:
 
 
 def over_weights(groups: Sequence[Group], metrics: Sequence[str]) -> Image.Image:
-    """Metrics over the weight of the term, a panel each; every run a point, lines through their means.
+    """Metrics over the weight of the term, a panel each; every run a point. Lines go through the means over those seeds
+    that all points of the line have: of runs that share their initial weights, images, crops and masks.
 
     Args:
         groups: whose settings have an `uniformity_weight`. Those of weight 0 are where every line begins.
@@ -137,21 +138,20 @@ def over_weights(groups: Sequence[Group], metrics: Sequence[str]) -> Image.Image
             of_variant = [group for group in groups if variant_of(group) in ("", variant)]
             for metric in names:
                 feature = _of_feature(metric)[1]
-                points = [
-                    (weights.index(group.settings["uniformity_weight"]), value)
-                    for group in of_variant
-                    for value in group.values.get(metric, ())
-                ]
-                line = sorted(
-                    (weights.index(group.settings["uniformity_weight"]), group.mean(metric))
-                    for group in of_variant
-                    if metric in group.values
+                measured = [group for group in of_variant if metric in group.values]
+                if not measured:
+                    continue
+                places = [weights.index(group.settings["uniformity_weight"]) for group in measured]
+                seeds = set.intersection(
+                    *({result.seed for result in group.results if metric in result.values} for group in measured)
                 )
+                line = sorted(zip(places, (group.mean(metric, seeds or None) for group in measured), strict=True))
                 style = {"color": COLOURS[position], "linestyle": "--" if feature == "mean" else "-"}
                 label = ", ".join(filter(None, (FEATURES.get(feature), variant)))
-                axis.plot(*zip(*line, strict=True), **style, label=label) if line else None
-                if points:
-                    axis.plot(*zip(*points, strict=True), ".", color=COLOURS[position])
+                axis.plot(*zip(*line, strict=True), **style, label=label)
+                for place, group in zip(places, measured, strict=True):
+                    values = group.values[metric]
+                    axis.plot([place] * len(values), values, ".", color=COLOURS[position])
         axis.set_xticks(range(len(weights)), [f"{weight:g}" for weight in weights])
         axis.set_xlabel("weight of the term", fontsize=8)
         axis.set_title(title_of(panel), fontsize=10)

@@ -30,7 +30,7 @@ PAGE = template(
 difference to the runs with {{ baseline }} that have the same seed and settings otherwise, in brackets its 95 %
 confidence interval; with one pair there is none. {{ unmasked }}</p>
 {% if figure %}
-<p>Every point is a run; the lines go through the means over the seeds.</p>
+<p>Every point is a run; a line goes through the means over the seeds that all its points have.</p>
 <img alt="Metrics over the weight of the term" src="{{ figure }}">
 {% endif %}
 <h2>Protocols</h2>
