@@ -128,11 +128,13 @@ def over_weights(groups: Sequence[Group], metrics: Sequence[str]) -> Image.Image
     for metric in metrics:
         panels.setdefault(_of_feature(metric)[0], []).append(metric)
     rows = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(8, 2.6 * rows), dpi=100)
-    figure.subplots_adjust(left=0.075, right=0.985, bottom=0.25 / rows, top=1 - 0.3 / rows, wspace=0.2, hspace=0.5)
+    height = 2.6 * rows
+    figure = Figure(figsize=(8, height), dpi=100)
     axes = figure.subplots(rows, 2, squeeze=False).flat
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
+    for axis in axes[max(0, len(panels) - 2) : len(panels)]:  # the lowest of each column
+        axis.set_xlabel("weight of the term", fontsize=8)
     for axis, (panel, names) in zip(axes, panels.items(), strict=False):
         for position, variant in enumerate(variants or [""]):
             of_variant = [group for group in groups if variant_of(group) in ("", variant)]
@@ -151,9 +153,10 @@ def over_weights(groups: Sequence[Group], metrics: Sequence[str]) -> Image.Image
                 axis.plot(*zip(*line, strict=True), **style, label=label)
                 for place, group in zip(places, measured, strict=True):
                     values = group.values[metric]
-                    axis.plot([place] * len(values), values, ".", color=COLOURS[position])
-        axis.set_xticks(range(len(weights)), [f"{weight:g}" for weight in weights])
-        axis.set_xlabel("weight of the term", fontsize=8)
+                    colour = COLOURS[position] if group.settings["uniformity_weight"] else "dimgrey"  # of every line
+                    axis.plot([place] * len(values), values, ".", color=colour)
+        tilt = 0 if len(weights) <= 7 else 25
+        axis.set_xticks(range(len(weights)), [f"{weight:g}" for weight in weights], rotation=tilt)
         axis.set_title(title_of(panel), fontsize=10)
         axis.grid(alpha=0.3)
         axis.tick_params(labelsize=8)
@@ -163,6 +166,10 @@ def over_weights(groups: Sequence[Group], metrics: Sequence[str]) -> Image.Image
     of_features = {label: handle for label, handle in handles.items() if label.startswith(tuple(FEATURES.values()))}
     handles = of_features or handles  # a metric without a feature has the line of its term on the class token
     figure.legend(handles.values(), handles.keys(), fontsize=8, loc="upper center", ncols=2, frameon=False)
+    legend = 0.2 * math.ceil(len(handles) / 2) + 0.38  # inches, with the first panels' titles
+    figure.subplots_adjust(
+        left=0.075, right=0.985, bottom=0.65 / height, top=1 - legend / height, wspace=0.2, hspace=0.5
+    )
     return rendered(figure)
 
 
@@ -173,7 +180,8 @@ def variant_of(group: Group) -> str:
     weight, pooling = of_the_term.pop("uniformity_weight"), of_the_term.pop("pooling")
     if not weight:
         return ", ".join(others)
-    return ", ".join([f"term on the {FEATURES[pooling]}", *map(str, of_the_term.values()), *others])
+    words = [str(value).replace("_", " ") for value in of_the_term.values()]
+    return ", ".join([f"term on the {FEATURES[pooling]}", *words, *others])
 
 
 METRICS = {"top1": "", "knn20_top1": "20-NN", "effective_rank": "effective rank"}
