@@ -215,6 +215,17 @@ def test_what_fails_takes_its_evaluations_with_it_and_nothing_else(tmp_path, mon
     assert "ZeroDivisionError" in (tmp_path / "out/runs/uniformity_weight=0,seed=0.log").read_text()
 
 
+def test_the_progress_goes_on_being_shown_after_the_first_task(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("umae.progress_bar.SECONDS", 0.0)
+    monkeypatch.setattr(study_jobs, "WATCH", 0.0)
+    processes_that(monkeypatch, lambda kind, run: "" if kind == "runs" else "import time; time.sleep(1.5)")
+    read = read_study(arguments(tmp_path))
+    with StopRequest() as stop:
+        assert study.carry_out(read, read.tasks[:2], [{}], Clock(read, 1), stop, lambda: None) == []
+    lines = [line for line in capsys.readouterr().err.split("\n") if "linear/uniformity_weight=0" in line]
+    assert len(lines) >= 4, "one for each look at the processes"
+
+
 def test_a_signal_reaches_every_process_once_and_all_are_waited_for(tmp_path, monkeypatch):
     code = "import signal, sys, time; signal.signal(15, lambda *_: (print('saved', flush=True), sys.exit(3)))"
     processes_that(monkeypatch, lambda kind, run: f"{code}; print('ready', flush=True); time.sleep(60)")

@@ -137,7 +137,10 @@ def carry_out(
         write: called whenever there are new results.
     """
     bar = progress_bar(
-        total=len(study.tasks), initial=len(study.tasks) - len(missing), bar_format="{n}/{total} [{elapsed}{postfix}]"
+        total=len(study.tasks),
+        initial=len(study.tasks) - len(missing),
+        bar_format="{n}/{total} [{elapsed}{postfix}]",
+        miniters=0,  # or tqdm would wait for the next task that ends
     )
 
     def ended(job: Job, status: int) -> None:
