@@ -36,19 +36,23 @@ def by_hand(model):
     pixels = processor([images.read(index) for index in range(len(images))], return_tensors="pt").pixel_values
     scores, labels = model(pixels).logits, images.labels()
     hits = (scores.topk(5).indices == labels[:, None]).double()
-    return 100 * hits[:, 0].mean().item(), 100 * hits.sum(1).mean().item(), cross_entropy(scores, labels)
+    of_classes = [hits[labels == label, 0].mean() for label in range(10)]
+    accuracies = (hits[:, 0].mean(), torch.stack(of_classes).mean(), hits.sum(1).mean())
+    return *(100 * accuracy.item() for accuracy in accuracies), cross_entropy(scores, labels)
 
 
 def test_accuracy_and_loss_are_those_of_the_logits(tmp_path, capsys):
     model = classifier(tmp_path)
-    top1, top5, loss = by_hand(model)
+    top1, mean_class, top5, loss = by_hand(model)
     results = umae.evaluate(str(tmp_path), "digits", batch_size=50)
     assert results == {
-        "top1": pytest.approx(top1, abs=0.01), "top5": pytest.approx(top5, abs=0.01),
+        "top1": pytest.approx(top1, abs=0.01), "mean_class_top1": pytest.approx(mean_class, abs=0.01),
+        "top5": pytest.approx(top5, abs=0.01),
         "loss": pytest.approx(loss.item(), rel=1e-5), "images": 359, "unreadable": [],
     }  # fmt: skip
     main(["evaluate", str(tmp_path), "digits"])
-    assert capsys.readouterr().out == f"top-1 {top1:.2f}%, top-5 {top5:.2f}%, loss {loss:.4f}, of 359 images\n"
+    accuracies = f"top-1 {top1:.2f}%, mean per-class top-1 {mean_class:.2f}%, top-5 {top5:.2f}%"
+    assert capsys.readouterr().out == f"{accuracies}, loss {loss:.4f}, of 359 images\n"
 
 
 def test_classes_are_told_by_their_names_and_without_names_by_their_order(tmp_path):

@@ -3,7 +3,7 @@ import socket
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import top_k_accuracy_score
+from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from umae.evaluation import collapse
 from umae.evaluation.metrics import Alignment, Collapse, TopKAccuracy
@@ -24,16 +24,19 @@ def accuracy(tmp_path, monkeypatch):
 
 def test_accuracy_is_the_share_of_labels_among_the_first_guesses(accuracy):
     predictions = [[3, 1, 2, 0, 4], [1, 3, 2, 0, 4], [0, 1, 2, 4, 3], [0, 1, 2, 4, 5]]
-    assert accuracy.compute(predictions=predictions, references=[3, 3, 3, 3]) == {"top1": 0.25, "top5": 0.75}
+    assert accuracy.compute(predictions=predictions, references=[3, 3, 3, 3]) == {
+        "top1": 0.25, "mean_class_top1": 0.25, "top5": 0.75,
+    }  # fmt: skip
 
 
 def test_guesses_after_the_fifth_do_not_count(accuracy):
     values = accuracy.compute(predictions=[[0, 1, 2, 3, 4, 5], [5, 1, 2, 3, 4, 0]], references=[5, 0])
-    assert values == {"top1": 0.0, "top5": 0.0}
+    assert values == {"top1": 0.0, "mean_class_top1": 0.0, "top5": 0.0}
 
 
 def test_there_is_no_top5_of_fewer_guesses(accuracy):
-    assert accuracy.compute(predictions=[[0, 1, 2, 3], [1, 0, 2, 3]], references=[0, 0]) == {"top1": 0.5}
+    values = accuracy.compute(predictions=[[0, 1, 2, 3], [1, 0, 2, 3]], references=[0, 0])
+    assert values == {"top1": 0.5, "mean_class_top1": 0.5}
 
 
 def test_scores_ranked_by_torch_agree_with_scikit_learn(accuracy):
@@ -42,6 +45,17 @@ def test_scores_ranked_by_torch_agree_with_scikit_learn(accuracy):
     values = accuracy.compute(predictions=scores.topk(5).indices, references=labels)
     for k in (1, 5):
         assert values[f"top{k}"] == pytest.approx(top_k_accuracy_score(labels, scores, k=k))
+
+
+def test_rare_classes_count_as_much_as_others_in_the_mean_over_classes(accuracy):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0] * 90 + [1] * 8 + [3] * 2)
+    guesses = labels.where(torch.rand(100, generator=generator) < 0.7, labels.flip(0))
+    values = accuracy.compute(predictions=guesses[:, None], references=labels)  # no image is of class 2
+    assert values["mean_class_top1"] == pytest.approx(balanced_accuracy_score(labels, guesses))
+    assert values["mean_class_top1"] < values["top1"] - 0.05
+    always = accuracy.compute(predictions=[[0]] * 100, references=labels)
+    assert always == {"top1": 0.9, "mean_class_top1": pytest.approx(1 / 3)}
 
 
 def test_batches_added_one_by_one_count_as_one(accuracy):

@@ -102,8 +102,8 @@ def test_the_report_holds_both_poolings_and_the_protocol(probed):
     for feature in ("cls", "mean"):
         numbers = result[feature]
         assert set(numbers) == {
-            "top1", "top5", "knn10_top1", "knn20_top1", "effective_rank", "uniformity", "learning_rate",
-            "weight_decay", "validation_top1",
+            "top1", "mean_class_top1", "top5", "knn10_top1", "knn20_top1", "effective_rank", "uniformity",
+            "learning_rate", "weight_decay", "validation_top1",
         }  # fmt: skip
         assert 60 < numbers["top1"] <= numbers["top5"] <= 100 and 40 < numbers["knn20_top1"] <= 100
         assert numbers["top1"] == round(numbers["top1"], 2)

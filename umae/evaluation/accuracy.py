@@ -15,16 +15,28 @@ from transformers import BaseImageProcessor
 from umae.data.batches import EvaluationImages, ignore_signals
 from umae.data.images import Images
 
+# Names of the measures in files -> in print: of images with one class each, and with any number
+ONE_CLASS = {"top1": "top-1", "mean_class_top1": "mean per-class top-1", "top5": "top-5"}
+SEVERAL_CLASSES = {"mAP": "mAP", "f1_micro": "micro F1", "f1_macro": "macro F1"}
+
 
 def topk_accuracy(guesses: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Top-1 accuracy and, with at least five guesses per image, top-5, as fractions in [0, 1].
+    """Top-1 accuracy, its mean over the classes and, with at least five guesses per image, top-5: fractions in [0, 1].
+
+    In `mean_class_top1`, the mean per-class accuracy or balanced accuracy, a class counts the same whether it has many
+    images or few.
 
     Args:
         guesses: int64 (N, guesses), class indices, best first; -1 for no class.
-        labels: int64 (N,).
+        labels: int64 (N,), at least 0.
     """
-    hits = guesses.cpu() == labels.cpu()[:, None]  # (N, guesses)
-    return {f"top{k}": hits[:, :k].any(dim=1).double().mean().item() for k in (1, 5) if k <= hits.shape[1]}
+    hits = (guesses.cpu() == labels.cpu()[:, None]).double()  # (N, guesses)
+    sizes = labels.cpu().bincount()  # (classes,)
+    of_classes = labels.cpu().bincount(weights=hits[:, 0])[sizes > 0] / sizes[sizes > 0]
+    accuracies = {"top1": hits[:, 0].mean().item(), "mean_class_top1": of_classes.mean().item()}
+    if hits.shape[1] >= 5:
+        accuracies["top5"] = hits[:, :5].amax(dim=1).mean().item()
+    return accuracies
 
 
 def multi_label_scores(probabilities: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:

@@ -19,7 +19,7 @@ from umae.convert import load_exactly, read_model
 from umae.data.classes import multi_hot
 from umae.data.images import Images, held_out_splits, load_images
 from umae.data.inputs import load_processor
-from umae.evaluation.accuracy import percent
+from umae.evaluation.accuracy import ONE_CLASS, SEVERAL_CLASSES, percent
 from umae.evaluation.problem import MULTI_LABEL, SINGLE_LABEL
 from umae.training.hardware import num_workers
 
@@ -44,9 +44,9 @@ def evaluate(
         dataloader_num_workers: processes that read images; by default a core each beside a GPU.
 
     Returns:
-        `top1` and `top5` in percent (None with fewer than five classes), of a classifier of several classes per image
-        `mAP`, `f1_micro` and `f1_macro`; `loss` in nats, `images`, and `unreadable`, the errors of images that cannot
-        be read, which count as wrong and have no loss.
+        `top1`, `mean_class_top1` and `top5` (None with fewer than five classes) in percent, of a classifier of several
+        classes per image `mAP`, `f1_micro` and `f1_macro`; `loss` in nats, `images`, and `unreadable`, the errors of
+        images that cannot be read, which count as wrong and have no loss.
 
     Raises:
         ValueError: the model has no classifier, or its classes or their number per image are not those of the images.
@@ -138,6 +138,6 @@ def main(argv: Sequence[str]) -> None:
     if PartialState().is_main_process:
         for error in results["unreadable"]:
             print(f"counted as wrong: {error}")
-        titles = {**SINGLE_LABEL.metrics, **MULTI_LABEL.metrics}
+        titles = ONE_CLASS | SEVERAL_CLASSES
         accuracy = [f"{titles[name]} {results[name]:.2f}%" for name in titles if results.get(name) is not None]
         print(f"{', '.join(accuracy)}, loss {results['loss']:.4f}, of {results['images']:,} images")

@@ -10,15 +10,16 @@ from umae.evaluation.collapse import FeatureStatistics, alignment
 
 
 class TopKAccuracy(evaluate.Metric):
-    """Top-1 and top-5 accuracy as fractions in [0, 1].
+    """Top-1 accuracy, its mean over the classes, and top-5 accuracy as fractions in [0, 1].
 
-    `TopKAccuracy().compute(predictions=scores.topk(5).indices, references=labels)` gives `{"top1": ..., "top5": ...}`;
-    with fewer than five guesses per image there is no top5. It takes ranked classes, not scores, because evaluate turns
-    all numbers into Python objects: five guesses for 60,000 images take half a second, their 1,000 scores a minute.
+    `TopKAccuracy().compute(predictions=scores.topk(5).indices, references=labels)` gives
+    `{"top1": ..., "mean_class_top1": ..., "top5": ...}`; with fewer than five guesses per image there is no top5. It
+    takes ranked classes, not scores, because evaluate turns all numbers into Python objects: five guesses for 60,000
+    images take half a second, their 1,000 scores a minute.
 
     Args of compute:
         predictions: int (images, guesses), class indices, best first.
-        references: int (images,), the labels.
+        references: int (images,), the labels, at least 0.
 
     Raises:
         ValueError: the shapes do not match, or predictions are not whole numbers.

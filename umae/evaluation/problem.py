@@ -10,7 +10,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from umae.data.augmentation import soft_multi_hot, soft_targets
 from umae.data.classes import multi_hot
 from umae.data.images import Images
-from umae.evaluation.accuracy import class_logits, guess, multi_label_scores, topk_accuracy
+from umae.evaluation.accuracy import (
+    ONE_CLASS,
+    SEVERAL_CLASSES,
+    class_logits,
+    guess,
+    multi_label_scores,
+    topk_accuracy,
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ def _every_class(labels: torch.Tensor, **arguments: Any) -> tuple[dict[str, floa
 
 SINGLE_LABEL = Problem(
     problem_type=None,
-    metrics={"top1": "top-1", "top5": "top-5"},
+    metrics=ONE_CLASS,
     labels=lambda images, names: images.labels(),
     targets=soft_targets,
     loss=cross_entropy,
@@ -57,7 +64,7 @@ SINGLE_LABEL = Problem(
 )
 MULTI_LABEL = Problem(
     problem_type="multi_label_classification",
-    metrics={"mAP": "mAP", "f1_micro": "micro F1", "f1_macro": "macro F1"},
+    metrics=SEVERAL_CLASSES,
     labels=multi_hot,
     targets=soft_multi_hot,
     loss=binary_cross_entropy_with_logits,

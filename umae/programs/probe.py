@@ -23,7 +23,7 @@ from umae.data.batches import CROP_SCALE, Plan
 from umae.data.classes import load_labelled
 from umae.data.images import Images
 from umae.data.inputs import load_processor
-from umae.evaluation.accuracy import percent, topk_accuracy
+from umae.evaluation.accuracy import ONE_CLASS, percent, topk_accuracy
 from umae.evaluation.attentive import ATTENTIVE_PROTOCOL, AttentiveHead, train_attentive_head
 from umae.evaluation.collapse import effective_rank, uniformity
 from umae.evaluation.features import extract_features, parse_layers
@@ -277,7 +277,7 @@ def evaluate_head(
     scores = head(features)
     accuracies = topk_accuracy(rank_classes(scores, 5 if scores.shape[1] > 5 else 1), labels)
     chosen = {name: percent(value) if name.endswith("top1") else value for name, value in head.chosen.items()}
-    return {"top1": percent(accuracies["top1"]), "top5": percent(accuracies.get("top5")), **chosen}
+    return {**{name: percent(accuracies.get(name)) for name in ONE_CLASS}, **chosen}
 
 
 def over_seeds(results: Sequence[dict[str, float | None]]) -> dict[str, Any]:
@@ -285,7 +285,7 @@ def over_seeds(results: Sequence[dict[str, float | None]]) -> dict[str, Any]:
     if len(results) == 1:
         return dict(results[0])
     columns = {}
-    for name in ("top1", "top5"):
+    for name in ONE_CLASS:
         values = [value for result in results if (value := result.get(name)) is not None]
         if len(values) == len(results):
             columns[name] = values
@@ -379,8 +379,8 @@ def save_classifier(
 
 
 def print_table(report: dict[str, Any], output: Path) -> None:
-    columns = ("top1", "top5", *(f"knn{k}_top1" for k in NEIGHBOURS), "effective_rank", "uniformity")
-    print("".join(f"{title:>16}" for title in ("", *columns)))
+    columns = (*ONE_CLASS, *(f"knn{k}_top1" for k in NEIGHBOURS), "effective_rank", "uniformity")
+    table = [("", *columns)]
     rows = {name: result for name, result in report.items() if name not in ("protocol", "low_shot")}
     for share, results in report.get("low_shot", {}).items():
         rows |= {f"{name}, {share}": result for name, result in results.items()}
@@ -390,5 +390,8 @@ def print_table(report: dict[str, Any], output: Path) -> None:
             value = "" if title not in result else "-" if result[title] is None else f"{result[title]:g}"
             deviation = result.get("deviation", {}).get(title)
             cells.append(value if deviation is None else f"{value} +-{deviation:g}")
-        print("".join(f"{cell:>16}" for cell in cells))
+        table.append(tuple(cells))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
     print(f"{output / REPORT}, and a classifier beside it (pooling {report['protocol']['classifier_pooling']})")

@@ -39,8 +39,9 @@ M-MAE: [arXiv:2309.17281](https://arxiv.org/abs/2309.17281).
   year      = {2024}
 }
 ```"""
-# Of `finetune.json`: titles of its results
-_RESULTS = {"top1": "top-1", "top5": "top-5", "mAP": "mAP", "f1_micro": "micro F1", "f1_macro": "macro F1"}
+# Titles of results, of images with one class each and with any number
+_ONE_CLASS = {"top1": "top-1", "mean_class_top1": "mean per-class top-1", "top5": "top-5"}
+_SEVERAL_CLASSES = {"mAP": "mAP", "f1_micro": "micro F1", "f1_macro": "macro F1"}
 # Metrics of the Hub that are not accuracies, by titles
 _METRICS = {"mAP": "mean_average_precision", "micro F1": "f1", "macro F1": "f1"}
 _HOW = """\
@@ -308,7 +309,7 @@ def probe_card(folder: Path) -> str:
     """The text of `README.md` for the folder of a linear probe: a classifier, and the accuracies of all features."""
     report = json.loads((folder / "linear_probe.json").read_text())
     protocol = report["protocol"]
-    metrics = {"top1": "linear probe top-1", "top5": "linear probe top-5"}
+    metrics = {name: f"linear probe {title}" for name, title in _ONE_CLASS.items()}
     metrics |= {f"knn{k}_top1": f"{k}-NN top-1" for k in protocol["knn"]["k"]}
     other_keys = ("protocol", "low_shot", "attentive")
     evaluated = {f"{feature} features": result for feature, result in report.items() if feature not in other_keys}
@@ -319,7 +320,7 @@ def probe_card(folder: Path) -> str:
     for name, result in evaluated.items():
         values |= {f"{title}, {name}": result.get(key) for key, title in metrics.items()}
     attentive = report.get("attentive", {})
-    values |= {f"attentive probe top-{k}": attentive.get(f"top{k}") for k in (1, 5)}
+    values |= {f"attentive probe {title}": attentive.get(name) for name, title in _ONE_CLASS.items()}
     results = _results(protocol["test"]["data"], values)
     facts = {
         "Encoder": protocol["model"],
@@ -364,8 +365,9 @@ def finetune_card(folder: Path) -> str:
     """The text of `README.md` for the folder of a fine-tuned classifier."""
     report, run = (json.loads((folder / name).read_text()) for name in ("finetune.json", "run.json"))
     protocol, identity = report["protocol"], run["identity"]
+    titles = _ONE_CLASS | _SEVERAL_CLASSES
     results = _results(
-        protocol["test"]["data"], {title: report[name] for name, title in _RESULTS.items() if name in report}
+        protocol["test"]["data"], {title: report[name] for name, title in titles.items() if name in report}
     )
     several, seen = "mAP" in report, hub_datasets(protocol["train"]["data"], protocol["test"]["data"])
     facts = {

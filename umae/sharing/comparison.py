@@ -11,6 +11,7 @@ from typing import Any
 
 from scipy.special import stdtrit  # scipy.stats takes most of a second to import
 
+from umae.evaluation.accuracy import ONE_CLASS, SEVERAL_CLASSES
 from umae.sharing.cards import read_metrics
 
 # Of the last line of metrics.jsonl, or of the last that has them; these need no labels
@@ -18,7 +19,7 @@ PRETRAINING = (
     "reconstruction_loss", "heldout_reconstruction_loss", "uniformity_loss", "coding_rate_loss",
     "effective_rank_cls", "effective_rank_mean", "alignment_cls", "alignment_mean",
 )  # fmt: skip
-ACCURACIES = ("top1", "top5", "mAP", "f1_micro", "f1_macro")  # one class an image, and several
+ACCURACIES = (*ONE_CLASS, *SEVERAL_CLASSES)
 OF_FEATURES = ("knn20_top1", "effective_rank")  # the same whatever heads are trained
 CONFIDENCE = 0.95
 WITHOUT_TERM = {"uniformity_weight": 0}  # the usual baseline

@@ -184,7 +184,12 @@ def variant_of(group: Group) -> str:
     return ", ".join([f"term on the {FEATURES[pooling]}", *words, *others])
 
 
-METRICS = {"top1": "", "knn20_top1": "20-NN", "effective_rank": "effective rank"}
+METRICS = {
+    "top1": "",
+    "mean_class_top1": "mean per class",
+    "knn20_top1": "20-NN",
+    "effective_rank": "effective rank",
+}
 
 
 def title_of(metric: str) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from configuration_umae import UMAEConfig
+from umae.evaluation.accuracy import ONE_CLASS
 from umae.files import write_text
 from umae.sharing.cards import duration, most_dimensions, read_metrics
 from umae.sharing.comparison import metrics_of_evaluation
@@ -298,10 +299,10 @@ def _accuracies(results: Mapping[str, Any]) -> dict[str, Any]:
         return rows | {f"{name}, fine-tuned": value for name, value in results.items() if name != "protocol"}
     rows["linear protocol"] = protocol["linear_protocol"]
     for feature in ("cls", "mean"):
-        for name in ("top1", "top5", "knn20_top1", "effective_rank"):
-            rows[f"{name}, {feature}"] = results[feature][name]
-    attentive = results.get("attentive", {})  # with top1 and top5
-    rows |= {f"{name}, attentive": attentive[name] for name in ("top1", "top5") if attentive}
+        for name in (*ONE_CLASS, "knn20_top1", "effective_rank"):
+            rows[f"{name}, {feature}"] = results[feature].get(name)
+    attentive = results.get("attentive", {})
+    rows |= {f"{name}, attentive": attentive.get(name) for name in ONE_CLASS}
     return {name: value for name, value in rows.items() if value is not None}
 
 

@@ -113,5 +113,5 @@ def study_figure(groups: Sequence[Group]) -> Image.Image | None:
     if len({group.settings["uniformity_weight"] for group in weighted}) < 2:
         return None
     metrics = _metrics(groups)
-    evaluated = [name for name in metrics if not name.startswith("pretraining/")]
+    evaluated = [name for name in metrics if not name.startswith("pretraining/") and "mean_class_top1" not in name]
     return over_weights(weighted, evaluated or [name for name in metrics if "effective_rank" in name])
