@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INDEX := $(if $(EXTRA_INDEX_URL),--extra-index-url $(EXTRA_INDEX_URL))
 
-VERSIONS := 5.4.0 5.23.0# of transformers: the oldest that pyproject.toml allows, and the newest that was tried
+VERSIONS := 5.4.0 5.24.0# of transformers: the oldest that pyproject.toml allows, and the newest that was tried
 
 .PHONY: pretrain test test-slow test-page test-versions docs publish soak gpu quality style
 
