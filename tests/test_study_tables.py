@@ -1,4 +1,4 @@
-"""Tables of a study's results on the pages are those of its file in studies/results/.
+"""Tables and figures of a study's results on the pages are those of its file in studies/results/.
 
 A table follows a comment that says where its numbers come from:
 
@@ -17,8 +17,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from arguments_umae import StudyArguments
+from benchmarks import figures
 from umae.programs.study import groups_of, with_recorded
 from umae.programs.study_file import read_study
 from umae.sharing.comparison import summary
@@ -73,6 +75,14 @@ def test_results_are_those_of_their_study_and_agree_with_themselves(file, tmp_pa
     study = with_recorded(read_study(args))  # which refuses results of other settings
     assert content["title"] == study.title
     assert {task.run for task in study.tasks if task.is_recorded} == {run["run"] for run in content["runs"]}
+
+
+@pytest.mark.parametrize("name", figures.OF_RESULTS)
+def test_figures_are_of_the_results(name):
+    with Image.open(ROOT / "docs" / name) as figure:
+        file, digest = figure.info["Source"].split()
+    assert file == f"studies/results/{figures.OF_RESULTS[name][0]}.json"
+    assert digest == figures.digest(json.loads((ROOT / file).read_text())), "draw it: python -m benchmarks.figures"
 
 
 def test_a_wrong_digit_is_found(tmp_path, monkeypatch):
