@@ -407,6 +407,15 @@ def test_the_time_to_the_end_follows_the_pace_of_the_runs_and_what_evaluations_t
     assert Clock(read, 2).left() == "about 10.0 minutes to the end"
 
 
+def test_before_the_first_evaluation_no_time_is_made_up(tmp_path):
+    read = read_study(arguments(tmp_path))
+    for task in read.tasks:
+        if task.kind == "runs":
+            task.folder.mkdir(parents=True)
+            (task.folder / "run.json").write_text('{"finished": true}')
+    assert Clock(read, 1).left() == "time to the end not known yet"
+
+
 def test_a_run_of_one_step_says_nothing_of_how_long_others_take(tmp_path):
     """Its step is mostly compilation."""
     text = STUDY.replace("max_train_steps: 1,", "max_train_steps: 1200,").replace("[0, 0.1]", "[0, 0.1, 0.2, 0.3]")

@@ -57,6 +57,8 @@ class Clock:
         """The time to the end, in words; at least that, where some tasks' is not known yet."""
         tasks = [task for task in self._study.tasks if not task.is_finished]
         known = self._known_seconds(tasks)
+        if tasks and not known:
+            return "time to the end not known yet"
         seconds = sum(known) / min(self._jobs, max(1, len(known)))
         return f"{'about' if len(known) == len(tasks) else 'more than'} {duration(seconds)} to the end"
 
