@@ -3,9 +3,9 @@
     python -m benchmarks.figures
 
 Figures of accuracies are drawn from `studies/results/`; each says in its PNG from which file, and
-`tests/test_study_tables.py` finds those that are older than their file. Figures of training and of spectra need the run
-folders, which `umae study cifar10` and `umae study imagenette64` leave in `runs/studies/`. Where there are none, these
-figures stay as they are.
+`tests/test_study_tables.py` finds those that are older than their file. The others are of training, spectra and
+reconstructions. They need the run folders that `umae study cifar10` and `umae study imagenette64` leave in
+`runs/studies/`, and stay as they are where there are none.
 """
 
 import hashlib
@@ -86,12 +86,6 @@ def digest(results: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def run_folders(study: str) -> dict[str, Path]:
-    """Those of RUNS_SHOWN that are there and finished."""
-    folders = {name: RUNS / study / "runs" / folder for name, folder in RUNS_SHOWN.items()}
-    return {name: folder for name, folder in folders.items() if (folder / "spectrum.json").exists()}
-
-
 def spectra_of(folders: dict[str, Path]) -> Image.Image:
     files = {name: json.loads((folder / "spectrum.json").read_text()) for name, folder in folders.items()}
     return spectrum({name: {feature: file[feature] for feature in ("cls", "mean")} for name, file in files.items()})
@@ -106,6 +100,18 @@ def curves_of(folders: dict[str, Path]) -> Image.Image:
     )
 
 
+def reconstructions_of(folders: dict[str, Path]) -> Image.Image:
+    return Image.open(folders["0.01, class token"] / "reconstructions.png")
+
+
+OF_RUNS = {
+    "when_it_helps_spectrum.png": ("imagenette64", spectra_of),
+    "cifar10_spectrum.png": ("cifar10", spectra_of),
+    "cifar10_training.png": ("cifar10", curves_of),
+    "cifar10_reconstructions.png": ("cifar10", reconstructions_of),
+}
+
+
 def main() -> None:
     for name, (study, draw) in OF_RESULTS.items():
         results = json.loads((RESULTS / f"{study}.json").read_text())
@@ -113,13 +119,11 @@ def main() -> None:
         information.add_text("Source", f"studies/results/{study}.json {digest(results)}")
         draw(groups_of(results["runs"], results["baseline"])).save(DOCS / name, pnginfo=information)
         print(f"docs/{name}")
-    for name, study in {"when_it_helps_spectrum.png": "imagenette64", "cifar10_spectrum.png": "cifar10"}.items():
-        if len(folders := run_folders(study)) == len(RUNS_SHOWN):
-            spectra_of(folders).save(DOCS / name)
+    for name, (study, draw_runs) in OF_RUNS.items():
+        folders = {label: RUNS / study / "runs" / folder for label, folder in RUNS_SHOWN.items()}
+        if all((folder / "spectrum.json").exists() for folder in folders.values()):  # they are finished
+            draw_runs(folders).save(DOCS / name)
             print(f"docs/{name}")
-    if len(folders := run_folders("cifar10")) == len(RUNS_SHOWN):
-        curves_of(folders).save(DOCS / "cifar10_training.png")
-        print("docs/cifar10_training.png")
 
 
 if __name__ == "__main__":
